@@ -1,0 +1,388 @@
+"""Prompts: equal lengths, fixed order, seeds, and one clear sentence for every wrong input."""
+
+import json
+import sys
+from importlib import resources
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sinklens import prompts
+from sinklens.errors import InputError
+
+WORDS = [f"w{i}" for i in range(30)]
+LINE = " ".join(WORDS[:10])
+
+
+def passages() -> list[dict[str, str]]:
+    text = resources.files("sinklens").joinpath("data/passages.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def fake_model(bos: str | None = "<bos>", n_ctx: int = 128):
+    """What prompts need of a model: ids 0 and 1 are special, 2 to 31 are words, and 32 to 39 exist only in d_vocab."""
+    vocab = {"<bos>": 0, "<unk>": 1} | {word: i for i, word in enumerate(WORDS, 2)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]: stub is read-only
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token=bos)
+    return SimpleNamespace(cfg=SimpleNamespace(n_ctx=n_ctx, d_vocab=40), tokenizer=tokenizer)
+
+
+@pytest.fixture
+def model():
+    return fake_model()
+
+
+@pytest.fixture
+def bare():
+    return SimpleNamespace(cfg=SimpleNamespace(n_ctx=128, d_vocab=40), tokenizer=None)
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# --- the passages
+
+
+def test_passages_are_32_distinct_texts():
+    rows = passages()
+    assert len(rows) == prompts.N_PASSAGES == 32
+    assert len({row["title"] for row in rows}) == 32
+    assert len({row["text"].split()[0].strip('",.').lower() for row in rows}) == 32
+    assert all(row["text"].isascii() and len(row["text"].split()) >= 200 for row in rows)
+
+
+@pytest.mark.smollm2
+def test_passages_on_smollm2(smollm2):
+    ids = [smollm2.tokenizer(row["text"], add_special_tokens=False)["input_ids"] for row in passages()]
+    assert min(len(row) for row in ids) >= 260
+    assert len({row[0] for row in ids}) == 32
+    batch = prompts.natural(smollm2, n=32, length=260)
+    assert (batch.n, batch.length, batch.n_skipped) == (32, 260, 0)
+    assert batch.tokens.tolist() == [row[:260] for row in ids]
+    assert "".join(batch.labels[0]) == smollm2.tokenizer.decode(ids[0][:260])
+
+
+@pytest.mark.smollm2
+def test_random_tokens_on_smollm2_leaves_out_every_special_token(smollm2):
+    batch = prompts.random_tokens(smollm2, n=64, length=512)
+    assert batch.tokens.min() > 16  # ids 0 to 16 are <|endoftext|> ... <empty_output>
+    assert all(label for row in batch.labels for label in row)
+
+
+# --- PromptBatch
+
+
+def test_batch_properties_and_digest():
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    labels = (("a", "b", "c"), ("d", "e", "f"))
+    batch = prompts.PromptBatch(ids, labels, "mine")
+    assert (batch.n, batch.length, batch.n_skipped) == (2, 3, 0)
+    assert batch.digest() == prompts.PromptBatch(ids.int(), labels, "other").digest()
+    reshaped = prompts.PromptBatch(ids.reshape(3, 2), (("a", "b"),) * 3, "mine")
+    assert batch.digest() != reshaped.digest()
+    assert batch.digest() != prompts.PromptBatch(ids + 1, labels, "mine").digest()
+    with pytest.raises(AttributeError):
+        batch.source = "changed"  # pyright: ignore[reportAttributeAccessIssue]: the point of the test
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        (torch.tensor([1, 2]), "of shape \\[batch, pos\\], not torch.int64 of shape \\[2\\]"),
+        (torch.zeros(2, 3), "integers of shape \\[batch, pos\\], not torch.float32"),
+        (torch.zeros(2, 3, dtype=torch.bool), "not torch.bool"),
+        (torch.zeros(0, 3, dtype=torch.long), "must be non-empty"),
+        ([[1, 2]], "must be a tensor, not of type list"),
+        (torch.tensor([[1, 2, 3]]), "one string for each token, 1 rows of 3"),
+    ],
+)
+def test_batch_refuses(tokens, message):
+    with pytest.raises(InputError, match=message):
+        prompts.PromptBatch(tokens, (("a", "b"),), "mine")
+
+
+def test_subset(model):
+    batch = prompts.random_tokens(model, n=4, length=3)
+    for indices in ([2, 0], np.array([2, 0]), torch.tensor([2, 0]), (-2, -4)):
+        part = batch.subset(indices)
+        assert torch.equal(part.tokens, batch.tokens[[2, 0]])
+        assert part.labels == (batch.labels[2], batch.labels[0])
+    mask = [True, False, True, False]
+    for indices in (mask, torch.tensor(mask), range(0, 4, 2)):
+        assert torch.equal(batch.subset(indices).tokens, batch.tokens[[0, 2]])
+
+
+@pytest.mark.parametrize("indices", [[], [0.5], [True], [False] * 4, 1])
+def test_subset_refuses_what_selects_nothing(model, indices):
+    with pytest.raises(InputError, match="by integers, or by 4 booleans"):
+        prompts.random_tokens(model, n=4, length=3).subset(indices)
+
+
+@pytest.mark.parametrize("index", [4, -5])
+def test_subset_out_of_range(model, index):
+    with pytest.raises(InputError, match="numbered 0..3"):
+        prompts.random_tokens(model, n=4, length=3).subset([index])
+
+
+# --- natural
+
+
+def test_natural_is_the_first_passages_in_order():
+    model = fake_model()
+    batch = prompts.natural(model, n=3, length=5)
+    assert (batch.n, batch.length, batch.source) == (3, 5, "passages")
+    assert batch.digest() == prompts.natural(model, n=5, length=5).subset(range(3)).digest()
+
+
+def test_natural_with_a_seed(model, monkeypatch):
+    seen = []
+    tokenizer = model.tokenizer
+    monkeypatch.setattr(model, "tokenizer", Recorder(tokenizer, seen))
+    prompts.natural(model, n=32, length=5, seed=1)
+    first, seen[:] = list(seen), []
+    prompts.natural(model, n=32, length=5, seed=1)
+    assert seen == first
+    texts = [row["text"] for row in passages()]
+    assert sorted(first) == sorted(texts) and first != texts
+    seen.clear()
+    prompts.natural(model, n=32, length=5, seed=2)
+    assert seen != first
+
+
+class Recorder:
+    """A tokenizer that notes the texts that it is given."""
+
+    def __init__(self, inner, seen):
+        self.inner, self.seen = inner, seen
+
+    def __call__(self, text, **kwargs):
+        self.seen.append(text)
+        return self.inner(text, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+def test_natural_passes_over_short_passages():
+    lengths = [len(row["text"].split()) for row in passages()]
+    length = sorted(lengths)[16]
+    with pytest.warns(UserWarning, match="of 32 prompts have"):
+        batch = prompts.natural(fake_model(n_ctx=1024), n=32, length=length)
+    assert batch.n_skipped == sum(n < length for n in lengths) > 0
+    assert batch.n + batch.n_skipped == 32
+
+
+def test_natural_errors(model, bare):
+    with pytest.raises(InputError, match="There are 32 built-in passages and 33 were asked for.*from_file"):
+        prompts.natural(model, n=33)
+    with pytest.raises(InputError, match="No text in passages has 1000 tokens: the longest has \\d+; use a length of"):
+        prompts.natural(fake_model(n_ctx=1024), n=2, length=1000)
+    with pytest.raises(InputError, match="no tokenizer, so it cannot read text; use random_tokens"):
+        prompts.natural(bare)
+
+
+# --- sizes, the same for every source
+
+
+@pytest.mark.parametrize("make", [prompts.natural, prompts.random_tokens])
+@pytest.mark.parametrize(
+    "size, message",
+    [
+        ({"n": 0}, "n must be at least 1, and it is 0"),
+        ({"n": 1.5}, "n must be an integer, and it is 1.5"),
+        ({"length": 1}, "length must be at least 2, and it is 1"),
+        ({"length": 129}, "reads at most 128 tokens.*not 129"),
+        ({"length": "64"}, "length must be an integer, and it is '64'"),
+    ],
+)
+def test_sizes(model, make, size, message):
+    with pytest.raises(InputError, match=message):
+        make(model, **size)
+
+
+# --- random tokens
+
+
+def test_random_tokens_are_seeded_and_leave_the_global_state(model):
+    state = torch.get_rng_state()
+    batch = prompts.random_tokens(model, n=8, length=16, seed=3)
+    prompts.natural(model, n=8, length=16, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert batch.digest() == prompts.random_tokens(model, n=8, length=16, seed=3).digest()
+    assert batch.digest() != prompts.random_tokens(model, n=8, length=16, seed=4).digest()
+    assert batch.source == "random_tokens(seed=3)"
+
+
+def test_random_tokens_cover_the_vocabulary_without_special_or_unused_ids(model):
+    batch = prompts.random_tokens(model, n=50, length=100)
+    assert set(batch.tokens.flatten().tolist()) == set(range(2, 32))
+    assert batch.labels[0][0] == f"w{int(batch.tokens[0, 0]) - 2}"
+
+
+def test_random_tokens_without_a_tokenizer(bare):
+    batch = prompts.random_tokens(bare, n=50, length=100)
+    assert set(batch.tokens.flatten().tolist()) == set(range(40))
+    assert batch.labels[0][0] == str(int(batch.tokens[0, 0]))
+
+
+def test_prepend_bos_counts_within_the_length(model):
+    for batch in (
+        prompts.random_tokens(model, n=2, length=4, prepend_bos=True),
+        prompts.from_texts(model, [LINE], length=11, prepend_bos=True),
+    ):
+        assert (batch.tokens[:, 0] == 0).all() and (batch.tokens[:, 1:] > 1).all()
+        assert batch.labels[0][0] == "<bos>"
+    assert batch.length == 11
+
+
+def test_prepend_bos_without_such_a_token(bare):
+    for model in (fake_model(bos=None), bare):
+        with pytest.raises(InputError, match="no beginning-of-sequence token"):
+            prompts.random_tokens(model, prepend_bos=True)
+
+
+# --- texts and tokens
+
+
+def test_from_texts_cuts_skips_and_counts(model):
+    batch = prompts.from_texts(model, [LINE, "w1 w2", "  ", "w9 w8 w7 w6", LINE], length=4)
+    assert batch.tokens.tolist() == [[2, 3, 4, 5], [11, 10, 9, 8], [2, 3, 4, 5]]
+    assert batch.labels[1] == ("w9", "w8", "w7", "w6")
+    assert batch.n_skipped == 1  # the blank text is not a prompt
+
+
+def test_from_texts_errors(model):
+    with pytest.raises(InputError, match="is a single string; put it in a list"):
+        prompts.from_texts(model, LINE, length=4)
+    with pytest.raises(InputError, match="Text 2 must be a string, and it is of type int"):
+        prompts.from_texts(model, [LINE, 3], length=4)  # pyright: ignore[reportArgumentType]: the point of the test
+    with pytest.raises(InputError, match="Text 1 is not valid Unicode"):
+        prompts.from_texts(model, ["w1 \ud800"], length=4)
+    with pytest.raises(InputError, match="There is no text in texts; give at least one line of 4 tokens"):
+        prompts.from_texts(model, [], length=4)
+    with pytest.raises(InputError, match="the longest has 1; use longer texts"):
+        prompts.from_texts(model, ["w1"], length=4)
+
+
+def test_labels_of_bytes_that_are_no_character(model, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids, **_: {2: "\ufffd", 3: ""}.get(ids[0], " ok"))
+    assert prompts.from_tokens(model, [[2, 3, 4, 39]]).labels == (("w0", "w1", " ok", " ok"),)
+
+
+def test_from_tokens_copies(model):
+    ids = torch.tensor([[2, 3, 4]])
+    batch = prompts.from_tokens(model, ids)
+    ids[0, 0] = 9
+    assert batch.tokens.tolist() == [[2, 3, 4]] and batch.labels == (("w0", "w1", "w2"),)
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        ([[1, 2], [3]], "integers in equally long rows"),
+        ([1, 2], "of shape \\[batch, pos\\]"),
+        ([[1.0, 2.0]], "not torch.float32"),
+        ([], "non-empty"),
+        ([[1, 40]], "must lie in 0..39, and these lie in 1..40"),
+        ([[-1, 4]], "these lie in -1..4"),
+        ([[1]], "length must be at least 2"),
+        ([[1] * 129], "reads at most 128 tokens"),
+    ],
+)
+def test_from_tokens_errors(model, tokens, message):
+    with pytest.raises(InputError, match=message):
+        prompts.from_tokens(model, tokens)
+
+
+# --- files
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_text_file(model, tmp_path, newline):
+    path = write(tmp_path / "texts.txt", newline.join(["\ufeff" + LINE, "", "w1 w2", "  ", "w9 w8 w7"]))
+    batch = prompts.from_file(model, path, length=3)
+    assert batch.tokens.tolist() == [[2, 3, 4], [11, 10, 9]]
+    assert (batch.source, batch.n_skipped) == ("file:texts.txt", 1)
+    assert prompts.from_file(model, str(path), length=3, n=1).n == 1
+    with pytest.warns(UserWarning, match="2 of 5 prompts have 3 tokens"):
+        prompts.from_file(model, path, length=3, n=5)
+
+
+def test_jsonl_file(model, tmp_path):
+    rows = [{"text": "w1 w2\nw3", "id": 7}, {"text": "w4"}, {"text": ""}, {"text": LINE}]
+    path = write(tmp_path / "texts.jsonl", "\n\n".join(json.dumps(row) for row in rows))
+    batch = prompts.from_file(model, path, length=3)
+    assert batch.tokens.tolist() == [[3, 4, 5], [2, 3, 4]]
+    assert batch.n_skipped == 1
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", "", "a.txt is empty; write one prompt on each line"),
+        ("a.txt", " \n\n", "a.txt is empty"),
+        ("a.txt", b"w1 \xff\xfe w2", "a.txt is not a UTF-8 text file"),
+        ("a.txt", b"w1 w2\x00w3", "a.txt is not a UTF-8 text file"),
+        ("a.txt", "w1 w2\nw1 w2 w3", "No text in file:a.txt has 4 tokens: the longest has 3; use a length of 3"),
+        ("a.jsonl", '{"text": "w1"}\n\n{"text": ', "a.jsonl, line 3 is not JSON"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl, line 1 is not JSON"),
+        ("a.jsonl", '{"body": "w1"}', 'a.jsonl, line 1 has no "text" that is a string'),
+        ("a.jsonl", '{"text": 3}', 'a.jsonl, line 1 has no "text"'),
+        ("a.jsonl", '"w1"', 'a.jsonl, line 1 has no "text"'),
+    ],
+)
+def test_file_errors(model, tmp_path, name, content, message):
+    with pytest.raises(InputError, match=message):
+        prompts.from_file(model, write(tmp_path / name, content), length=4)
+
+
+def test_file_that_is_no_file(model, bare, tmp_path):
+    with pytest.raises(InputError, match="There is no file .*missing.txt; check the path"):
+        prompts.from_file(model, tmp_path / "missing.txt")
+    with pytest.raises(InputError, match="is a folder; name a text file"):
+        prompts.from_file(model, tmp_path)
+    with pytest.raises(InputError, match="no tokenizer.*use random_tokens"):
+        prompts.from_file(bare, write(tmp_path / "a.txt", LINE))
+
+
+# --- data sets
+
+
+def fake_datasets(monkeypatch, load):
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
+
+
+def test_dataset(model, monkeypatch):
+    calls = []
+
+    def load(*args, **kwargs):
+        calls.append((args, kwargs))
+        return {"text": ["", "w1", LINE, LINE]}
+
+    fake_datasets(monkeypatch, load)
+    batch = prompts.from_dataset(model, n=1, length=4)
+    assert calls == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"})]
+    assert (batch.tokens.tolist(), batch.n_skipped) == ([[2, 3, 4, 5]], 1)
+    assert batch.source == "dataset:wikitext[test]"
+
+
+def test_dataset_errors(model, monkeypatch):
+    def offline(*_args, **_kwargs):
+        raise ConnectionError("no route\nto the hub")
+
+    fake_datasets(monkeypatch, offline)
+    with pytest.raises(InputError, match="'wikitext' could not be loaded \\(ConnectionError: no route\\); check"):
+        prompts.from_dataset(model)
+    fake_datasets(monkeypatch, lambda *_args, **_kwargs: {"body": []})
+    with pytest.raises(InputError, match="'mine' could not be loaded \\(KeyError: 'text'\\)"):
+        prompts.from_dataset(model, "mine")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install 'sinklens\\[datasets\\]'"):
+        prompts.from_dataset(model)
