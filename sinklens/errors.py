@@ -1,0 +1,21 @@
+"""Errors that sinklens raises on purpose.
+
+`InputError` is the user's mistake and carries one sentence that says what to do; the command line prints that sentence
+without a traceback and exits with status 2. `EngineError` is ours, or a hook's: the run must not be trusted.
+"""
+
+from __future__ import annotations
+
+__all__ = ["EngineError", "InputError", "NoSinkError"]
+
+
+class InputError(ValueError):
+    """The input cannot be used as it is; the message is one sentence that says what to do about it."""
+
+
+class NoSinkError(InputError):
+    """The model shows no attention sink where one is needed; the message carries the numbers that were measured."""
+
+
+class EngineError(RuntimeError):
+    """A run broke a promise of the engine: an unknown hook name, a hook that never fired, a value not finite."""
