@@ -1,0 +1,192 @@
+"""Capturing runs: what the engine needs of the unpatched runs before it can patch.
+
+One pass over the prompts for each run collects the residual streams that patched rows resume from, the source
+activations that edits transplant (only at the positions that are used), and the readouts of the run itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sinklens.errors import EngineError, InputError
+from sinklens.forward import Op, Placement, Program, execute, gather, readouts_in
+from sinklens.memory import device_of, is_out_of_memory, release_cached
+from sinklens.models import Model
+from sinklens.patches import Patch, Readout, Runs, positions_of
+from sinklens.sites import HookSite
+
+
+@dataclass(frozen=True)
+class Want:
+    """An activation to keep from a run."""
+
+    run: str
+    """Run name."""
+    site: HookSite
+    """Where."""
+    layer: int
+    """Block."""
+    positions: tuple[int, ...] | None = None
+    """Positions to keep, for every prompt; ``None``: all."""
+
+
+@dataclass(eq=False)
+class ActivationStore:
+    """Activations and readings of runs, on the model's device."""
+
+    length: int
+    """Tokens in a prompt."""
+    kept: dict[tuple[str, HookSite, int], tuple[int, ...] | None] = field(default_factory=dict)
+    """Positions kept of each activation."""
+    parts: dict[tuple[str, HookSite, int], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    """Activations ``[prompt, kept pos, unit, ...]``, in batches of prompts."""
+    readings: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
+    """``(run, readout, block) -> [prompt, ...]``."""
+    n_forwards: int = 0
+    """Forward passes that this took."""
+
+    def tensor(self, run: str, site: HookSite, layer: int) -> Float[Tensor, "prompt pos *rest"]:
+        """The whole kept activation, laid out as ``[prompt, pos, unit, ...]``."""
+        key = (run, site, layer)
+        parts = self.parts[key]
+        if len(parts) > 1:
+            self.parts[key] = parts = [torch.cat(parts)]
+        return parts[0]
+
+    def gather(
+        self, run: str, site: HookSite, layer: int, prompts: Tensor, positions: Tensor, units: Tensor | None = None
+    ) -> Float[Tensor, "pair unit *rest"]:
+        """The activation of ``run`` at (prompt, position) pairs.
+
+        Raises:
+            EngineError: when it was not captured there.
+        """
+        key = (run, site, layer)
+        if key not in self.kept:
+            raise EngineError(f"{site.at(layer)} was not captured in the run {run!r}")
+        kept = self.kept[key]
+        if kept is not None:
+            lookup = torch.full((self.length,), -1, device=positions.device)
+            lookup[torch.tensor(kept, device=positions.device)] = torch.arange(len(kept), device=positions.device)
+            positions = lookup[positions]
+        return gather(self.tensor(run, site, layer), prompts, positions, units)
+
+    def at(self, run: str, site: HookSite, layer: int, positions: Int[Tensor, " prompt"]) -> Tensor:
+        """The activation at one position of every prompt, ``[prompt, unit, ...]``."""
+        positions = positions.to(self.tensor(run, site, layer).device)
+        return self.gather(run, site, layer, torch.arange(len(positions), device=positions.device), positions)
+
+
+def place_patch(patch: Patch, rows: Sequence[tuple[int, int]], owner: int, device: torch.device) -> Placement:
+    """The placement of ``patch`` on some ``(row, prompt)`` pairs of a batch."""
+    pairs = [(row, prompt, at) for row, prompt in rows for at in enumerate(positions_of(patch.positions, prompt))]
+    where = patch.source.positions if patch.source else None
+    source = [at[1] if where is None else positions_of(where, prompt)[at[0]] for _, prompt, at in pairs]
+    columns = torch.tensor([(r, p, at[1], s) for (r, p, at), s in zip(pairs, source, strict=True)], device=device)
+    columns = columns.view(-1, 4)
+    units = None
+    if patch.units is not None:
+        units = torch.tensor(patch.units, device=device).expand(len(columns), -1)
+    return Placement(
+        site=patch.site,
+        edit=patch.edit,
+        rows=columns[:, 0],
+        prompts=columns[:, 1],
+        positions=columns[:, 2],
+        owners=torch.full((len(columns),), owner, device=device),
+        units=units,
+        source_run=patch.source.run if patch.source else None,
+        source_positions=columns[:, 3],
+    )
+
+
+def capture_runs(
+    model: Model,
+    tokens: Int[Tensor, "prompt pos"],
+    runs: Runs,
+    wants: Iterable[Want],
+    readouts: Sequence[Readout] = (),
+    *,
+    max_rows: int,
+) -> ActivationStore:
+    """Run every run once over the prompts and keep what is wanted, with the run's own readouts.
+
+    Raises:
+        InputError: when an activation that is kept is not finite.
+        EngineError: when a hook does not exist or never fires.
+    """
+    store = ActivationStore(tokens.shape[1])
+    for run, roots in runs.items():
+        mine = _merge([want for want in wants if want.run == run])
+        store.kept.update({(run, site, layer): kept for (site, layer), kept in mine.items()})
+        last = max([layer for _, layer in mine] + [layer for r in readouts for layer in r.layers], default=-1)
+        if last < 0:
+            continue
+        _capture_run(model, tokens, run, roots, mine, readouts, last + 1, store, max_rows)
+    return store
+
+
+def _capture_run(model, tokens, run, roots, mine, readouts, stop_at, store, max_rows) -> None:  # noqa: ANN001
+    device = device_of(model)
+    collected: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+    begin = 0
+    while begin < len(tokens):
+        chunk = torch.arange(begin, min(begin + max_rows, len(tokens)))
+        program = Program(chunk.to(device), readouts=readouts_in(readouts, 0))
+        pairs = [(row, int(prompt)) for row, prompt in enumerate(chunk)]
+        for patch in roots:
+            place = place_patch(patch, pairs, -1, device)
+            program.ops += [Op(place, layer) for layer in patch.layers if layer < stop_at]
+        part: dict = {}
+        for (site, layer), kept in mine.items():
+            program.captures[site.at(layer)] = _keeper(part, (run, site, layer), site, kept)
+        try:
+            readings = execute(model, tokens[chunk].to(device), program, start_at=0, stop_at=stop_at)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or max_rows == 1:
+                raise
+            max_rows = max(1, max_rows // 2)
+            release_cached(device)
+            continue
+        for key, act in part.items():
+            _check_finite(act, key)
+            store.parts[key].append(act)
+        for key, value in readings.items():
+            collected[key].append(value)
+        store.n_forwards += 1
+        begin += len(chunk)
+    for (name, layer), values in collected.items():
+        store.readings[run, name, layer] = torch.cat(values)
+
+
+def _merge(wants: Sequence[Want]) -> dict[tuple[HookSite, int], tuple[int, ...] | None]:
+    merged: dict[tuple[HookSite, int], tuple[int, ...] | None] = {}
+    for want in wants:
+        key = (want.site, want.layer)
+        before = merged.get(key, ())
+        both = None if want.positions is None or before is None else tuple(sorted({*before, *want.positions}))
+        merged[key] = both
+    return merged
+
+
+def _keeper(part: dict, key: tuple, site: HookSite, kept: tuple[int, ...] | None):  # noqa: ANN202
+    def keep(act: Tensor) -> None:
+        canonical = site.to_canonical(act)
+        part[key] = canonical.clone() if kept is None else canonical[:, list(kept)]
+
+    return keep
+
+
+def _check_finite(act: Tensor, key: tuple[str, HookSite, int]) -> None:
+    run, site, layer = key
+    if not torch.isfinite(act).all():
+        raise InputError(
+            f"the model's activations at {site.at(layer)} are not finite (run {run!r}): "
+            "check the weights, or use --dtype float32"
+        )

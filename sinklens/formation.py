@@ -1,0 +1,312 @@
+"""Where the sink forms: its position, the formation blocks, the super neurons, the dimensions that they write.
+
+Everything is found in the data; nothing is assumed about the model or the first token.
+
+* The *sink position* of a prompt is the position that receives most attention from later queries, over all blocks and
+  heads, among positions that enough later queries see.
+* A *formation block* makes the sink token's residual norm jump against the other tokens': with
+  ``r_l = |h_l[sink]| / median_j |h_l[j]|``, block l is one when ``r_after >= min_ratio`` and
+  ``r_after / r_before >= min_jump``. The block to explain is the one with the largest growth ``r_after - r_before``.
+* *Super neurons* (of that block) have outlying norms of both their W_gate and W_up columns (robust z of each, the smaller
+  one counts) and fire selectively: their mean magnitude on the sink token is ``selectivity`` times what they reach on
+  other tokens (95th percentile). A plain MLP has no gate, so W_in alone is asked.
+* *Outlier dimensions* are the residual dimensions in which the super neurons' joint contribution on the sink token
+  outlies that in all others (robust z of its magnitude).
+
+The thresholds are choices, not facts of nature: each is an argument, and what was measured is returned with the verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sinklens import metrics
+from sinklens.capture import ActivationStore, Want, capture_runs
+from sinklens.errors import InputError, NoSinkError
+from sinklens.memory import device_of, row_budget
+from sinklens.models import Model, block_weights, model_shape
+from sinklens.patches import CLEAN, Readout
+from sinklens.prompts import PromptBatch
+from sinklens.sites import ATTN_OUT, MLP_OUT, MLP_POST, PATTERN, RESID_POST, RESID_PRE
+
+
+@dataclass(frozen=True)
+class FormationEvent:
+    """A block at which the sink token's residual norm jumps."""
+
+    layer: int
+    """Block index."""
+    norm_before: float
+    """Residual norm of the sink token entering the block, median over prompts."""
+    norm_after: float
+    """Residual norm of the sink token leaving the block."""
+    ratio_before: float
+    """The same norm over the median of the other tokens', entering."""
+    ratio_after: float
+    """And leaving."""
+    mlp_norm: float
+    """Norm of the block's MLP output at the sink token."""
+    attn_norm: float
+    """Norm of the block's attention output at the sink token."""
+
+
+@dataclass(frozen=True)
+class SuperNeuron:
+    """A neuron with outlying weights that fires on the sink token."""
+
+    index: int
+    """Neuron index in the block's MLP."""
+    gate_z: float | None
+    """Robust z of the norm of its W_gate column; None in a plain MLP."""
+    up_z: float
+    """Robust z of the norm of its W_up (W_in) column."""
+    activation_sink: float
+    """Its activation (``hook_post``) on the sink token, mean over prompts."""
+    activation_other: float
+    """95th percentile of its magnitude on other tokens."""
+
+
+@dataclass(frozen=True)
+class OutlierDim:
+    """A residual dimension that the super neurons write."""
+
+    index: int
+    """Dimension of the residual stream."""
+    written: float
+    """What the super neurons write there on the sink token, mean over prompts."""
+    z: float
+    """Robust z of its magnitude among all dimensions."""
+
+
+@dataclass(frozen=True)
+class Formation:
+    """Where and how the sink forms."""
+
+    layer: int
+    """The formation block to explain."""
+    sink_positions: tuple[int, ...]
+    """The sink position of every prompt."""
+    super_neurons: tuple[SuperNeuron, ...]
+    """Super neurons of that block, strongest first."""
+    outlier_dims: tuple[OutlierDim, ...]
+    """Residual dimensions that they write, strongest first."""
+    events: tuple[FormationEvent, ...] = ()
+    """All formation blocks, in order."""
+    profile: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False, repr=False)
+    """Per block: residual norms and attention of the sink and of other tokens."""
+
+    @property
+    def neurons(self) -> tuple[int, ...]:
+        """Indices of the super neurons."""
+        return tuple(neuron.index for neuron in self.super_neurons)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Indices of the outlier dimensions."""
+        return tuple(dim.index for dim in self.outlier_dims)
+
+
+def find_formation(
+    model: Model,
+    batch: PromptBatch,
+    *,
+    layer: int | None = None,
+    super_neurons: Sequence[int] | None = None,
+    outlier_dims: Sequence[int] | None = None,
+    eps: float = 0.3,
+    min_ratio: float = 3.0,
+    min_jump: float = 2.0,
+    neuron_z: float = 5.0,
+    selectivity: float = 10.0,
+    dim_z: float = 10.0,
+    memory_budget: int | None = None,
+) -> Formation:
+    """Find where the sink of ``batch`` forms.
+
+    Args:
+        model: a ``HookedTransformer`` or ``TransformerBridge``.
+        batch: equal-length prompts.
+        layer: explain this block instead of the one with the largest jump.
+        super_neurons: take these neurons instead of looking for them.
+        outlier_dims: take these dimensions instead of looking for them.
+        eps: attention above which a head counts as having a sink (0.3, Gu et al. 2025).
+        min_ratio: least ratio of the sink token's norm to the others' after a formation block.
+        min_jump: least factor by which that ratio grows in a formation block.
+        neuron_z: least robust z of a super neuron's weight norms.
+        selectivity: least ratio of a super neuron's magnitude on the sink token to that on others.
+        dim_z: least robust z of what is written into an outlier dimension.
+        memory_budget: bytes for one forward pass's activations.
+
+    Raises:
+        NoSinkError: no position receives enough attention, no block makes its norm jump, or no neuron qualifies; with
+            the numbers that were measured.
+        InputError: activations are not finite, or a block, neuron or dimension does not exist.
+    """
+    shape = model_shape(model)
+    _check_given(shape, layer, super_neurons, outlier_dims)
+    itemsize = next(model.parameters()).element_size()
+    rows = row_budget(shape, batch.length, itemsize, device_of(model), memory_budget, False)
+    store = capture_runs(model, batch.tokens, CLEAN, [], _profile_readouts(shape.n_layers), max_rows=rows)
+    received = torch.stack([store.readings["base", "attention", b] for b in range(shape.n_layers)]).cpu()
+    sinks = _sink_positions(received)
+    profile = _profile(store, received, sinks, shape.n_layers, eps)
+    events = _events(profile, min_ratio, min_jump)
+    if layer is None:
+        layer = _block_to_explain(profile, events, sinks, eps, min_ratio, min_jump)
+    wants = [Want("base", MLP_POST, layer)]
+    post = capture_runs(model, batch.tokens, CLEAN, wants, max_rows=rows).tensor("base", MLP_POST, layer)
+    neurons = _super_neurons(model, layer, post, sinks, neuron_z, selectivity, super_neurons)
+    dims = _outlier_dims(model, layer, post, sinks, neurons, dim_z, outlier_dims)
+    return Formation(layer, tuple(sinks.tolist()), neurons, dims, events, profile)
+
+
+def _check_given(shape, layer, neurons, dims) -> None:  # noqa: ANN001
+    for name, given, top in (
+        ("block", [] if layer is None else [layer], shape.n_layers),
+        ("neuron", neurons or [], shape.d_mlp),
+        ("dimension", dims or [], shape.d_model),
+    ):
+        if not all(0 <= index < top for index in given):
+            raise InputError(f"{name} {list(given)} is not in 0..{top - 1}")
+
+
+def _profile_readouts(n_layers: int) -> list[Readout]:
+    blocks = tuple(range(n_layers))
+
+    def norm(act: Tensor, _rows: object) -> Tensor:
+        return act.float().norm(dim=-1)
+
+    def received(act: Tensor, _rows: object) -> Tensor:
+        return metrics.attention_received(act)
+
+    return [
+        Readout("before", RESID_PRE, blocks, norm),
+        Readout("after", RESID_POST, blocks, norm),
+        Readout("attn", ATTN_OUT, blocks, norm),
+        Readout("mlp", MLP_OUT, blocks, norm),
+        Readout("attention", PATTERN, blocks, received),
+    ]
+
+
+def _sink_positions(received: Float[Tensor, "layer prompt head key"]) -> Int[Tensor, " prompt"]:
+    length = received.shape[-1]
+    # A position that only a few queries see can get a high mean by chance: ask for a quarter of the sequence.
+    eligible = max(1, length - max(1, length // 4))
+    return received.mean((0, 2))[:, :eligible].argmax(-1)
+
+
+def _of_sink(values: Float[Tensor, "prompt pos"], sinks: Tensor) -> Float[Tensor, " prompt"]:
+    return values.take_along_dim(sinks[:, None], -1).squeeze(-1)
+
+
+def _of_others(values: Float[Tensor, "prompt pos"], sinks: Tensor) -> Float[Tensor, "prompt other"]:
+    other = torch.ones_like(values, dtype=torch.bool).scatter(1, sinks[:, None], False)
+    return values[other].view(len(values), -1)
+
+
+def _profile(store: ActivationStore, received: Tensor, sinks: Tensor, n_layers: int, eps: float) -> pd.DataFrame:
+    records = []
+    for block in range(n_layers):
+        norms = {name: store.readings["base", name, block].cpu() for name in ("before", "after", "attn", "mlp")}
+        attention = received[block].mean(1)
+        heads = received[block].take_along_dim(sinks[:, None, None], -1).squeeze(-1)
+        record = {"layer": block}
+        for name in ("before", "after"):
+            sink, other = _of_sink(norms[name], sinks), _of_others(norms[name], sinks).median(-1).values
+            record |= {f"norm_sink_{name}": sink.median(), f"norm_other_{name}": other.median()}
+            record |= {f"ratio_{name}": (sink / other).median()}
+        record |= {"attn_norm": _of_sink(norms["attn"], sinks).median(), "mlp_norm": _of_sink(norms["mlp"], sinks).median()}
+        record |= {
+            "attention_sink": _of_sink(attention, sinks).mean(),
+            "attention_other": _of_others(attention, sinks).nanmean(),
+            "sink_rate": (heads > eps).float().mean(),
+        }
+        records.append({key: float(value) if key != "layer" else value for key, value in record.items()})
+    return pd.DataFrame(records)
+
+
+def _events(profile: pd.DataFrame, min_ratio: float, min_jump: float) -> tuple[FormationEvent, ...]:
+    jumps = profile[
+        (profile.ratio_after >= min_ratio) & (profile.ratio_after >= min_jump * profile.ratio_before)
+    ]
+    return tuple(
+        FormationEvent(
+            layer=int(row.layer),
+            norm_before=row.norm_sink_before,
+            norm_after=row.norm_sink_after,
+            ratio_before=row.ratio_before,
+            ratio_after=row.ratio_after,
+            mlp_norm=row.mlp_norm,
+            attn_norm=row.attn_norm,
+        )
+        for row in jumps.itertuples()
+    )
+
+
+def _block_to_explain(profile, events, sinks, eps, min_ratio, min_jump) -> int:  # noqa: ANN001
+    strongest = profile.loc[profile.attention_sink.idxmax()]
+    measured = (
+        f"the most attended position (the median over prompts is {int(sinks.median())}) receives at most "
+        f"{strongest.attention_sink:.3f} (block {int(strongest.layer)}; others {strongest.attention_other:.3f}), "
+        f"and its norm is at most {profile.ratio_after.max():.2f} times the others'"
+    )
+    if profile.sink_rate.max() == 0:
+        raise NoSinkError(f"no attention sink in this model on these prompts: {measured}; no head exceeds {eps}")
+    if not events:
+        raise NoSinkError(
+            f"no formation block: {measured}; a jump to {min_ratio} times the others' by a factor of {min_jump} "
+            "in one block was asked for"
+        )
+    return max(events, key=lambda event: event.ratio_after - event.ratio_before).layer
+
+
+def _super_neurons(model, layer, post, sinks, neuron_z, selectivity, given) -> tuple[SuperNeuron, ...]:  # noqa: ANN001
+    weights = block_weights(model, layer)
+    up_z = metrics.robust_z(weights.W_in.detach().float().norm(dim=0)).cpu()
+    gate_z = None if weights.W_gate is None else metrics.robust_z(weights.W_gate.detach().float().norm(dim=0)).cpu()
+    joint = up_z if gate_z is None else torch.minimum(gate_z, up_z)
+    post = post.float().cpu()
+    index = torch.arange(len(post))
+    sink = post[index, sinks].mean(0)
+    other = torch.ones(post.shape[:2], dtype=torch.bool)
+    other[index, sinks] = False
+    ordinary = post[other].abs().double().quantile(0.95, dim=0).float()
+    if given is None:
+        chosen = (joint >= neuron_z) & (sink.abs() >= selectivity * ordinary) & (sink != 0)
+        if not chosen.any():
+            best = int(joint.argmax())
+            raise NoSinkError(
+                f"no super neuron in block {layer}: neuron {best} has the largest weight norms (robust z "
+                f"{joint[best]:.1f}, {neuron_z} asked) and activation {sink[best]:.2f} on the sink token against "
+                f"{ordinary[best]:.2f} on others; name neurons yourself with super_neurons"
+            )
+        given = chosen.nonzero().flatten().tolist()
+    found = [
+        SuperNeuron(
+            index=int(i),
+            gate_z=None if gate_z is None else float(gate_z[i]),
+            up_z=float(up_z[i]),
+            activation_sink=float(sink[i]),
+            activation_other=float(ordinary[i]),
+        )
+        for i in given
+    ]
+    return tuple(sorted(found, key=lambda neuron: -abs(neuron.activation_sink)))
+
+
+def _outlier_dims(model, layer, post, sinks, neurons, dim_z, given) -> tuple[OutlierDim, ...]:  # noqa: ANN001
+    chosen = [neuron.index for neuron in neurons]
+    rows = block_weights(model, layer).W_out.detach()[chosen].float()
+    activation = post[torch.arange(len(post)), sinks.to(post.device)][:, chosen].float()
+    written = (activation @ rows).mean(0).cpu()
+    z = metrics.robust_z(written.abs())
+    if given is None:
+        given = (z >= dim_z).nonzero().flatten().tolist() or [int(z.argmax())]
+    dims = [OutlierDim(int(i), float(written[i]), float(z[i])) for i in given]
+    return tuple(sorted(dims, key=lambda dim: -abs(dim.written)))

@@ -1,0 +1,76 @@
+"""Hook sites: where in a block something is read or edited, with the names of the axes there.
+
+A site is a hook-point name template, such as ``blocks.{layer}.attn.hook_z``, and the axis names of the
+activation that passes through it. Code asks for an axis by its name and never counts positions in a shape, so an
+edit cannot mistake a key/value head for a query head. The names are TransformerLens's classic ones; they resolve on
+``HookedTransformer`` and on ``TransformerBridge`` alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+POSITION_AXES = ("pos", "query")
+"""Axis names that run over token positions at which an edit can be placed."""
+
+UNIT_AXES = ("head", "kv_head", "d_mlp", "d_model")
+"""Axis names that a patch can select units along, in the order in which they are preferred."""
+
+
+@dataclass(frozen=True)
+class HookSite:
+    """A place in every block that activations can be read from and written to."""
+
+    template: str
+    """Hook-point name with ``{layer}`` where the block index goes."""
+    axes: tuple[str, ...]
+    """Axis names of the activation, in order; the first is ``batch``."""
+
+    def at(self, layer: int) -> str:
+        """The hook-point name in block ``layer``."""
+        return self.template.format(layer=layer)
+
+    @property
+    def pos_axis(self) -> int:
+        """Index of the axis over positions (``pos``; ``query`` for attention scores and patterns)."""
+        return next(i for i, axis in enumerate(self.axes) if axis in POSITION_AXES)
+
+    @property
+    def unit_axis(self) -> int | None:
+        """Index of the axis over units (heads, else neurons or dimensions); ``None`` when the site has none."""
+        return next((self.axes.index(name) for name in UNIT_AXES if name in self.axes), None)
+
+    @property
+    def unit_name(self) -> str | None:
+        """Name of the axis over units."""
+        return None if self.unit_axis is None else self.axes[self.unit_axis]
+
+    def to_canonical(self, act: Tensor) -> Tensor:
+        """A view of ``act`` as ``[batch, pos, unit, ...]`` (``[batch, pos, ...]`` where the site has no units)."""
+        if self.unit_axis is None:
+            return act.movedim(self.pos_axis, 1)
+        return act.movedim((self.pos_axis, self.unit_axis), (1, 2))
+
+    def from_canonical(self, act: Tensor) -> Tensor:
+        """The inverse of :meth:`to_canonical`."""
+        if self.unit_axis is None:
+            return act.movedim(1, self.pos_axis)
+        return act.movedim((1, 2), (self.pos_axis, self.unit_axis))
+
+
+RESID_PRE = HookSite("blocks.{layer}.hook_resid_pre", ("batch", "pos", "d_model"))
+RESID_POST = HookSite("blocks.{layer}.hook_resid_post", ("batch", "pos", "d_model"))
+ATTN_OUT = HookSite("blocks.{layer}.hook_attn_out", ("batch", "pos", "d_model"))
+MLP_OUT = HookSite("blocks.{layer}.hook_mlp_out", ("batch", "pos", "d_model"))
+LN1_NORMALIZED = HookSite("blocks.{layer}.ln1.hook_normalized", ("batch", "pos", "d_model"))
+LN2_NORMALIZED = HookSite("blocks.{layer}.ln2.hook_normalized", ("batch", "pos", "d_model"))
+Q = HookSite("blocks.{layer}.attn.hook_q", ("batch", "pos", "head", "d_head"))
+K = HookSite("blocks.{layer}.attn.hook_k", ("batch", "pos", "kv_head", "d_head"))
+V = HookSite("blocks.{layer}.attn.hook_v", ("batch", "pos", "kv_head", "d_head"))
+PATTERN = HookSite("blocks.{layer}.attn.hook_pattern", ("batch", "head", "query", "key"))
+Z = HookSite("blocks.{layer}.attn.hook_z", ("batch", "pos", "head", "d_head"))
+MLP_POST = HookSite("blocks.{layer}.mlp.hook_post", ("batch", "pos", "d_mlp"))
+LOGITS = HookSite("logits", ("batch", "pos", "d_vocab"))
+"""Not a hook point: the model's output. A readout there makes the engine run to the end."""
