@@ -25,6 +25,8 @@ from sinklens.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Every block of a HookedTransformer holds rotary tables of n_ctx rows: 128k of them would be gigabytes.
+_LONGEST_CONTEXT = 8192
 # Largest allowed difference from Hugging Face's logits, in standard deviations of the logits.
 _TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.1}
 
@@ -100,7 +102,7 @@ def to_bridge(
             )
     except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
         raise InputError(
-            f"TransformerLens cannot bridge the architecture {architecture} ({_first_line(error)})."
+            f"TransformerLens cannot bridge the architecture {architecture} ({_reason(error)})."
         ) from error
     _attach_tokenizer(model, tokenizer)
     model.eval()
@@ -125,7 +127,7 @@ def _convert(hf_model: PreTrainedModel, dtype: torch.dtype) -> Any:
             cfg = loading.get_pretrained_model_config(
                 folder, hf_cfg=config.to_dict(), device="cpu", dtype=dtype, default_prepend_bos=False
             )
-            cfg.tokenizer_name = None
+            _correct_sizes(cfg, config)
             state = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
             model = HookedTransformer(cfg)
             state = {key: value.to(device="cpu", dtype=dtype) for key, value in state.items()}
@@ -144,9 +146,19 @@ def _convert(hf_model: PreTrainedModel, dtype: torch.dtype) -> Any:
         AssertionError,
     ) as error:
         raise InputError(
-            f'HookedTransformer cannot load {architecture} ({_first_line(error)}); use backend="bridge" for this model.'
+            f'HookedTransformer cannot load {architecture} ({_reason(error)}); use backend="bridge" for this model.'
         ) from error
     return model
+
+
+def _correct_sizes(cfg: Any, config: Any) -> None:
+    """Put the model's own sizes where TransformerLens writes an architecture's usual ones."""
+    cfg.tokenizer_name = None  # or the constructor looks for a tokenizer in the scratch folder
+    if getattr(config, "n_inner", None):  # GPT-2, GPT-J: taken to be four times d_model
+        cfg.d_mlp = config.n_inner
+    longest = getattr(config, "max_position_embeddings", None)
+    if cfg.positional_embedding_type == "rotary" and longest:  # Mistral, Qwen3: taken to be 2048
+        cfg.n_ctx = min(longest, _LONGEST_CONTEXT)
 
 
 def _config_for_transformer_lens(hf_model: PreTrainedModel) -> Any:
@@ -155,11 +167,6 @@ def _config_for_transformer_lens(hf_model: PreTrainedModel) -> Any:
     config.architectures = [type(hf_model).__name__]
     if not hasattr(config, "n_ctx") and hasattr(config, "n_positions"):  # GPT-2
         config.n_ctx = config.n_positions
-    rope = getattr(config, "rope_parameters", None)
-    if (
-        isinstance(rope, dict) and "partial_rotary_factor" in rope and not hasattr(config, "partial_rotary_factor")
-    ):  # Phi
-        config.partial_rotary_factor = rope["partial_rotary_factor"]
     return config
 
 
@@ -190,9 +197,9 @@ def _attach_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> 
     carries, which fails for a tokenizer that came from a GGUF file or an object. Its two settings are made here
     instead.
     """
-    model.tokenizer = tokenizer
     model.cfg.default_prepend_bos = False
     if tokenizer is None:
+        model.tokenizer = None
         return
     tokenizer = copy.deepcopy(tokenizer)  # the special tokens below are filled in on our copy, not on the user's object
     tokenizer.padding_side = "right"
@@ -201,7 +208,7 @@ def _attach_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> 
         tokenizer.pad_token = fallback
     if tokenizer.bos_token is None and fallback is not None:
         tokenizer.bos_token = fallback
-    model.tokenizer = tokenizer
+    model.tokenizer = tokenizer  # once: a bridge takes a second assignment through TransformerLens' own setter
     encoded = tokenizer.encode("a")
     prepends = len(encoded) > 1 and encoded[0] in (tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None))
     model.cfg.tokenizer_prepends_bos = prepends
@@ -216,6 +223,6 @@ def _quiet_transformer_lens() -> Iterator[None]:
         yield
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:200] or type(error).__name__

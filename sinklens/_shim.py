@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -170,6 +170,25 @@ def supports_resume(model: Model) -> bool:
     return not is_bridge(model)
 
 
+@overload
+def forward(
+    model: Model, x: Tensor, *, start_at: int = 0, stop_at: int, return_type: Literal["logits"] | None = None
+) -> Tensor: ...
+@overload
+def forward(
+    model: Model, x: Tensor, *, start_at: int = 0, stop_at: None = None, return_type: Literal["logits"]
+) -> Tensor: ...
+@overload
+def forward(model: Model, x: Tensor, *, start_at: int = 0, stop_at: None = None, return_type: None = None) -> None: ...
+@overload
+def forward(
+    model: Model,
+    x: Tensor,
+    *,
+    start_at: int = 0,
+    stop_at: int | None = None,
+    return_type: Literal["logits"] | None = None,
+) -> Tensor | None: ...
 def forward(
     model: Model,
     x: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],

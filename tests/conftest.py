@@ -1,0 +1,47 @@
+"""Fixtures that are dear to build, once per session. Tests that use them must leave them without hooks."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports transformers, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """The real model, on the default backend."""
+    from sinklens.models import load_model
+
+    return load_model("smollm2", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Any:
+    """Gated MLP, RMSNorm, rotary, grouped-query attention; a HookedTransformer where there is one."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_bridge() -> Any:
+    """The weights of `tiny_llama` in a TransformerBridge."""
+    return tiny_model("llama", "bridge")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> Any:
+    """Plain MLP, LayerNorm, learned positions."""
+    return tiny_model("gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_neox() -> Any:
+    """Parallel attention and MLP."""
+    return tiny_model("gpt_neox")
