@@ -1,0 +1,59 @@
+# Everything runs from .venv, which is made on first use and touched again only when a requirement changes.
+#
+#   make chain   the main job on the default model     make check   what CI runs: lint, types, tests
+#   make test    the tests                             make clean   remove the environments
+#
+# PYTHON=python3.12 picks another interpreter; ARGS="--length 32" adds options to the main job or to pytest.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+OUT ?= runs/first
+
+BIN := $(VENV)/bin
+REQUIREMENTS := pyproject.toml constraints.txt
+
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.PHONY: help chain test lint types check format clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '3,6s/^# *//p' Makefile
+
+chain: $(VENV)/.installed
+	$(BIN)/sinklens chain --model smollm2 --target 10 --length 64 --out $(OUT) --force $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint types test
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-tl4
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "sinklens needs Python 3.11 or newer; name one, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are written last, so an interrupted installation is taken up again.
+$(VENV)/.installed: $(REQUIREMENTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[viz]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(VENV)/.installed $@
