@@ -88,7 +88,7 @@ def run_patches(
         patches: the interventions; each names the run that it is applied in and its source run.
         readouts: what to measure in every patched row, and in the runs themselves.
         runs: root patches of every run; ``{"base": ()}`` by default.
-        memory_budget: bytes that the activations of one forward pass may take (1 GiB on a CPU, half of what is free on
+        memory_budget: bytes that the activations of one forward pass may take (256 MiB on a CPU, half of what is free on
             a GPU by default).
         max_rows: rows per forward pass, in place of the memory budget.
         progress: called with (rows done, rows in all).

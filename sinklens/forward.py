@@ -87,14 +87,13 @@ def gather(canonical: Tensor, rows: Tensor, positions: Tensor, units: Tensor | N
     return canonical[rows[:, None], positions[:, None], units]
 
 
-def apply(act: Tensor, op: Op, at: EditSite, source: Tensor | None, changed: Tensor | None) -> Tensor:
-    """The activation with one edit applied, as a new tensor.
+def apply_in_place(canonical: Tensor, op: Op, at: EditSite, source: Tensor | None, changed: Tensor | None) -> None:
+    """Write one edit into ``canonical`` (``[batch, pos, unit, ...]``), which must be the caller's own copy.
 
     Raises:
         EngineError: when the edit returns another shape than it was given.
     """
     place = op.place
-    canonical = place.site.to_canonical(act.clone())
     old = gather(canonical, place.rows, place.positions, place.units)
     new = place.edit(old, source, at)
     if new.shape != old.shape:
@@ -107,7 +106,6 @@ def apply(act: Tensor, op: Op, at: EditSite, source: Tensor | None, changed: Ten
         canonical[place.rows, place.positions] = new
     else:
         canonical[place.rows[:, None], place.positions[:, None], place.units] = new
-    return place.site.from_canonical(canonical)
 
 
 class _HookPoint:
@@ -123,9 +121,10 @@ class _HookPoint:
 
     def __call__(self, act: Tensor, hook: object) -> Tensor | None:  # noqa: ARG002
         self.fired += 1
-        edited = act
+        edited = act.clone() if self.ops else act
         for op in self.ops:
-            edited = apply(edited, op, self._site(op), self._source(op), self.program.changed)
+            canonical = op.place.site.to_canonical(edited)
+            apply_in_place(canonical, op, self._site(op), self._source(op), self.program.changed)
         for op, site in self.live_reads:
             place = op.place
             key = (id(place), site.template, op.layer)

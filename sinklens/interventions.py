@@ -23,7 +23,7 @@ from sinklens import edits
 from sinklens.capture import place_patch
 from sinklens.edits import EditSite
 from sinklens.errors import InputError
-from sinklens.forward import Op, apply, gather
+from sinklens.forward import Op, apply_in_place, gather
 from sinklens.models import Model, block_weights, model_shape
 from sinklens.patches import Patch, Positions
 from sinklens.sites import ATTN_OUT, K, MLP_OUT, MLP_POST, PATTERN, RESID_POST, V, Z, HookSite
@@ -81,7 +81,9 @@ def _writer(patch: Patch, layer: int, live: dict[str, Tensor], source: Mapping[s
                 s.template: take(source[s.at(layer)], s, place, None, there) for s in patch.edit.reads
             }
         at = EditSite(layer, place.prompts, place.positions, place.units, read, given_reads)
-        return apply(act, Op(place, layer), at, given, None)
+        edited = act.clone()
+        apply_in_place(patch.site.to_canonical(edited), Op(place, layer), at, given, None)
+        return edited
 
     return write
 

@@ -1,0 +1,131 @@
+"""The setting of a chain: model, prompts, formation and pair, with the statistics that stages ask for.
+
+Stages are written against this class, so that a stage says only *where* and *what*; which run is patched and where the
+source comes from follows from the pair and the direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sinklens.capture import ActivationStore, Want, capture_runs
+from sinklens.edits import Edit, OfSource
+from sinklens.errors import InputError
+from sinklens.formation import Formation
+from sinklens.models import BlockWeights, Model, ModelShape, block_weights, model_shape
+from sinklens.pairs import Direction, SinkPair
+from sinklens.patches import Patch, Positions, Source, per_prompt_index
+from sinklens.prompts import PromptBatch
+from sinklens.sites import HookSite
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a stage may know."""
+
+    model: Model
+    """The model."""
+    batch: PromptBatch
+    """The prompts."""
+    formation: Formation
+    """Formation block, super neurons, outlier dimensions, sink positions."""
+    pair: SinkPair
+    """The runs with and without the sink."""
+    readout_layers: tuple[int, ...]
+    """Blocks just after formation in which attention to the target is measured."""
+    max_rows: int
+    """Rows for one forward pass."""
+    _stores: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes of the model."""
+        return model_shape(self.model)
+
+    @property
+    def weights(self) -> BlockWeights:
+        """The weights of the formation block."""
+        return block_weights(self.model, self.formation.layer)
+
+    @property
+    def up_to_formation(self) -> tuple[int, ...]:
+        """All blocks up to the formation block, itself included."""
+        return tuple(range(self.formation.layer + 1))
+
+    @property
+    def after_formation(self) -> tuple[int, ...]:
+        """The blocks after the formation block, up to the last one in which attention is measured."""
+        return tuple(range(self.formation.layer + 1, max(self.readout_layers) + 1))
+
+    def patch(
+        self,
+        direction: Direction,
+        site: HookSite,
+        layers: Sequence[int],
+        edit: Edit,
+        *,
+        units: Sequence[int] | None = None,
+        positions: Positions | None = None,
+    ) -> Patch:
+        """A patch at the target (or at other ``positions``), from the run and source that the direction implies."""
+        run, source = self.pair.ends(direction)
+        if positions is not None and source.positions is None:
+            source = Source(source.run, positions)
+        return Patch(
+            site=site,
+            layers=tuple(layers),
+            positions=self.pair.target if positions is None else positions,
+            edit=edit,
+            units=None if units is None else tuple(units),
+            run=run,
+            source=source if edit.uses_source else None,
+        )
+
+    def removal(self, direction: Direction, edit: Edit, within: Sequence[int] | None = None) -> Edit:
+        """An edit that takes the mechanism away, for either direction.
+
+        Noise: ``edit`` on the run that has the sink. Denoise: the activation of that run with the mechanism taken
+        away, put into the run without (``within``: the units that are edited while all are transplanted).
+        """
+        if direction == "noise":
+            return edit
+        return OfSource(edit.name, edit, None if within is None else tuple(within))
+
+    def activations(self, run: str, site: HookSite, layers: Sequence[int]) -> ActivationStore:
+        """A run's activations at all positions in some blocks, captured once and kept.
+
+        Use ``.tensor(run, site, layer)`` (``[prompt, pos, unit, ...]``) or ``.at(run, site, layer, positions)``.
+        """
+        key = (run, site, tuple(layers))
+        if key not in self._stores:
+            wants = [Want(run, site, layer) for layer in layers]
+            runs = {run: self.pair.runs[run]}
+            self._stores[key] = capture_runs(self.model, self.batch.tokens, runs, wants, max_rows=self.max_rows)
+        return self._stores[key]
+
+    def spread(
+        self, source: Source, site: HookSite, layers: Sequence[int], positions: Positions | None = None
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Mean and standard deviation over prompts, per unit and dimension, at one position of every prompt.
+
+        Raises:
+            InputError: with fewer than two prompts.
+        """
+        if self.batch.n < 2:
+            raise InputError(f"a variance over prompts needs at least 2 prompts, there is {self.batch.n}")
+        where = source.positions or positions or self.pair.target
+        index = per_prompt_index(where, self.batch.n)
+        store = self.activations(source.run, site, layers)
+        found = {layer: store.at(source.run, site, layer, index).float() for layer in layers}
+        return {layer: (x.mean(0), x.std(0)) for layer, x in found.items()}
+
+    def ordinary(self, site: HookSite, layer: int, layers: Sequence[int]) -> Float[Tensor, "place unit *rest"]:
+        """Activations of the run without the sink at all ordinary positions of all prompts."""
+        run = self.pair.without.run
+        tensor = self.activations(run, site, layers).tensor(run, site, layer)
+        return tensor[self.pair.ordinary.bool().to(tensor.device)].float()
