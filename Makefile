@@ -13,7 +13,6 @@ OUT ?= runs/first
 BIN := $(VENV)/bin
 REQUIREMENTS := pyproject.toml constraints.txt
 
-export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .PHONY: help chain test lint types check format clean

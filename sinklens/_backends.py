@@ -92,7 +92,9 @@ def to_bridge(
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     hf_model.set_attn_implementation("eager")  # the only one that computes the pattern which the hooks stand on
-    torch.nn.Module.to(hf_model, device=device, dtype=dtype)
+    torch.nn.Module.to(hf_model, device)
+    for parameter in hf_model.parameters():  # not the buffers: rotary frequencies in bfloat16 would shift positions
+        parameter.data = parameter.data.to(dtype)
     hf_model.eval()
     architecture = type(hf_model).__name__
     try:
@@ -131,9 +133,8 @@ def _convert(hf_model: PreTrainedModel, dtype: torch.dtype) -> Any:
             state = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
             model = HookedTransformer(cfg)
             state = {key: value.to(device="cpu", dtype=dtype) for key, value in state.items()}
-            model.load_and_process_state_dict(
-                state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-            )
+            # Not load_and_process_state_dict: with nothing to process, it is this call once per tensor, and slow.
+            model.load_state_dict(model.fill_missing_keys(state), strict=False)
     except InputError:
         raise
     except (
