@@ -177,7 +177,7 @@ def load_model(
         raise InputError(f'unknown backend {backend!r}; choose "auto", "hooked" or "bridge".')
     if backend == "hooked" and not has_hooked_transformer():
         raise InputError('this TransformerLens has no HookedTransformer (it ended with 3.x); use backend="bridge".')
-    with _progress_bars_for_people():
+    with _quiet_loading():
         hf_model, own_tokenizer, name = _resolve(model, precision)
         chosen = own_tokenizer if tokenizer is None else _tokenizer(tokenizer)
         options: dict[str, Any] = {"name": name, "device": target, "dtype": precision}
@@ -293,9 +293,13 @@ def _sentence(error: BaseException) -> str:
 
 
 @contextmanager
-def _progress_bars_for_people() -> Iterator[None]:
-    """Transformers' progress bars only where someone is watching: a pipe or a log file does not see them."""
+def _quiet_loading() -> Iterator[None]:
+    """Transformers' progress bars only where someone is watching, and no diary of the hub's retries."""
     from transformers.utils import logging as transformers_logging
+
+    hub_logger = logging.getLogger("huggingface_hub.utils._http")
+    hub_level = hub_logger.level
+    hub_logger.setLevel(logging.ERROR)  # what came of the retries is in the error that we raise
 
     hide = not sys.stderr.isatty() and transformers_logging.is_progress_bar_enabled()
     if hide:
@@ -303,5 +307,6 @@ def _progress_bars_for_people() -> Iterator[None]:
     try:
         yield
     finally:
+        hub_logger.setLevel(hub_level)
         if hide:
             transformers_logging.enable_progress_bar()
