@@ -11,21 +11,100 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sinklens import edits, interventions, metrics, models, prompts, readouts, sites, stages, viz
+    from sinklens.chain import run_chain
+    from sinklens.edits import Edit, EditSite
+    from sinklens.engine import PatchResult, run_patches
     from sinklens.errors import EngineError, InputError, NoSinkError
-    from sinklens.models import list_models, load_model
-
-__all__ = ["EngineError", "InputError", "NoSinkError", "__version__", "list_models", "load_model"]
+    from sinklens.formation import Formation, find_formation
+    from sinklens.models import list_models, load_model, register_model
+    from sinklens.pairs import SinkPair, induced_pair, natural_pair
+    from sinklens.patches import Patch, Readout, Rows, Source
+    from sinklens.prompts import PromptBatch
+    from sinklens.report import report
+    from sinklens.results import ChainResult
+    from sinklens.setting import Setting
+    from sinklens.sites import HookSite
+    from sinklens.stages import CHAIN, Experiment, Stage, register
 
 # Public name -> the module that defines it.
 _EXPORTS = {
+    "run_chain": "sinklens.chain",
+    "Edit": "sinklens.edits",
+    "EditSite": "sinklens.edits",
+    "PatchResult": "sinklens.engine",
+    "run_patches": "sinklens.engine",
     "EngineError": "sinklens.errors",
     "InputError": "sinklens.errors",
     "NoSinkError": "sinklens.errors",
+    "Formation": "sinklens.formation",
+    "find_formation": "sinklens.formation",
     "list_models": "sinklens.models",
     "load_model": "sinklens.models",
+    "register_model": "sinklens.models",
+    "SinkPair": "sinklens.pairs",
+    "induced_pair": "sinklens.pairs",
+    "natural_pair": "sinklens.pairs",
+    "Patch": "sinklens.patches",
+    "Readout": "sinklens.patches",
+    "Rows": "sinklens.patches",
+    "Source": "sinklens.patches",
+    "PromptBatch": "sinklens.prompts",
+    "report": "sinklens.report",
+    "ChainResult": "sinklens.results",
+    "Setting": "sinklens.setting",
+    "HookSite": "sinklens.sites",
+    "CHAIN": "sinklens.stages",
+    "Experiment": "sinklens.stages",
+    "Stage": "sinklens.stages",
+    "register": "sinklens.stages",
 }
-# Public submodules, reachable as attributes (`sl.models`).
-_SUBMODULES = frozenset({"errors", "models"})
+# Public submodules, reachable as attributes (`sl.prompts`).
+_SUBMODULES = frozenset(
+    {"edits", "interventions", "metrics", "models", "prompts", "readouts", "sites", "stages", "viz"}
+)
+
+__all__ = [
+    "CHAIN",
+    "ChainResult",
+    "Edit",
+    "EditSite",
+    "EngineError",
+    "Experiment",
+    "Formation",
+    "HookSite",
+    "InputError",
+    "NoSinkError",
+    "Patch",
+    "PatchResult",
+    "PromptBatch",
+    "Readout",
+    "Rows",
+    "Setting",
+    "SinkPair",
+    "Source",
+    "Stage",
+    "__version__",
+    "edits",
+    "find_formation",
+    "induced_pair",
+    "interventions",
+    "list_models",
+    "load_model",
+    "metrics",
+    "models",
+    "natural_pair",
+    "prompts",
+    "readouts",
+    "register",
+    "register_model",
+    "report",
+    "run_chain",
+    "run_patches",
+    "sites",
+    "stages",
+    "viz",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,8 @@ formation) and every prompt i,
 * denoise (is the stage sufficient?): ``effect_i = (M_patched - M_base) / (M_anchored - M_base)``,
 * noise (is it necessary?): ``effect_i = (M_anchored - M_patched) / (M_anchored - M_base)``.
 
-Effects are per prompt, aggregated last, never clipped. Two identities are asserted in every run, because nothing that is
+Effects are per prompt, aggregated last, never clipped. Two identities are asserted in every run, because nothing that
+is
 printed can be trusted if they fail: the transplant of the aggregated value must carry exactly all of the effect of an
 induced pair, and every stage's transplant must move its own readout by exactly 1.
 """
@@ -254,8 +255,8 @@ def _check_pair(effects: pd.DataFrame, result: PatchResult, pair: SinkPair, min_
         return
     start, end = _ends(result, pair, SINK, pair.directions[-1])
     raise NoSinkError(
-        f"there is no sink to explain at the target: attention received is {start.mean():.4f} with and {end.mean():.4f} "
-        f"without it (mean over prompts), and no prompt differs by {min_gap} or more"
+        f"there is no sink to explain at the target: attention received is {start.mean():.4f} with and "
+        f"{end.mean():.4f} without it (mean over prompts), and no prompt differs by {min_gap} or more"
     )
 
 
@@ -323,8 +324,9 @@ def _check_identities(effects: pd.DataFrame, matrix: pd.DataFrame, pair: SinkPai
         if off > tolerance:
             worst = values.loc[(values.effect - 1).abs().idxmax()]
             raise EngineError(
-                f"identity check failed: {name} must have an effect of exactly 1, but {worst.stage} ({worst.direction}) "
-                f"gave {worst.effect:.6f} in prompt {worst.prompt}; the scores of this run cannot be trusted"
+                f"identity check failed: {name} must have an effect of exactly 1, but {worst.stage} "
+                f"({worst.direction}) gave {worst.effect:.6f} in prompt {worst.prompt}; "
+                "the scores of this run cannot be trusted"
             )
 
 

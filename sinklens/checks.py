@@ -1,6 +1,7 @@
 """What else the pair changes: the questions that a careful reader of an intervention asks.
 
-An intervention that makes a sink could do so by side effects. For both runs of the pair this measures, at the target and
+An intervention that makes a sink could do so by side effects. For both runs of the pair this measures, at the target
+and
 at the other positions: attention entropy (nats) and how many values a query effectively averages, in the blocks up to
 formation and in those after; the variance of the aggregated value; the super neurons' activations; and residual norms.
 """
@@ -22,7 +23,12 @@ def pair_checks(setting: Setting) -> pd.DataFrame:
     """One row per quantity, place and run: the mean over prompts."""
     readings = _readouts(setting)
     store = capture_runs(
-        setting.model, setting.batch.tokens, setting.pair.runs, [], [r for r, _, _ in readings], max_rows=setting.max_rows
+        setting.model,
+        setting.batch.tokens,
+        setting.pair.runs,
+        [],
+        [r for r, _, _ in readings],
+        max_rows=setting.max_rows,
     )
     records = []
     for readout, quantity, where in readings:
@@ -40,7 +46,10 @@ def _places(setting: Setting) -> dict[str, tuple[Tensor, Positions]]:
     target = torch.zeros(n, length)
     target[torch.arange(n), per_prompt_index(setting.pair.target, n)] = 1
     sinks: Positions = tuple((p,) for p in setting.formation.sink_positions)
-    places = {"target": (target, setting.pair.target), "ordinary position": (setting.pair.ordinary, setting.pair.reference)}
+    places = {
+        "target": (target, setting.pair.target),
+        "ordinary position": (setting.pair.ordinary, setting.pair.reference),
+    }
     if setting.pair.kind != "natural":
         sink = torch.zeros(n, length)
         sink[torch.arange(n), torch.tensor(setting.formation.sink_positions)] = 1
@@ -70,11 +79,14 @@ def _readouts(setting: Setting) -> list[tuple[Readout, str, str]]:
         for name, quantity, site, layers, function in (
             ("neurons", "super-neuron activation (mean magnitude)", MLP_POST, last,
              lambda x, _layer: x[:, neurons].float().abs().mean(-1)),
-            ("norm", "residual norm after the formation block", RESID_POST, last, lambda x, _layer: x.float().norm(dim=-1)),
+            ("norm", "residual norm after the formation block", RESID_POST, last,
+             lambda x, _layer: x.float().norm(dim=-1)),
             ("dominance", "dominance ratio after RMSNorm, next blocks", LN1_NORMALIZED, setting.readout_layers,
              lambda x, _layer: metrics.dominance_ratio(x)),
         ):  # fmt: skip
-            found.append((readouts.vector_readout(f"{name}/{where}", site, layers, position, n, function), quantity, where))
+            found.append(
+                (readouts.vector_readout(f"{name}/{where}", site, layers, position, n, function), quantity, where)
+            )
         received = readouts.attention_received(f"received/{where}", setting.readout_layers, position, n)
         found.append((received, "attention received, after formation", where))
     return found

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,7 @@ from torch import Tensor
 from sinklens.capture import ActivationStore, Want, capture_runs, place_patch
 from sinklens.errors import EngineError, InputError
 from sinklens.forward import Op, Placement, Program, execute, readouts_in
-from sinklens.memory import device_of, is_out_of_memory, release_cached, row_budget
+from sinklens.memory import device_of, is_out_of_memory, peak_bytes, release_cached, row_budget
 from sinklens.models import Model, model_shape, supports_resume
 from sinklens.patches import CLEAN, Patch, Readout, Runs, positions_of
 from sinklens.prompts import PromptBatch
@@ -54,7 +54,7 @@ class EngineStats:
     seconds: float = 0.0
     """Wall-clock time, runs included."""
     peak_bytes: int | None = None
-    """Peak device memory allocated, on CUDA."""
+    """Peak memory: allocated on the GPU, or resident in the whole process on a CPU (where that can be asked)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +88,14 @@ def run_patches(
         patches: the interventions; each names the run that it is applied in and its source run.
         readouts: what to measure in every patched row, and in the runs themselves.
         runs: root patches of every run; ``{"base": ()}`` by default.
-        memory_budget: bytes that the activations of one forward pass may take (256 MiB on a CPU, half of what is free on
-            a GPU by default).
+        memory_budget: bytes that the activations of one forward pass may take (256 MiB on a CPU, half of what is free
+            on a GPU by default).
         max_rows: rows per forward pass, in place of the memory budget.
         progress: called with (rows done, rows in all).
 
     Raises:
-        InputError: a block, position or unit that the model or the prompts do not have; non-finite activations of a run.
+        InputError: a block, position or unit that the model or the prompts do not have; non-finite activations of a
+            run.
         EngineError: a hook that does not exist or never fired, an edit that changed nothing, a readout that is not
             finite, one row that does not fit in memory.
     """
@@ -114,8 +115,7 @@ def run_patches(
     job.run(progress)
     stats = job.stats
     stats.seconds = time.perf_counter() - began
-    if device.type == "cuda":
-        stats.peak_bytes = torch.cuda.max_memory_allocated(device)
+    stats.peak_bytes = peak_bytes(device)
     values = {readout.name: job.values[i] for i, readout in enumerate(readouts)}
     run_values = {run: {r.name: _combine_run(store, run, r).double().cpu() for r in readouts} for run in runs}
     _check_readings(values, run_values, patches)
@@ -195,7 +195,7 @@ class _Job:
         x = self._residual(first, chunk) if self.resume else self.tokens.to(self.device)[prompts]
         execute(self.model, x, program, start_at=first, stop_at=last + 1)
         for i, readout in enumerate(self.readouts):
-            parts = [self._reading(program, readout, layer, start, chunk, prompts) for layer in readout.layers]
+            parts = [self._reading(program, readout, layer, start, chunk) for layer in readout.layers]
             self.out[i, owners, prompts] = readout.combine(torch.stack(parts)).to(self.out)
 
     def _residual(self, start: int, chunk: list[Row]) -> Tensor:
@@ -205,7 +205,7 @@ class _Job:
             parts.append(self.store.tensor(run, RESID_PRE, start)[[prompt for _, prompt in rows]])
         return torch.cat(parts)
 
-    def _reading(self, program: Program, readout: Readout, layer: int, start: int, chunk, prompts) -> Tensor:  # noqa: ANN001
+    def _reading(self, program: Program, readout: Readout, layer: int, start: int, chunk: list[Row]) -> Tensor:
         if layer >= start:
             return program.readings[readout.name, layer]
         # Nothing before the first edited block can have moved: the run's own reading is exact.
@@ -309,7 +309,9 @@ def _validate(model: Model, tokens: Tensor, patches: Sequence[Patch], readouts: 
     for readout in readouts:
         top = shape.n_layers + (readout.site == LOGITS)
         if not readout.layers or not all(0 <= layer < top for layer in readout.layers):
-            raise InputError(f"readout {readout.name!r} asks for blocks {readout.layers} of a {shape.n_layers}-block model")
+            raise InputError(
+                f"readout {readout.name!r} asks for blocks {readout.layers} of a {shape.n_layers}-block model"
+            )
     for run, roots in runs.items():
         for root in roots:
             if root.source is not None:
@@ -343,8 +345,12 @@ def _check_readings(values: Mapping[str, Tensor], runs: Mapping, patches: Sequen
     for run, readings in runs.items():
         for name, value in readings.items():
             if not torch.isfinite(value).all():
-                raise InputError(f"readout {name!r} is not finite in the run {run!r}: check the model's weights and dtype")
+                raise InputError(
+                    f"readout {name!r} is not finite in the run {run!r}: check the model's weights and dtype"
+                )
     for name, value in values.items():
         bad = (~torch.isfinite(value)).any(-1).nonzero().flatten().tolist()
         if bad:
-            raise EngineError(f"readout {name!r} is not finite under {len(bad)} patch(es): {patches[bad[0]].describe()}")
+            raise EngineError(
+                f"readout {name!r} is not finite under {len(bad)} patch(es): {patches[bad[0]].describe()}"
+            )

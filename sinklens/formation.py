@@ -7,13 +7,15 @@ Everything is found in the data; nothing is assumed about the model or the first
 * A *formation block* makes the sink token's residual norm jump against the other tokens': with
   ``r_l = |h_l[sink]| / median_j |h_l[j]|``, block l is one when ``r_after >= min_ratio`` and
   ``r_after / r_before >= min_jump``. The block to explain is the one with the largest growth ``r_after - r_before``.
-* *Super neurons* (of that block) have outlying norms of both their W_gate and W_up columns (robust z of each, the smaller
+* *Super neurons* (of that block) have outlying norms of both their W_gate and W_up columns (robust z of each, the
+  smaller
   one counts) and fire selectively: their mean magnitude on the sink token is ``selectivity`` times what they reach on
   other tokens (95th percentile). A plain MLP has no gate, so W_in alone is asked.
 * *Outlier dimensions* are the residual dimensions in which the super neurons' joint contribution on the sink token
   outlies that in all others (robust z of its magnitude).
 
-The thresholds are choices, not facts of nature: each is an argument, and what was measured is returned with the verdict.
+The thresholds are choices, not facts of nature: each is an argument, and what was measured is returned with the
+verdict.
 """
 
 from __future__ import annotations
@@ -221,7 +223,10 @@ def _profile(store: ActivationStore, received: Tensor, sinks: Tensor, n_layers: 
             sink, other = _of_sink(norms[name], sinks), _of_others(norms[name], sinks).median(-1).values
             record |= {f"norm_sink_{name}": sink.median(), f"norm_other_{name}": other.median()}
             record |= {f"ratio_{name}": (sink / other).median()}
-        record |= {"attn_norm": _of_sink(norms["attn"], sinks).median(), "mlp_norm": _of_sink(norms["mlp"], sinks).median()}
+        record |= {
+            "attn_norm": _of_sink(norms["attn"], sinks).median(),
+            "mlp_norm": _of_sink(norms["mlp"], sinks).median(),
+        }
         record |= {
             "attention_sink": _of_sink(attention, sinks).mean(),
             "attention_other": _of_others(attention, sinks).nanmean(),
@@ -232,20 +237,18 @@ def _profile(store: ActivationStore, received: Tensor, sinks: Tensor, n_layers: 
 
 
 def _events(profile: pd.DataFrame, min_ratio: float, min_jump: float) -> tuple[FormationEvent, ...]:
-    jumps = profile[
-        (profile.ratio_after >= min_ratio) & (profile.ratio_after >= min_jump * profile.ratio_before)
-    ]
+    jumps = profile.loc[(profile.ratio_after >= min_ratio) & (profile.ratio_after >= min_jump * profile.ratio_before)]
     return tuple(
         FormationEvent(
-            layer=int(row.layer),
-            norm_before=row.norm_sink_before,
-            norm_after=row.norm_sink_after,
-            ratio_before=row.ratio_before,
-            ratio_after=row.ratio_after,
-            mlp_norm=row.mlp_norm,
-            attn_norm=row.attn_norm,
+            layer=int(row["layer"]),
+            norm_before=row["norm_sink_before"],
+            norm_after=row["norm_sink_after"],
+            ratio_before=row["ratio_before"],
+            ratio_after=row["ratio_after"],
+            mlp_norm=row["mlp_norm"],
+            attn_norm=row["attn_norm"],
         )
-        for row in jumps.itertuples()
+        for row in jumps.to_dict("records")
     )
 
 

@@ -171,7 +171,7 @@ def _hook_points(program: Program) -> dict[str, _HookPoint]:
     return dict(points)
 
 
-def execute(model: Model, x: Tensor, program: Program, *, start_at: int, stop_at: int) -> Mapping:
+def execute(model: Model, x: Tensor, program: Program, *, start_at: int, stop_at: int) -> dict[tuple[str, int], Tensor]:
     """Run blocks ``start_at`` to ``stop_at - 1`` on ``x`` with the program's hooks; returns ``program.readings``.
 
     ``x`` is a batch of tokens, or of residual streams entering block ``start_at``. ``stop_at`` beyond the last block
@@ -187,12 +187,10 @@ def execute(model: Model, x: Tensor, program: Program, *, start_at: int, stop_at
     wants_logits = stop_at > n_layers
     stop = None if wants_logits else stop_at
     with torch.no_grad(), model.hooks(fwd_hooks=list(points.items())):
-        out = forward(
-            model, x, start_at=start_at, stop_at=stop, return_type="logits" if wants_logits else None
-        )
+        out = forward(model, x, start_at=start_at, stop_at=stop, return_type="logits" if wants_logits else None)
     _check_fired(points)
     for readout, layer in program.readouts:
-        if readout.site == LOGITS:
+        if readout.site == LOGITS and out is not None:
             program.readings[readout.name, layer] = readout.reduce(out, Rows(program.prompts, layer))
     return program.readings
 

@@ -26,7 +26,7 @@ from sinklens.errors import InputError
 from sinklens.forward import Op, apply_in_place, gather
 from sinklens.models import Model, block_weights, model_shape
 from sinklens.patches import Patch, Positions
-from sinklens.sites import ATTN_OUT, K, MLP_OUT, MLP_POST, PATTERN, RESID_POST, V, Z, HookSite
+from sinklens.sites import ATTN_OUT, MLP_OUT, MLP_POST, PATTERN, RESID_POST, HookSite, K, V, Z
 
 Hook = Callable[[Tensor, Any], Tensor | None]
 Hooks = list[tuple[str, Hook]]
@@ -45,7 +45,7 @@ def hooks_of(patch: Patch, source: Mapping[str, Tensor] | None = None) -> Hooks:
     for layer in patch.layers:
         live: dict[str, Tensor] = {}
         for site in patch.edit.reads:
-            hooks.append((site.at(layer), _reader(site, patch, live)))
+            hooks.append((site.at(layer), _reader(site, live)))
         hooks.append((patch.site.at(layer), _writer(patch, layer, live, source)))
     return hooks
 
@@ -57,7 +57,7 @@ def _rows(patch: Patch, act: Tensor):  # noqa: ANN202
     return place_patch(filled, [(row, row) for row in range(len(act))], -1, act.device)
 
 
-def _reader(site: HookSite, patch: Patch, live: dict[str, Tensor]) -> Hook:
+def _reader(site: HookSite, live: dict[str, Tensor]) -> Hook:
     def read(act: Tensor, hook: Any) -> None:  # noqa: ARG001
         live[site.template] = act
 
@@ -77,9 +77,7 @@ def _writer(patch: Patch, layer: int, live: dict[str, Tensor], source: Mapping[s
             if source is None:
                 raise InputError(f"the edit {patch.edit.name!r} needs the source run's activations")
             given = take(source[patch.site.at(layer)], patch.site, place, place.units, there)
-            given_reads = {
-                s.template: take(source[s.at(layer)], s, place, None, there) for s in patch.edit.reads
-            }
+            given_reads = {s.template: take(source[s.at(layer)], s, place, None, there) for s in patch.edit.reads}
         at = EditSite(layer, place.prompts, place.positions, place.units, read, given_reads)
         edited = act.clone()
         apply_in_place(patch.site.to_canonical(edited), Op(place, layer), at, given, None)
@@ -132,7 +130,7 @@ def amplify_variance(
     return [(Z.at(layer), hook_for(layer)) for layer in layers]
 
 
-def _ablation(site: HookSite, layer: int, mode: Mode, values: Tensor | None) -> edits.Edit:
+def _ablation(layer: int, mode: Mode, values: Tensor | None) -> edits.Edit:
     if mode == "zero":
         return edits.Constant()
     if values is None:
@@ -153,7 +151,7 @@ def ablate_neurons(
 
     ``values`` is ``[d_mlp]`` for ``mode="mean"``, ``[prompt d_mlp]`` for ``"resample"``.
     """
-    edit = _ablation(MLP_POST, layer, mode, values)
+    edit = _ablation(layer, mode, values)
     return hooks_of(Patch(MLP_POST, (layer,), tuple(positions), edit, tuple(neurons)))
 
 
@@ -166,7 +164,7 @@ def ablate_dims(
     site: HookSite = RESID_POST,
 ) -> Hooks:
     """Ablate dimensions of the residual stream after a block (or at another ``site`` that is ``d_model`` wide)."""
-    edit = _ablation(site, layer, mode, values)
+    edit = _ablation(layer, mode, values)
     return hooks_of(Patch(site, (layer,), tuple(positions), edit, tuple(dims)))
 
 
@@ -178,7 +176,7 @@ def ablate_heads(
     values: Float[Tensor, "... head d_head"] | None = None,
 ) -> Hooks:
     """Ablate the outputs (``hook_z``) of attention heads at ``positions`` (all by default)."""
-    edit = _ablation(Z, layer, mode, values)
+    edit = _ablation(layer, mode, values)
     return hooks_of(Patch(Z, (layer,), tuple(positions), edit, tuple(heads)))
 
 

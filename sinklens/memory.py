@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from sinklens.models import Model, ModelShape
@@ -59,3 +61,15 @@ def release_cached(device: torch.device) -> None:
     """Give cached blocks back to the device, so that a smaller batch finds room."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak memory so far: allocated on a GPU, resident in this process on a CPU; None where that cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -39,7 +39,9 @@ def attention_received(name: str, layers: Sequence[int], positions: Positions, n
 
 
 def attention_ordinary(name: str, layers: Sequence[int], ordinary: Float[Tensor, "prompt pos"]) -> Readout:
-    """Attention received by an ordinary position: the mean over each prompt's positions that ``ordinary`` marks with 1."""
+    """Attention received by an ordinary position: the mean over each prompt's positions that ``ordinary`` marks
+    with 1.
+    """
 
     def reduce(act: Tensor, rows: Rows) -> Tensor:
         received = metrics.attention_received(act).mean(1)
@@ -77,7 +79,9 @@ def deviation(
     n_prompts: int,
     statistics: Mapping[int, tuple[Tensor, Tensor]],
 ) -> Readout:
-    """Squared deviation from the ordinary mean in units of the ordinary variance; ``statistics`` is (mean, variance)."""
+    """Squared deviation from the ordinary mean in units of the ordinary variance; ``statistics`` is (mean,
+    variance).
+    """
 
     def function(x: Tensor, layer: int) -> Tensor:
         mean, variance = statistics[layer]

@@ -1,8 +1,8 @@
 """Results: effects per prompt, aggregated last, saved atomically with all that is needed to trace them.
 
 An effect is a ratio of differences, ``(M_patched - M_without) / (M_with - M_without)``, counted from the run that was
-patched: 1 means that the patch did all that the sink pair does, 0 nothing. It is never clipped. A prompt in which the pair
-itself moves the metric by less than ``min_gap`` cannot be divided by: it is excluded, and counted.
+patched: 1 means that the patch did all that the sink pair does, 0 nothing. It is never clipped. A prompt in which the
+pair itself moves the metric by less than ``min_gap`` cannot be divided by: it is excluded, and counted.
 """
 
 from __future__ import annotations
@@ -183,7 +183,9 @@ def check_out(out: Path, *, force: bool) -> None:
         if not force:
             raise InputError(f"{out} exists already: choose another --out, or replace it with --force")
         if any(out.iterdir()) and not (out / "chain.json").is_file():
-            raise InputError(f"{out} is not the folder of an earlier run, so --force will not replace it: choose another")
+            raise InputError(
+                f"{out} is not the folder of an earlier run, so --force will not replace it: choose another"
+            )
     parent = out.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +195,7 @@ def check_out(out: Path, *, force: bool) -> None:
         raise InputError(f"{parent} cannot be written ({error.strerror}): choose another --out") from error
 
 
-def effect(patched: np.ndarray, start: np.ndarray, end: np.ndarray, min_gap: float) -> np.ndarray:
+def effect(patched: np.ndarray, start: np.ndarray, end: np.ndarray | float, min_gap: float) -> np.ndarray:
     """``(patched - start) / (end - start)``; NaN where ``|end - start| < min_gap``. Arrays broadcast."""
     gap = np.asarray(end - start, dtype=float)
     safe = np.where(np.abs(gap) >= max(min_gap, np.finfo(float).tiny), gap, np.nan)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def dominance_ratio(x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
-    """``max_j |x_j| / mean_j |x_j|``: 1 when all are equal, d when one dimension holds everything; NaN for a zero vector."""
+    """``max_j |x_j| / mean_j |x_j|``: 1 when all are equal, d when one dimension holds everything; NaN for a zero
+    vector.
+    """
     magnitude = x.float().abs()
     return magnitude.amax(-1) / magnitude.mean(-1)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def relative_deviation(
-    x: Float[Tensor, "batch d"], mean: Float[Tensor, " d"], variance: Float[Tensor, "..."]
+    x: Float[Tensor, "batch d"], mean: Float[Tensor, " d"], variance: Float[Tensor, ...]
 ) -> Float[Tensor, " batch"]:
     """Mean over dimensions of ``(x - mean)^2``, divided by ``variance`` (a scalar: the ordinary mean square deviation).
 

@@ -1,0 +1,287 @@
+"""The command line: ``sinklens chain``, ``find`` and ``models``.
+
+Exit codes: 0 done; 2 a mistake in arguments or input, told in one sentence; 1 anything else. Results go to stdout,
+progress and remarks to stderr. torch and transformers are imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from sinklens.engine import Progress
+    from sinklens.prompts import PromptBatch
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Causal interpretability of attention sinks: per-stage scores of the proposed chain, on any model.",
+)
+
+
+class Dtype(StrEnum):
+    """Floating-point formats a model can be loaded in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Pair(StrEnum):
+    """How a sink is made at the target."""
+
+    block_aggregation = "block_aggregation"
+    amplify_variance = "amplify_variance"
+
+
+class Backend(StrEnum):
+    """TransformerLens classes."""
+
+    auto = "auto"
+    hooked = "hooked"
+    bridge = "bridge"
+
+
+ModelOption = Annotated[str, typer.Option(help="A name from `sinklens models`, a Hugging Face id, or a local folder.")]
+LengthOption = Annotated[int, typer.Option(help="Tokens in every prompt.")]
+PromptsOption = Annotated[
+    str,
+    typer.Option(help="`passages` (in the package), `random` (random tokens), or a file: one text a line, or .jsonl."),
+]
+CountOption = Annotated[int, typer.Option("--n", help="Number of prompts.")]
+BosOption = Annotated[bool, typer.Option("--bos/--no-bos", help="Put the tokenizer's BOS in front of every prompt.")]
+DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:1`.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Floating-point format of the model.")]
+BackendOption = Annotated[Backend, typer.Option(help="TransformerLens class to load the model as.")]
+SeedOption = Annotated[int, typer.Option(help="Fixes every random draw.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.callback()
+def _app() -> None:
+    """Causal interpretability of attention sinks."""
+
+
+@app.command()
+def chain(
+    model: ModelOption = "smollm2",
+    target: Annotated[str, typer.Option(help="Position that is made a sink, or `natural` for the data's own.")] = "10",
+    pair: Annotated[Pair, typer.Option(help="How the sink is made at the target.")] = Pair.block_aggregation,
+    strength: Annotated[float, typer.Option(help="Lambda of amplify_variance.")] = 8.0,
+    length: LengthOption = 64,
+    n: CountOption = 16,
+    prompts: PromptsOption = "passages",
+    bos: BosOption = False,
+    readout_blocks: Annotated[int, typer.Option(min=1, help="Blocks after formation to measure attention in.")] = 4,
+    control_draws: Annotated[int, typer.Option(min=1, help="Repetitions of what is drawn at random.")] = 3,
+    min_gap: Annotated[float, typer.Option(help="Exclude prompts whose metric the pair moves by less.")] = 0.01,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.float32,
+    backend: BackendOption = Backend.auto,
+    seed: SeedOption = 0,
+    memory_budget: Annotated[float | None, typer.Option(help="GiB for one forward pass's activations.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/chain"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier run.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score every stage of the attention-sink chain, with controls and intervals."""
+    with _errors():
+        from sinklens.results import check_out
+
+        wanted = _target(target)
+        check_out(out, force=force)
+        if memory_budget is not None and memory_budget <= 0:
+            _fail("--memory-budget must be more than 0 GiB")
+        with _progress() as (step, rows):
+            loaded, batch = _load(step, model, device, dtype, backend, prompts, n, length, bos, seed)
+            from sinklens.chain import run_chain
+
+            step("scoring the chain")
+            result = run_chain(
+                loaded, batch, target=wanted, pair=pair.value, strength=strength, readout_blocks=readout_blocks,
+                control_draws=control_draws, min_gap=min_gap, seed=seed, progress=rows,
+                memory_budget=None if memory_budget is None else int(memory_budget * 2**30),
+            )  # fmt: skip
+            result.config["command"] = _command()
+            result.save(out, force=force)
+            step("writing the report")
+            page = _report(out)
+        _print_chain(result, out, page, as_json)
+
+
+@app.command()
+def find(
+    model: ModelOption = "smollm2",
+    length: LengthOption = 64,
+    n: CountOption = 16,
+    prompts: PromptsOption = "passages",
+    bos: BosOption = False,
+    layer: Annotated[int | None, typer.Option(help="Explain this block instead of the strongest.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.float32,
+    backend: BackendOption = Backend.auto,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Find where the sink forms: blocks, super neurons, outlier dimensions."""
+    with _errors():
+        with _progress() as (step, _rows):
+            loaded, batch = _load(step, model, device, dtype, backend, prompts, n, length, bos, seed)
+            from sinklens.formation import find_formation
+
+            step("finding the formation block")
+            formation = find_formation(loaded, batch, layer=layer)
+        from dataclasses import asdict
+
+        from sinklens.results import to_plain
+        from sinklens.tables import console, formation_tables
+
+        if as_json:
+            data = asdict(formation) | {"profile": formation.profile.to_dict("records")}
+            print(json.dumps(to_plain(data), indent=1))  # noqa: T201  (the command's output)
+            return
+        for table in formation_tables(formation):
+            console().print(table)
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List the models that have a short name."""
+    with _errors():
+        from dataclasses import asdict
+
+        from rich.table import Table
+
+        from sinklens.models import list_models
+        from sinklens.results import to_plain
+        from sinklens.tables import console
+
+        found = [asdict(item) for item in list_models()]
+        if as_json:
+            print(json.dumps(to_plain(found), indent=1))  # noqa: T201  (the command's output)
+            return
+        table = Table(title="Models with a short name")
+        for name in found[0]:
+            table.add_column(name, overflow="fold")
+        for item in found:
+            table.add_row(*("" if value is None else str(value) for value in item.values()))
+        console().print(table)
+        console().print("Any other model: give a Hugging Face id or a local folder to --model.")
+
+
+def _target(text: str) -> int | str:
+    if text == "natural":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        _fail(f"--target {text!r} must be a position such as 10, or natural")
+
+
+def _load(step, model, device, dtype, backend, prompts, n, length, bos, seed) -> tuple[Any, PromptBatch]:  # noqa: ANN001
+    if prompts not in ("passages", "random") and not Path(prompts).exists():
+        _fail(f"--prompts {prompts!r} is neither passages nor random nor a file that exists")
+    step("loading torch and the model")
+    from sinklens import prompts as make
+    from sinklens.models import load_model
+
+    loaded = load_model(model, device=device, dtype=dtype.value, backend=backend.value)
+    if prompts == "passages":
+        return loaded, make.natural(loaded, n=n, length=length, prepend_bos=bos)
+    if prompts == "random":
+        return loaded, make.random_tokens(loaded, n=n, length=length, seed=seed, prepend_bos=bos)
+    return loaded, make.from_file(loaded, prompts, n=n, length=length, prepend_bos=bos)
+
+
+def _report(out: Path) -> Path | None:
+    from sinklens.errors import InputError
+
+    try:
+        from sinklens.report import report
+
+        return report(out)
+    except InputError as error:  # plotly or circuitsvis is not installed: the numbers are saved all the same
+        typer.echo(f"no report.html: {error}", err=True)
+        return None
+
+
+def _print_chain(result: Any, out: Path, page: Path | None, as_json: bool) -> None:
+    from sinklens.tables import chain_footer, chain_table, console
+
+    if as_json:
+        sys.stdout.write((out / "chain.json").read_text(encoding="utf-8") + "\n")
+        return
+    screen = console()
+    screen.print(chain_table(result))
+    for line in chain_footer(result):
+        screen.print(line, markup=False)
+    screen.print(f"Results: {out}" + (f"; report: {page}" if page else ""), markup=False, soft_wrap=True)
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["sinklens", *sys.argv[1:]])
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[tuple[Any, Progress]]:
+    """A bar on stderr when that is a terminal; nothing otherwise."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    screen = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def step(text: str) -> None:
+            bar.update(task, description=text)
+
+        def rows(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield step, rows
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """The user's mistakes as one sentence and exit code 2, the engine's refusals as one and exit code 1."""
+    from sinklens.errors import EngineError, InputError
+
+    try:
+        yield
+    except InputError as error:
+        _fail(str(error))
+    except EngineError as error:
+        typer.echo(f"sinklens: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _fail(sentence: str) -> NoReturn:
+    typer.echo(f"sinklens: {sentence}", err=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point of the ``sinklens`` command."""
+    try:
+        app()
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): not an error, but Python would say so at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

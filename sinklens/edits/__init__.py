@@ -1,0 +1,53 @@
+"""Edits: pure functions from the activation at some positions to a new one.
+
+An edit receives ``x``, the activation gathered at the (row, position) pairs that it applies to, as a tensor
+``[pair, unit, ...]`` (the unit axis is the whole axis when the patch selects no units), the activation ``source`` of
+another run at the matching places (or ``None``), and an :class:`EditSite` that says which block, prompts and
+units these are. It returns a tensor of the shape of ``x`` and changes nothing in place. Because an edit sees pairs
+and not a batch, one edit serves a single ``run_with_hooks`` call and a packed batch of a thousand patches alike.
+
+There are two families, and the score they give is read differently:
+
+* *isolating* edits carry only the named mechanism over from the source (:class:`Subspace`,
+  :class:`NeuronContribution`): the claim predicts an effect of 1;
+* *removing* edits take the mechanism away from an activation (:class:`Constant`, :class:`PermuteWithin`,
+  :class:`DensifyRows`, :class:`DropDimsBeforeNorm`, :class:`RemoveDirection`): applied to the run that has the sink
+  the claim predicts that the sink goes; wrapped in :class:`OfSource`, they ask whether the activation still
+  carries the sink into a run without one.
+"""
+
+from sinklens.edits.base import Edit, EditSite
+from sinklens.edits.general import (
+    Constant,
+    OfSource,
+    PermuteWithin,
+    PerPrompt,
+    RemoveDirection,
+    Rescale,
+    SameNormScaling,
+    Subspace,
+    Transplant,
+)
+from sinklens.edits.mechanism import AttendSelf, DensifyRows, DropDimsBeforeNorm, NeuronContribution
+from sinklens.edits.random import random_orthonormal, random_permutations, rotate_rows
+
+__all__ = [
+    "AttendSelf",
+    "Constant",
+    "DensifyRows",
+    "DropDimsBeforeNorm",
+    "Edit",
+    "EditSite",
+    "NeuronContribution",
+    "OfSource",
+    "PerPrompt",
+    "PermuteWithin",
+    "RemoveDirection",
+    "Rescale",
+    "SameNormScaling",
+    "Subspace",
+    "Transplant",
+    "random_orthonormal",
+    "random_permutations",
+    "rotate_rows",
+]

@@ -1,0 +1,190 @@
+"""General edits: exchange, ablate, rescale, project, permute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from sinklens.edits.base import Edit, EditSite, Gathered, need, select
+from sinklens.sites import HookSite
+
+
+@dataclass(frozen=True, eq=False)
+class Transplant(Edit):
+    """Replace the activation with the source run's."""
+
+    name: str = "transplant"
+
+    @property
+    @override
+    def uses_source(self) -> bool:
+        return True
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        return need(source, self)
+
+
+@dataclass(frozen=True, eq=False)
+class Constant(Edit):
+    """Replace the activation with a constant: zero by default, a mean when ``values`` is given."""
+
+    name: str = "zero"
+    values: Mapping[int, Float[Tensor, "unit ..."]] | None = None
+    """Per block, the constant for every unit of the site; ``None`` is zero."""
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        if self.values is None:
+            return torch.zeros_like(x)
+        return select(self.values[at.layer], x, at.units).expand_as(x)
+
+
+@dataclass(frozen=True, eq=False)
+class PerPrompt(Edit):
+    """Replace the activation with a value of each prompt's own: resample ablation."""
+
+    name: str = "resample"
+    values: Mapping[int, Float[Tensor, "prompt unit *rest"]] = field(default_factory=dict)
+    """Per block, the new value of every unit for every prompt."""
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        full = self.values[at.layer].to(x)[at.prompts.to(x.device)]
+        return full if at.units is None else full.gather(1, at.units)
+
+
+@dataclass(frozen=True, eq=False)
+class Rescale(Edit):
+    """Rescale the deviation from a mean: ``mean + scale * (x - mean)``.
+
+    With a scalar scale this is variance amplification; with ``scale = sigma_target / sigma`` per dimension it matches
+    second moments and leaves the mean alone.
+    """
+
+    name: str = "rescale"
+    mean: Mapping[int, Float[Tensor, "unit ..."]] = field(default_factory=dict)
+    """Per block, the mean that is left in place."""
+    scale: Mapping[int, Float[Tensor, "..."]] = field(default_factory=dict)
+    """Per block, the factor on the deviation; broadcasts against the mean."""
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        mean = select(self.mean[at.layer], x, at.units)
+        full_scale = self.scale[at.layer].to(x).expand(self.mean[at.layer].shape)
+        return mean + select(full_scale, x, at.units) * (x - mean)
+
+
+@dataclass(frozen=True, eq=False)
+class SameNormScaling(Edit):
+    """The norm-only control of another edit: scale ``x`` uniformly to the norm which that edit would give it."""
+
+    name: str = "same_norm"
+    of: Edit = field(default_factory=lambda: Constant())
+    """The edit whose output norm is copied."""
+
+    @property
+    @override
+    def reads(self) -> tuple[HookSite, ...]:
+        return self.of.reads
+
+    @property
+    @override
+    def uses_source(self) -> bool:
+        return self.of.uses_source
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
+        target = self.of(x, source, at).flatten(1).norm(dim=-1)
+        norm = x.flatten(1).norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+        return x * (target / norm).view(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace(Edit):
+    """Transplant only the component in the span of an orthonormal basis: ``x + (source - x) B B^T``."""
+
+    name: str = "subspace"
+    basis: Float[Tensor, "d_model rank"] = field(default_factory=lambda: torch.zeros(0, 0))
+    """Orthonormal columns."""
+
+    @property
+    @override
+    def uses_source(self) -> bool:
+        return True
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        basis = self.basis.to(x)
+        return x + (need(source, self) - x) @ basis @ basis.T
+
+
+@dataclass(frozen=True, eq=False)
+class PermuteWithin(Edit):
+    """Permute the entries of every unit's vector (for ``hook_z``: within each head).
+
+    The per-position variance and the norm stay exactly the same, the alignment with what reads the vector is
+    destroyed; permuting the activation is the same as permuting the rows of the matrix that reads it.
+    """
+
+    name: str = "permuted"
+    permutation: Int[Tensor, "unit d_head"] = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+    """For every unit, a permutation of its entries."""
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        order = self.permutation.to(x.device)
+        order = order.unsqueeze(0).expand(len(x), -1, -1) if at.units is None else order[at.units]
+        return x.gather(-1, order)
+
+
+@dataclass(frozen=True, eq=False)
+class RemoveDirection(Edit):
+    """Remove the component along a unit direction: ``x - (x . u) u``, one direction per block and unit."""
+
+    name: str = "direction_removed"
+    directions: Mapping[int, Float[Tensor, "unit d_head"]] = field(default_factory=dict)
+    """Per block, a unit vector for every unit."""
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        u = select(self.directions[at.layer], x, at.units)
+        return x - (x * u).sum(-1, keepdim=True) * u
+
+
+@dataclass(frozen=True, eq=False)
+class OfSource(Edit):
+    """Apply another edit to the source's activation and transplant the result."""
+
+    name: str = "of_source"
+    edit: Edit = field(default_factory=lambda: Constant())
+    """The edit that is applied to the source run's activation."""
+    background: tuple[int, ...] | None = None
+    """Units that the inner edit applies to while all units are transplanted; ``None``: all of them."""
+
+    @property
+    @override
+    def reads(self) -> tuple[HookSite, ...]:
+        return self.edit.reads
+
+    @property
+    @override
+    def uses_source(self) -> bool:
+        return True
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        source = need(source, self)
+        at = replace(at, live=at.source_live)
+        if self.background is None:
+            return self.edit(source, source, at)
+        units = torch.tensor(self.background, device=source.device)
+        inner = source[:, units]
+        out = source.clone()
+        out[:, units] = self.edit(inner, inner, replace(at, units=units.expand(len(source), -1)))
+        return out

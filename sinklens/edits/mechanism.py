@@ -1,0 +1,135 @@
+"""Edits of one mechanism of the chain: attention to oneself, down-projections, what the norm sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from sinklens.edits.base import Edit, EditSite, Gathered, need
+from sinklens.sites import MLP_POST, RESID_PRE, HookSite
+
+
+@dataclass(frozen=True, eq=False)
+class AttendSelf(Edit):
+    """Make a query attend to itself alone: its row of ``hook_pattern`` becomes one-hot.
+
+    Equal to masking every earlier key with minus infinity before the softmax.
+    """
+
+    name: str = "block_aggregation"
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        own = torch.nn.functional.one_hot(at.positions, x.shape[-1]).to(x)
+        return own[:, None, :].expand_as(x).clone()
+
+
+def contribution(post: Float[Tensor, "pair d_mlp"], neurons: tuple[int, ...], rows: Tensor) -> Tensor:
+    """What ``neurons`` write, ``[pair, d_model]``: their activations times their rows ``[neuron, d_model]``."""
+    return post[:, list(neurons)].to(rows.dtype) @ rows
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronContribution(Edit):
+    """Carry over from the source only what some neurons write into some residual dimensions.
+
+    ``x_D + (a_source - a) @ W_out[neurons][:, D]`` for the dimensions ``D``, all else as it was. The activations
+    ``a`` are read live at ``mlp.hook_post``.
+    """
+
+    name: str = "outlier_dims"
+    neurons: tuple[int, ...] = ()
+    """Neurons whose contribution is exchanged."""
+    rows: Float[Tensor, "neuron d_model"] = field(default_factory=lambda: torch.zeros(0, 0))
+    """Their rows of W_out."""
+    dims: tuple[int, ...] = ()
+    """Residual dimensions it is restricted to."""
+    site: HookSite = MLP_POST
+    """Where the neurons' activations are read."""
+
+    @property
+    @override
+    def reads(self) -> tuple[HookSite, ...]:
+        return (self.site,)
+
+    @property
+    @override
+    def uses_source(self) -> bool:
+        return True
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
+        need(source, self)
+        rows = self.rows.to(x)
+        keep = torch.zeros(rows.shape[-1], dtype=x.dtype, device=x.device)
+        keep[list(self.dims)] = 1
+        key = self.site.template
+        new = contribution(at.source_live[key], self.neurons, rows)
+        return x + (new - contribution(at.live[key], self.neurons, rows)) * keep
+
+
+@dataclass(frozen=True, eq=False)
+class DensifyRows(Edit):
+    """Rotate the W_out rows of some neurons, keeping their norms: ``x + a @ (rotated - rows)``.
+
+    Written on ``hook_mlp_out``, so that the weights stay as they are and every row of a batch can have its own.
+    """
+
+    name: str = "densified"
+    neurons: tuple[int, ...] = ()
+    """Neurons whose down-projection is densified."""
+    rows: Float[Tensor, "neuron d_model"] = field(default_factory=lambda: torch.zeros(0, 0))
+    """Their rows of W_out."""
+    rotated: Float[Tensor, "neuron d_model"] = field(default_factory=lambda: torch.zeros(0, 0))
+    """The rows that take their place: same norms, spread over all dimensions."""
+    site: HookSite = MLP_POST
+    """Where the neurons' activations are read."""
+
+    @property
+    @override
+    def reads(self) -> tuple[HookSite, ...]:
+        return (self.site,)
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        delta = self.rotated.to(x) - self.rows.to(x)
+        return x + contribution(at.live[self.site.template], self.neurons, delta)
+
+
+@dataclass(frozen=True, eq=False)
+class DropDimsBeforeNorm(Edit):
+    """What the norm would have given had some residual dimensions been zero, edited in at ``hook_normalized``.
+
+    ``denominator_only=True`` keeps the dimensions in the numerator and removes them only from the RMS (or standard
+    deviation): it undoes the *filtering* while the outlier itself stays.
+    """
+
+    name: str = "dims_removed"
+    dims: tuple[int, ...] = ()
+    """Residual dimensions that are zeroed in the norm's input."""
+    eps: float = 1e-5
+    """The norm's epsilon."""
+    centred: bool = False
+    """True for LayerNorm, which subtracts the mean over dimensions first."""
+    denominator_only: bool = False
+    """Leave the numerator as it is."""
+
+    @property
+    @override
+    def reads(self) -> tuple[HookSite, ...]:
+        return (RESID_PRE,)
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        resid = at.live[RESID_PRE.template].to(x.dtype)
+        dropped = resid.clone()
+        dropped[:, list(self.dims)] = 0
+        numerator = resid if self.denominator_only else dropped
+        if self.centred:
+            dropped = dropped - dropped.mean(-1, keepdim=True)
+            numerator = numerator - numerator.mean(-1, keepdim=True)
+        return numerator / (dropped.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()

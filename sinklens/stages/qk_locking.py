@@ -1,0 +1,84 @@
+"""Stage 6, QK locking: the key meets the principal direction of the queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from sinklens import edits, metrics, readouts
+from sinklens.pairs import Direction
+from sinklens.patches import Patch, Readout
+from sinklens.setting import Setting
+from sinklens.sites import K, Q, V
+from sinklens.stages.base import (
+    NOTHING,
+    REMOVED,
+    SPARED,
+    TRANSPLANT,
+    Build,
+    Experiment,
+    Stage,
+)
+
+
+def query_directions(setting: Setting, layers: tuple[int, ...]) -> dict[int, Tensor]:
+    """Per block, for every key head ``[kv_head d_head]``, the principal direction of the queries that meet it.
+
+    Activation queries before rotary embedding, of ordinary positions in the run without the sink; the query heads that
+    share a key head are pooled; the sign makes the product with the mean query positive.
+    """
+    groups = setting.shape.n_heads // setting.shape.n_kv_heads
+    found = {}
+    for layer in layers:
+        queries = setting.ordinary(Q, layer, layers)
+        by_key_head = queries.unflatten(1, (setting.shape.n_kv_heads, groups))
+        found[layer] = torch.stack(
+            [metrics.principal_direction(by_key_head[:, h].flatten(0, 1)) for h in range(setting.shape.n_kv_heads)]
+        )
+    return found
+
+
+def _drop_direction(random_direction: bool) -> Build:
+    def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
+        layers = stage.layers(setting)
+        if random_direction:
+            size = (setting.shape.n_kv_heads, setting.shape.d_head)
+            drawn = {layer: torch.randn(size, generator=generator) for layer in layers}
+            directions = {layer: x / x.norm(dim=-1, keepdim=True) for layer, x in drawn.items()}
+        else:
+            directions = query_directions(setting, layers)
+        edit = edits.RemoveDirection("query_direction_removed", directions)
+        return setting.patch(direction, stage.site, layers, setting.removal(direction, edit))
+
+    return build
+
+
+def _value_instead(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
+    return setting.patch(direction, V, stage.layers(setting), edits.Transplant())
+
+
+def _locking_readout(setting: Setting, stage: Stage) -> Readout:
+    directions = query_directions(setting, stage.layers(setting))
+    return readouts.vector_readout(
+        stage.name,
+        stage.site,
+        setting.readout_layers,
+        setting.pair.target,
+        setting.batch.n,
+        lambda x, layer: metrics.cosine(x, directions[layer].to(x.device)).mean(-1),
+    )
+
+
+QK_LOCKING = Stage(
+    name="qk_locking",
+    claim="The token's key is then locked to the principal direction of the queries.",
+    site=K,
+    layers=lambda setting: setting.after_formation,
+    experiments=(
+        TRANSPLANT,
+        Experiment("transplant", _value_instead, NOTHING, control="value"),
+        Experiment("query_direction_removed", _drop_direction(False), REMOVED),
+        Experiment("query_direction_removed", _drop_direction(True), SPARED, control="random_direction", drawn=True),
+    ),
+    readout=_locking_readout,
+)

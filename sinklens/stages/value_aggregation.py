@@ -1,0 +1,74 @@
+"""Stage 1, value aggregation: the aggregated value of a token that averages nothing is an outlier."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Generator
+
+from sinklens import edits, readouts
+from sinklens.pairs import Direction
+from sinklens.patches import Patch, Readout
+from sinklens.setting import Setting
+from sinklens.sites import Z
+from sinklens.stages.base import (
+    ELSEWHERE,
+    ISOLATED,
+    NOTHING,
+    TRANSPLANT,
+    Experiment,
+    Stage,
+)
+
+
+def _moment_match(setting: Setting, stage: Stage, direction: Direction) -> edits.Rescale:
+    layers = stage.layers(setting)
+    run, _ = setting.pair.ends(direction)
+    here = setting.pair.without if direction == "denoise" else setting.pair.with_sink
+    if direction == "denoise":
+        sinks = tuple((p,) for p in setting.formation.sink_positions)
+        goal = setting.spread(replace(here, positions=None), stage.site, layers, sinks)
+    else:
+        goal = setting.spread(setting.pair.without, stage.site, layers)
+    now = setting.spread(replace(here, run=run), stage.site, layers)
+    mean = {layer: now[layer][0] for layer in layers}
+    scale = {}
+    for layer in layers:
+        sigma = now[layer][1]
+        # A dimension that does not vary over prompts has no deviation to rescale: leave it.
+        scale[layer] = torch.where(sigma > 1e-6 * sigma.mean(), goal[layer][1] / sigma.clamp_min(1e-30), 1.0)
+    return edits.Rescale("moment_match", mean, scale)
+
+
+def _moments(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
+    return setting.patch(direction, stage.site, stage.layers(setting), _moment_match(setting, stage, direction))
+
+
+def _same_norm(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
+    edit = edits.SameNormScaling(of=_moment_match(setting, stage, direction))
+    return setting.patch(direction, stage.site, stage.layers(setting), edit)
+
+
+def _value_readout(setting: Setting, stage: Stage) -> Readout:
+    statistics = {}
+    layers = stage.layers(setting)
+    for layer in layers:
+        x = setting.ordinary(stage.site, layer, layers).flatten(1)
+        statistics[layer] = (x.mean(0), (x - x.mean(0)).pow(2).mean())
+    return readouts.deviation(stage.name, stage.site, layers, setting.pair.target, setting.batch.n, statistics)
+
+
+VALUE_AGGREGATION = Stage(
+    name="value_aggregation",
+    claim="The aggregated value of a token that averages nothing is a high-variance outlier.",
+    site=Z,
+    layers=lambda setting: setting.up_to_formation,
+    experiments=(
+        TRANSPLANT,
+        ELSEWHERE,
+        Experiment("moment_match", _moments, ISOLATED),
+        Experiment("moment_match", _same_norm, NOTHING, control="same_norm"),
+    ),
+    readout=_value_readout,
+)

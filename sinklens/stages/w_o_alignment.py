@@ -1,0 +1,92 @@
+"""Stage 2, W_O alignment: the output projection passes the variance on to what the super neurons read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from sinklens import edits, readouts
+from sinklens.pairs import Direction
+from sinklens.patches import Patch, Readout
+from sinklens.setting import Setting
+from sinklens.sites import ATTN_OUT, Z
+from sinklens.stages.base import (
+    ELSEWHERE,
+    ISOLATED,
+    NOTHING,
+    REMOVED,
+    TRANSPLANT,
+    Experiment,
+    Stage,
+    other_positions,
+)
+
+
+def reading_subspace(setting: Setting) -> Tensor:
+    """Orthonormal basis ``[d_model rank]`` of what the super neurons read: their W_gate and W_in columns through
+    ln2.
+    """
+    weights, neurons = setting.weights, list(setting.formation.neurons)
+    columns = [w[:, neurons] for w in (weights.W_gate, weights.W_in) if w is not None]
+    read = torch.cat(columns, -1).detach().float() * weights.ln2_w.detach().float()[:, None]
+    return torch.linalg.qr(read.cpu()).Q
+
+
+def _subspace(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
+    edit = edits.Subspace("reading_subspace", reading_subspace(setting))
+    return setting.patch(direction, stage.site, stage.layers(setting), edit)
+
+
+def _random_subspace(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
+    d_model, rank = reading_subspace(setting).shape
+    edit = edits.Subspace("reading_subspace", edits.random_orthonormal(d_model, rank, generator))
+    return setting.patch(direction, stage.site, stage.layers(setting), edit)
+
+
+def _permuted(setting: Setting, direction: Direction, generator: Generator) -> edits.Edit:
+    order = edits.random_permutations(setting.shape.n_heads, setting.shape.d_head, generator)
+    return setting.removal(direction, edits.PermuteWithin("permuted_z", order))
+
+
+def _permuted_z(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
+    return setting.patch(direction, Z, stage.layers(setting), _permuted(setting, direction, generator))
+
+
+def _permuted_elsewhere(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
+    edit = _permuted(setting, direction, generator)
+    return setting.patch(direction, Z, stage.layers(setting), edit, positions=other_positions(setting, generator))
+
+
+def _alignment_readout(setting: Setting, stage: Stage) -> Readout:
+    basis = reading_subspace(setting)
+
+    def combine(stack: Tensor) -> Tensor:
+        return stack.sum(0).norm(dim=-1)
+
+    return readouts.vector_readout(
+        stage.name,
+        stage.site,
+        stage.layers(setting),
+        setting.pair.target,
+        setting.batch.n,
+        lambda x, _layer: x.float() @ basis.to(x.device),
+        combine,
+    )
+
+
+W_O_ALIGNMENT = Stage(
+    name="w_o_alignment",
+    claim="W_O passes that variance on, into the directions that the super neurons read.",
+    site=ATTN_OUT,
+    layers=lambda setting: setting.up_to_formation,
+    experiments=(
+        TRANSPLANT,
+        ELSEWHERE,
+        Experiment("reading_subspace", _subspace, ISOLATED),
+        Experiment("reading_subspace", _random_subspace, NOTHING, control="random_subspace", drawn=True),
+        Experiment("permuted_z", _permuted_z, REMOVED, drawn=True),
+        # Permuting z where the sink is not must leave the sink as it was in either run.
+        Experiment("permuted_z", _permuted_elsewhere, NOTHING, control="other_position"),
+    ),
+    readout=_alignment_readout,
+)
