@@ -83,6 +83,8 @@ class Setting:
             units=None if units is None else tuple(units),
             run=run,
             source=source if edit.uses_source else None,
+            # With the mechanism taken away the source may well be what is there already: that is an effect of 0.
+            allow_unchanged=isinstance(edit, OfSource),
         )
 
     def removal(self, direction: Direction, edit: Edit, within: Sequence[int] | None = None) -> Edit:
