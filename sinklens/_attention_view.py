@@ -44,7 +44,7 @@ def attention_view(
     # Three decimals are all that a colour can show, and keep a page with many heads small.
     values = [[[round(x, 3) for x in row] for row in pattern[head].tolist()] for head in heads]
     tokens = [token if token.strip() else repr(token)[1:-1] for token in result.tokens[0][:max_tokens]]
-    view = need("circuitsvis.attention").attention_heads(values, tokens, [f"Head {h}" for h in heads], max_value=1.0)
+    view = need("circuitsvis.attention").attention_heads(values, tokens, [f"H{h}" for h in heads], max_value=1.0)
     return type(view)(_escape_data(view.local_src), _escape_data(view.cdn_src))
 
 
@@ -100,5 +100,9 @@ h2 {{ font-size: 1rem; margin: .75rem 1rem 0; }}
 </main><script>{script}</script>
 <script>
 {calls}
+// Tells an enclosing page how high this one is.
+new ResizeObserver(() => {{
+  parent.postMessage({{ height: document.querySelector("main").offsetHeight }}, "*");
+}}).observe(document.querySelector("main"));
 </script></body></html>
 """

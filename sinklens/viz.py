@@ -10,6 +10,7 @@ Pitfall: an effect of 0 is an invisible bar. Look for its interval and for the t
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ INK = "#444444"
 """Colour of marks that must stand out from any background; the report replaces it in dark mode."""
 TRANSPLANT, MECHANISM, CONTROL = "#2f7fbc", "#d9661f", "#8a8a8a"
 """Distinguishable with any colour vision, and on white as on black; each has its own pattern as well."""
-DIVERGING = ((0.0, "#8c510a"), (1 / 3, "#f5f5f5"), (2 / 3, "#4393c3"), (1.0, "#053061"))
+DIVERGING = ((0.0, "#8c510a"), (1 / 3, "#f5f5f5"), (2 / 3, "#2b78b5"), (1.0, "#053061"))
 """Colours of the chain matrix from -1 to 2: brown below 0, blue at 1, dark blue above."""
 KINDS = {
     "transplant": (TRANSPLANT, "", "transplant"),
@@ -52,14 +53,23 @@ QUESTIONS = {"denoise": "denoise: is it sufficient?", "noise": "noise: is it nec
 """What each direction asks."""
 
 
+_WRITTEN = {"w_o": "W_O", "qk": "QK", "rmsnorm": "RMSNorm", "mlp": "MLP", "rope": "RoPE"}
+
+
 def pretty(name: object) -> str:
-    """A name as people write it: ``moment_match`` as ``moment match``."""
-    return str(name).replace("_", " ")
+    """A name as people write it: ``moment_match`` as ``moment match``, ``w_o_alignment`` as ``W_O alignment``."""
+    parts = re.split(r"(?<![^\W_])(w_o|qk|rmsnorm|mlp|rope)(?![^\W_])", str(name))
+    return "".join(_WRITTEN.get(part, part.replace("_", " ")) for part in parts)
 
 
 def _label(name: object) -> str:
     # plotly reads a subset of HTML in text, links among it: names from the data must not be read so.
     return html.escape(pretty(name), quote=False)
+
+
+def directions(table: pd.DataFrame) -> list[str]:
+    """The directions that a table has, denoise first."""
+    return [name for name in QUESTIONS if len(table) and (table.direction == name).any()]
 
 
 def score_rows(result: ChainResult) -> pd.DataFrame:
@@ -92,17 +102,17 @@ def scores_figure(result: ChainResult, *, stacked: bool = False) -> Figure:
     """
     go, subplots = need_plotly()
     rows = score_rows(result)
-    directions = [d for d in QUESTIONS if (result.scores.direction == d).any()]
-    n = len(directions)
+    found = directions(result.scores)
+    n = len(found)
     figure = subplots.make_subplots(
         rows=n if stacked else 1,
         cols=1 if stacked else n,
         shared_yaxes=not stacked,
         horizontal_spacing=0.03,
         vertical_spacing=0.06,
-        subplot_titles=[QUESTIONS[d] for d in directions],
+        subplot_titles=[QUESTIONS[d] for d in found],
     )
-    for index, direction in enumerate(directions):
+    for index, direction in enumerate(found):
         place = {"row": index + 1, "col": 1} if stacked else {"row": 1, "col": index + 1}
         data = rows.merge(result.scores[result.scores.direction == direction], on=["stage", "edit", "control"])
         for trace in _score_traces(go, data, index == 0):
@@ -167,7 +177,12 @@ def _score_axes(figure: Figure, rows: pd.DataFrame, scores: pd.DataFrame) -> Non
     values = np.append(scores[["effect", "ci_low", "ci_high", "predicted"]].to_numpy(dtype=float).ravel(), [0, 1])
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     pad = 0.06 * (high - low)
-    figure.update_xaxes(range=[low - pad, high + pad], zeroline=False, title={"text": "effect", "standoff": 6})
+    figure.update_xaxes(
+        range=[low - pad, high + pad],
+        zeroline=False,
+        title={"text": "effect", "standoff": 6},
+        dtick=0.5 if high - low < 6 else None,
+    )
     figure.update_yaxes(
         range=[len(rows) - 0.4, -0.6],
         tickvals=rows.row.tolist(),
