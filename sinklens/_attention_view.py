@@ -95,6 +95,10 @@ body {{ margin: 0; background: #fff; color: #111; font: 14px/1.4 system-ui, sans
 main {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }}
 section {{ min-width: 0; overflow-x: auto; }}
 h2 {{ font-size: 1rem; margin: .75rem 1rem 0; }}
+h3 {{ font-size: .9rem; }}
+/* A small canvas must not stretch its box before it is drawn; and twelve heads in a row are too small to tell apart. */
+h4 + div canvas {{ position: absolute; top: 0; left: 0; }}
+[style*="8.33333%"] {{ width: 16.6667% !important; flex-basis: 16.6667% !important; max-width: 16.6667% !important; }}
 </style></head><body><main>
 {places}
 </main><script>{script}</script>

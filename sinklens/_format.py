@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from sinklens.viz import pretty
-
 MINUS = "−"
 NONE = "–"
 """What stands for a missing value."""
@@ -55,12 +53,6 @@ def join(items: Sequence[str], separator: str = ", ") -> str:
     if len(items) < 2 or separator != ", ":
         return separator.join(items)
     return f"{separator.join(items[:-1])} and {items[-1]}"
-
-
-def heading(name: object) -> str:
-    """A name as it begins a line: the first letter in upper case."""
-    text = pretty(name)
-    return text[:1].upper() + text[1:]
 
 
 def bytes_text(size: float | None) -> str:

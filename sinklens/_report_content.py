@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sinklens._format import NONE, bytes_text, effect_text, heading, interval_text, number, seconds_text, spans
+from sinklens._format import NONE, bytes_text, effect_text, interval_text, number, seconds_text, spans
 from sinklens._verdicts import CLOSE, HALF, Finding, findings
+from sinklens.formation import Formation
 from sinklens.results import ChainResult
-from sinklens.viz import directions, pretty
+from sinklens.viz import directions, heading, pretty
 
 MARKS = {"agrees": "✓", "beyond": "↑", "partly": "≈", "unclear": "?", "against": "✗"}
 """A sign for each verdict, so that colour is never the only difference."""
@@ -21,6 +22,7 @@ MARKS = {"agrees": "✓", "beyond": "↑", "partly": "≈", "unclear": "?", "aga
 class Table:
     """A plain table."""
 
+    title: str
     caption: str
     head: list[str]
     rows: list[list[str]]
@@ -35,8 +37,8 @@ def sections(result: ChainResult) -> dict[str, Any]:
         "subtitle": _subtitle(result),
         "natural": natural,
         "directions": directions(result.scores),
-        "close": number(CLOSE),
-        "half": number(HALF),
+        "close": f"{CLOSE:g}",
+        "half": f"{HALF:g}",
         "stages": stages(result),
         "matrix_directions": directions(result.matrix),
         "formation": formation(result),
@@ -116,50 +118,59 @@ def _cell(item: Finding) -> dict[str, Any]:
 def formation(result: ChainResult) -> dict[str, Any]:
     """Where the sink forms: positions and three tables."""
     found = result.formation
-    events = [
-        [f"{e.layer}{' (explained)' if e.layer == found.layer else ''}", number(e.norm_before), number(e.norm_after),
-         number(e.ratio_before), number(e.ratio_after), number(e.mlp_norm), number(e.attn_norm)]
-        for e in found.events
-    ]  # fmt: skip
-    neurons = [
-        [str(n.index), "no gate" if n.gate_z is None else number(n.gate_z), number(n.up_z), number(n.activation_sink),
-         number(n.activation_other)]
-        for n in found.super_neurons
-    ]  # fmt: skip
-    dims = [[str(d.index), number(d.written), number(d.z)] for d in found.outlier_dims]
-    head = ["Block", "Norm before", "Norm after", "Ratio before", "Ratio after", "MLP output", "Attention output"]
-    neuron_head = ["Neuron", "z of |W_gate|", "z of |W_up|", "On the sink", "On others (95%)"]
     return {
         "layer": found.layer,
         "positions": spans(sorted(set(found.sink_positions))),
-        "tables": [
-            Table("Formation blocks: norms at the sink token, and their ratio to the other tokens' median", head, events),
-            Table(f"Super neurons of block {found.layer}: weight norms and activations", neuron_head, neurons),
-            Table("Outlier dimensions: what the super neurons write there on the sink token",
-                  ["Dimension", "Written", "Robust z"], dims),
-        ],
-    }  # fmt: skip
+        "tables": [_events(found), _super_neurons(found), _outlier_dims(found)],
+    }
+
+
+def _events(found: Formation) -> Table:
+    rows = [
+        [
+            f"{e.layer} (explained)" if e.layer == found.layer else str(e.layer),
+            *map(number, (e.norm_before, e.norm_after, e.ratio_before, e.ratio_after, e.mlp_norm, e.attn_norm)),
+        ]
+        for e in found.events
+    ]
+    head = ["Block", "Norm before", "Norm after", "Ratio before", "Ratio after", "MLP output", "Attention output"]
+    return Table(
+        "Formation blocks", "Norms of the sink token, and their ratio to the median of the others.", head, rows
+    )
+
+
+def _super_neurons(found: Formation) -> Table:
+    rows = [
+        [
+            str(n.index),
+            "no gate" if n.gate_z is None else number(n.gate_z),
+            *map(number, (n.up_z, n.activation_sink, n.activation_other)),
+        ]
+        for n in found.super_neurons
+    ]
+    head = ["Neuron", "z of |W_gate|", "z of |W_up|", "On the sink", "On others (95%)"]
+    return Table(
+        f"Super neurons of block {found.layer}", "Robust z of their weight norms, and their activations.", head, rows
+    )
+
+
+def _outlier_dims(found: Formation) -> Table:
+    rows = [[str(dim.index), number(dim.written), number(dim.z)] for dim in found.outlier_dims]
+    caption = "What the super neurons write there on the sink token."
+    return Table("Outlier dimensions", caption, ["Dimension", "Written", "Robust z"], rows)
 
 
 def checks(result: ChainResult) -> dict[str, Any]:
-    """What else the pair changes: for every quantity its places, with a value for every run."""
+    """What else the pair changes: a row for every quantity, a column for every place and run."""
     table = result.checks
     runs = [name for name in table.columns if name not in ("quantity", "where", "layers")]
-    groups = []
-    for quantity, rows in table.groupby("quantity", sort=False) if len(table) else ():
-        listed = []
-        for record in rows.to_dict("records"):
-            values = [record[run] for run in runs]
-            change = [_change(*values)] if len(runs) == 2 else []
-            listed.append([str(record["where"]), spans(record["layers"]), *(number(v) for v in values), *change])
-        groups.append({"quantity": heading(quantity), "rows": listed})
-    return {"runs": [pretty(run) for run in runs], "change": len(runs) == 2, "groups": groups}
-
-
-def _change(base: float | None, anchored: float | None) -> str:
-    if not base or anchored is None or not np.isfinite([base, anchored]).all():
-        return NONE
-    return f"×{number(anchored / base)}"
+    places = list(dict.fromkeys(table["where"])) if len(table) else []
+    rows = []
+    for quantity, group in table.groupby("quantity", sort=False) if len(table) else ():
+        found = {record["where"]: record for record in group.to_dict("records")}
+        values = [number(found[place][run]) if place in found else NONE for place in places for run in runs]
+        rows.append([heading(quantity), spans(group.iloc[0].layers), *values])
+    return {"runs": [pretty(run) for run in runs], "places": [heading(place) for place in places], "rows": rows}
 
 
 def cost(result: ChainResult) -> list[tuple[str, str]]:

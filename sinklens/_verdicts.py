@@ -108,20 +108,20 @@ def groups(found: Sequence[Finding]) -> Groups:
     return grouped
 
 
-def summary(result: ChainResult) -> tuple[str, list[tuple[str, str]]]:
-    """A lead sentence, and one paragraph each for the set-up, the transplants, the mechanisms and the controls."""
+def summary(result: ChainResult) -> tuple[str, list[tuple[str, list[str]]]]:
+    """A lead sentence, and sentences each on the set-up, the transplants, the mechanisms and the controls."""
     found = findings(result)
     own = [item for item in found if not item.control]
     transplants = groups([item for item in own if item.edit == "transplant"])
     mechanisms = groups([item for item in own if item.edit != "transplant"])
     exact = [stage for (stage, _), items in transplants.items() if _exact_by_construction(items, result)]
     parts = [
-        ("Set-up", _setup(result)),
+        ("Set-up", [_setup(result)]),
         ("Transplants", _transplants(transplants, exact)),
         ("Mechanisms", _mechanisms(mechanisms)),
         ("Controls", _controls([item for item in found if item.control])),
     ]
-    return _lead(transplants, mechanisms, exact), [(name, text) for name, text in parts if text]
+    return _lead(transplants, mechanisms, exact), [(name, text) for name, text in parts if any(text)]
 
 
 def _lead(transplants: Groups, mechanisms: Groups, exact: Sequence[str]) -> str:
@@ -167,23 +167,23 @@ def _setup(result: ChainResult) -> str:
     )
 
 
-def _transplants(grouped: Groups, exact: Sequence[str]) -> str:
+def _transplants(grouped: Groups, exact: Sequence[str]) -> list[str]:
     if not grouped:
-        return ""
+        return []
     carried = [pretty(stage) for (stage, _), items in grouped.items() if overall(items) in GOOD]
     short = [item for items in grouped.values() for item in items if item.verdict not in GOOD]
     beyond = [item for items in grouped.values() for item in items if item.verdict == "beyond"]
-    text = f"All of the effect passes through {join(carried)}." if carried else "No stage carries all of the effect."
+    texts = [f"All of the effect passes through {join(carried)}." if carried else "No stage carries all of the effect."]
     if short:
-        text += f" Not as predicted: {_listed(short)}."
+        texts.append(f"Not as predicted: {_listed(short)}.")
     if beyond:
-        text += f" More than the whole: {_listed(beyond)}."
+        texts.append(f"More than the whole: {_listed(beyond)}.")
     if exact:
-        text += (
-            f" In {join([pretty(stage) for stage in exact])} it is exactly 1 because the intervention that makes the "
+        texts.append(
+            f"In {join([pretty(stage) for stage in exact])} it is exactly 1 because the intervention that makes the "
             "sink acts there or just before: that checks the machinery, and is no evidence for the claim."
         )
-    return text
+    return texts
 
 
 def _exact_by_construction(items: Sequence[Finding], result: ChainResult) -> bool:
@@ -193,9 +193,7 @@ def _exact_by_construction(items: Sequence[Finding], result: ChainResult) -> boo
     return covers and all(abs(x - 1) < EXACT for item in items for x in (item.effect, item.low, item.high))
 
 
-def _mechanisms(grouped: Groups) -> str:
-    if not grouped:
-        return ""
+def _mechanisms(grouped: Groups) -> list[str]:
     texts = []
     for wanted, lead in (
         (("against",), "Against the claim"),
@@ -208,18 +206,18 @@ def _mechanisms(grouped: Groups) -> str:
         named = [f"{pretty(edit)} of {pretty(stage)} ({_numbers(items)})" for (stage, edit), items in chosen]
         if named:
             texts.append(f"{lead}: {join(named, '; ')}.")
-    return " ".join(texts)
+    return texts
 
 
-def _controls(found: Sequence[Finding]) -> str:
+def _controls(found: Sequence[Finding]) -> list[str]:
     if not found:
-        return ""
+        return []
     off = [item for item in found if item.verdict != "agrees"]
     text = f"{len(found) - len(off)} of {len(found)} controls came out as they should."
     if off:
         named = [f"{pretty(i.control)} for {pretty(i.edit)} of {pretty(i.stage)} ({_numbers([i])})" for i in off]
         text += f" Not so: {join(named, '; ')}. Read the effects that they belong to with that in mind."
-    return text
+    return [text]
 
 
 def _listed(found: Sequence[Finding]) -> str:

@@ -62,6 +62,12 @@ def pretty(name: object) -> str:
     return "".join(_WRITTEN.get(part, part.replace("_", " ")) for part in parts)
 
 
+def heading(name: object) -> str:
+    """A name as it begins a line: the first letter in upper case."""
+    text = pretty(name)
+    return text[:1].upper() + text[1:]
+
+
 def _label(name: object) -> str:
     # plotly reads a subset of HTML in text, links among it: names from the data must not be read so.
     return html.escape(pretty(name), quote=False)
@@ -79,7 +85,7 @@ def score_rows(result: ChainResult) -> pd.DataFrame:
     """
     records: list[dict[str, Any]] = []
     for number, (stage, group) in enumerate(result.scores.groupby("stage", sort=False), start=1):
-        header = f"<b>{number} {_label(stage)}</b>"
+        header = f"<b>{number} {html.escape(heading(stage), quote=False)}</b>"
         records.append({"stage": stage, "edit": "", "control": "", "kind": "header", "label": header})
         for edit, rows in group.groupby("edit", sort=False):
             controls = sorted(rows.control.unique(), key=bool)  # stable: the edit itself first
@@ -118,8 +124,8 @@ def scores_figure(result: ChainResult, *, stacked: bool = False) -> Figure:
         for trace in _score_traces(go, data, index == 0):
             figure.add_trace(trace, **place)
     _score_axes(figure, rows, result.scores)
-    height = (len(rows) * 21 + 60) * (n if stacked else 1) + 80
-    return _styled(figure, height, margin={"l": 10, "r": 10, "t": 80, "b": 50})
+    height = (len(rows) * 21 + 60) * (n if stacked else 1) + (130 if stacked else 80)
+    return _styled(figure, height, margin={"l": 10, "r": 10, "t": 130 if stacked else 80, "b": 50})
 
 
 def _score_traces(go: Any, data: pd.DataFrame, legend: bool) -> list[Any]:
@@ -197,6 +203,7 @@ def _score_axes(figure: Figure, rows: pd.DataFrame, scores: pd.DataFrame) -> Non
             figure.add_hrect(y0=group.row.min() - 0.5, y1=group.row.max() + 0.5, row="all", col="all", **shade)
     for x in (0, 1):
         figure.add_vline(x=x, line={"color": INK, "width": 1, "dash": "dash"}, opacity=0.6, row="all", col="all")
+    figure.update_annotations(font_size=13)  # the titles of the directions
     figure.update_layout(barmode="overlay", legend={"orientation": "h", "y": 1, "yref": "container", "yanchor": "top"})
 
 
@@ -257,8 +264,9 @@ def onset_figure(result: ChainResult) -> Figure:
         text=f"formation block {formation.layer}",
     )  # fmt: skip
     figure.update_yaxes(title_text="attention received", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(automargin=True)
     figure.update_yaxes(title_text="residual norm, entering", type="log", dtick=1, exponentformat="power", row=2, col=1)
-    figure.update_xaxes(title_text="block", row=2, col=1)
+    figure.update_xaxes(title={"text": "block", "standoff": 6}, row=2, col=1)
     figure.update_layout(legend={"orientation": "h", "y": 1, "yref": "container", "yanchor": "top"})
     return _styled(figure, 520, margin={"l": 10, "r": 10, "t": 60, "b": 50})
 
