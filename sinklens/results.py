@@ -7,6 +7,7 @@ pair itself moves the metric by less than ``min_gap`` cannot be divided by: it i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -14,13 +15,14 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor
@@ -103,41 +105,68 @@ class ChainResult:
         folder = Path(folder)
         if not (folder / "chain.json").is_file():
             raise InputError(f"{folder} holds no chain.json: give the folder that a chain was saved in")
-        data = json.loads((folder / "chain.json").read_text(encoding="utf-8"))
-        formation = data["formation"]
-        return cls(
-            scores=pd.read_parquet(folder / "scores.parquet"),
-            effects=pd.read_parquet(folder / "effects.parquet"),
-            matrix=pd.DataFrame(data["chain_matrix"]),
-            checks=pd.DataFrame(data["checks"]),
-            formation=Formation(
-                layer=formation["layer"],
-                sink_positions=tuple(formation["sink_positions"]),
-                super_neurons=tuple(SuperNeuron(**item) for item in formation["super_neurons"]),
-                outlier_dims=tuple(OutlierDim(**item) for item in formation["outlier_dims"]),
-                events=tuple(FormationEvent(**item) for item in formation["events"]),
-                profile=pd.DataFrame(formation["profile"]),
-            ),
-            runs=data["runs"],
-            config=data["config"],
-            provenance=data["provenance"],
-            engine=data["engine"],
-            tokens=data["tokens"],
-            attention=load_file(folder / "attention.safetensors"),
-        )
+        try:
+            data = json.loads((folder / "chain.json").read_text(encoding="utf-8"))
+            found = data["formation"]
+            return cls(
+                scores=_with_lists(pd.read_parquet(folder / "scores.parquet")),
+                effects=_with_lists(pd.read_parquet(folder / "effects.parquet")),
+                matrix=_frame(data["chain_matrix"]),
+                checks=_frame(data["checks"]),
+                formation=Formation(
+                    layer=found["layer"],
+                    sink_positions=tuple(found["sink_positions"]),
+                    super_neurons=tuple(_from_plain(SuperNeuron, item) for item in found["super_neurons"]),
+                    outlier_dims=tuple(_from_plain(OutlierDim, item) for item in found["outlier_dims"]),
+                    events=tuple(_from_plain(FormationEvent, item) for item in found["events"]),
+                    profile=_frame(found["profile"]),
+                ),
+                runs=data["runs"],
+                config=data["config"],
+                provenance=data["provenance"],
+                engine=data["engine"],
+                tokens=data["tokens"],
+                attention=load_file(folder / "attention.safetensors"),
+            )
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"the run in {folder} is damaged ({reason}): run the chain again") from error
 
 
 def to_plain(value: Any) -> Any:
     """``value`` as JSON can hold it: NaN and infinities become null, tuples lists, numpy scalars Python's own."""
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
+
+
+_Item = TypeVar("_Item", SuperNeuron, OutlierDim, FormationEvent)
+
+
+def _from_plain(kind: type[_Item], item: Mapping[str, Any]) -> _Item:
+    """The inverse of :func:`to_plain`: a number that JSON could not hold is NaN again."""
+    missing = {f.name: np.nan for f in fields(kind) if f.type == "float" and item[f.name] is None}
+    return kind(**{**item, **missing})
+
+
+def _frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    frame = pd.DataFrame(records)
+    empty = frame.columns[frame.isna().all()]  # a column of nulls alone would hold objects
+    return frame.astype(dict.fromkeys(empty, float))
+
+
+def _with_lists(frame: pd.DataFrame) -> pd.DataFrame:
+    """Layers and units as the lists that they were: Parquet gives arrays."""
+    for name in frame.columns.intersection(["layers", "units"]):
+        lists = [value.tolist() if isinstance(value, np.ndarray) else value for value in frame[name]]
+        frame[name] = pd.Series(lists, index=frame.index, dtype=object)
+    return frame
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -146,6 +175,8 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 class atomic_folder:  # noqa: N801  (used as a context manager, like tempfile's)
     """A folder that is built under a temporary name beside ``out`` and renamed when all is written.
+
+    After an exception nothing is left of it, parents that were made for it included, and an earlier run is as it was.
 
     Raises:
         InputError: when ``out`` exists and ``force`` is not set, or the place cannot be written.
@@ -156,43 +187,83 @@ class atomic_folder:  # noqa: N801  (used as a context manager, like tempfile's)
 
     def __enter__(self) -> Path:
         check_out(self.out, force=self.force)
-        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.resolve().parent))
-        return self.temporary
+        self._place = self.out.resolve()  # a link is followed, so that it stays when what it points to is replaced
+        self._made = [parent for parent in self._place.parents if not parent.exists()]
+        self._scratch = None
+        try:
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            self._scratch = Path(tempfile.mkdtemp(prefix=".sinklens-", dir=self._place.parent))
+            (self._scratch / "new").mkdir()
+        except BaseException as error:
+            self._clean_up()
+            if isinstance(error, OSError):
+                raise _cannot_write(self._place.parent, error) from error
+            raise
+        return self._scratch / "new"
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            return
-        os.chmod(self.temporary, 0o755)
-        old = self.out.with_name(f".{self.out.name}-replaced-{os.getpid()}")
-        if self.out.exists():
-            os.replace(self.out, old)
-        os.replace(self.temporary, self.out)
-        shutil.rmtree(old, ignore_errors=True)
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        try:
+            if error is None:
+                self._put_in_place()
+        except OSError as failure:
+            raise _cannot_write(self.out, failure) from failure
+        finally:
+            self._clean_up()
+        if isinstance(error, OSError):  # a full disk, for instance
+            raise _cannot_write(self.out, error) from error
+
+    def _put_in_place(self) -> None:
+        assert self._scratch is not None
+        old = self._scratch / "old"
+        try:
+            if self.force and self._place.exists():
+                os.replace(self._place, old)
+            os.replace(self._scratch / "new", self._place)
+        except BaseException:
+            if old.exists() and not self._place.exists():
+                os.replace(old, self._place)
+            raise
+
+    def _clean_up(self) -> None:
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        if not self._place.exists():
+            for parent in self._made:  # the innermost first
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
 
 
 def check_out(out: Path, *, force: bool) -> None:
-    """Make sure, before any work is done, that a result folder can be written.
+    """Make sure, before any work is done, that a result folder can be written; leaves no trace.
 
     Raises:
         InputError: when it exists and ``force`` is not set, is a file or not a run, or its parent cannot be written.
     """
-    if out.exists():
-        if not out.is_dir():
-            raise InputError(f"{out} is a file: give a folder for the results")
-        if not force:
-            raise InputError(f"{out} exists already: choose another --out, or replace it with --force")
-        if any(out.iterdir()) and not (out / "chain.json").is_file():
-            raise InputError(
-                f"{out} is not the folder of an earlier run, so --force will not replace it: choose another"
-            )
-    parent = out.resolve().parent
+    parent = out.parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        if out.exists():
+            if not out.is_dir():
+                raise InputError(f"{out} is a file: give a folder for the results")
+            if not force:
+                raise InputError(f"{out} exists already: choose another --out, or replace it with --force")
+            if any(out.iterdir()) and not (out / "chain.json").is_file():
+                raise InputError(
+                    f"{out} is not the folder of an earlier run, so --force will not replace it: choose another"
+                )
+        place = out.resolve()
+        missing = [folder for folder in (place, *place.parents) if not folder.exists()]
+        parent = missing[-1].parent if missing else place.parent
         with tempfile.TemporaryFile(dir=parent):
             pass
-    except OSError as error:
-        raise InputError(f"{parent} cannot be written ({error.strerror}): choose another --out") from error
+        for folder in missing:
+            (parent / folder.name).exists()  # raises where a name is too long, which a missing parent hides
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise _cannot_write(parent, error) from error
+
+
+def _cannot_write(path: Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"{path} cannot be written ({reason}): choose another --out")
 
 
 def effect(patched: np.ndarray, start: np.ndarray, end: np.ndarray | float, min_gap: float) -> np.ndarray:

@@ -27,7 +27,7 @@ def spans(numbers: Sequence[int]) -> str:
 def console(stderr: bool = False) -> Console:
     """A console that does not wrap tables when its output goes to a file or a pipe."""
     found = Console(stderr=stderr, highlight=False)
-    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=120)
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=160)
 
 
 def score_text(rows: pd.DataFrame) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def cosine(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
-    """Cosine similarity along the last axis, in float32."""
+    """Cosine similarity along the last axis, in float32; 0 for a zero vector."""
     return torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
 
 

@@ -28,9 +28,11 @@ def attention_received(pattern: Pattern, *, include_self: bool = False) -> Float
     return total / mask.sum(-2)  # 0 / 0 is NaN where there is no later query
 
 
-def sink_rate(received: Float[Tensor, "... key"], eps: float = 0.3) -> Float[Tensor, " key"]:
+def sink_rate(received: Float[Tensor, "*leading key"], eps: float = 0.3) -> Float[Tensor, " key"]:
     """Share of all leading entries (heads, layers, prompts) in which a key receives more than ``eps``.
 
-    Sink^eps_k of Gu et al. (ICLR 2025) when given alpha of every layer and head; they use ``eps = 0.3`` at T = 64.
+    Sink^eps_k of Gu et al. (ICLR 2025) when given alpha of every layer and head; they use ``eps = 0.3`` at T = 64. NaN
+    where ``received`` is: a position without later queries has no rate, not a rate of 0.
     """
-    return (received > eps).float().flatten(0, -2).mean(0)
+    above = (received > eps).float().masked_fill(received.isnan(), torch.nan)
+    return above.reshape(-1, received.shape[-1]).mean(0)
