@@ -154,8 +154,13 @@ def _capture_run(model, tokens, run, roots, mine, readouts, stop_at, store, max_
             max_rows = max(1, max_rows // 2)
             release_cached(device)
             continue
+        assert program.finite is not None
+        if not program.finite.all():
+            raise InputError(
+                f"the model's activations are not finite by block {stop_at - 1} (run {run!r}): "
+                "check the weights, or use --dtype float32"
+            )
         for key, act in part.items():
-            _check_finite(act, key)
             store.parts[key].append(act)
         for key, value in readings.items():
             collected[key].append(value)
@@ -181,12 +186,3 @@ def _keeper(part: dict, key: tuple, site: HookSite, kept: tuple[int, ...] | None
         part[key] = canonical.clone() if kept is None else canonical[:, list(kept)]
 
     return keep
-
-
-def _check_finite(act: Tensor, key: tuple[str, HookSite, int]) -> None:
-    run, site, layer = key
-    if not torch.isfinite(act).all():
-        raise InputError(
-            f"the model's activations at {site.at(layer)} are not finite (run {run!r}): "
-            "check the weights, or use --dtype float32"
-        )

@@ -25,7 +25,7 @@ from sinklens.capture import ActivationStore, Want, capture_runs, place_patch
 from sinklens.errors import EngineError, InputError
 from sinklens.forward import Op, Placement, Program, execute, readouts_in
 from sinklens.memory import device_of, is_out_of_memory, peak_bytes, release_cached, row_budget
-from sinklens.models import Model, model_shape, supports_resume
+from sinklens.models import Model, ModelShape, model_shape, supports_resume
 from sinklens.patches import CLEAN, Patch, Readout, Runs, positions_of
 from sinklens.prompts import PromptBatch
 from sinklens.sites import LOGITS, RESID_PRE, HookSite
@@ -131,6 +131,7 @@ class _Job:
         self.resume = supports_resume(model)
         self.out = torch.full((len(readouts), len(patches), len(tokens)), torch.nan, device=device)
         self.changed = torch.zeros(len(patches), dtype=torch.bool, device=device)
+        self.finite = torch.ones(len(patches), dtype=torch.bool, device=device)
         self.stats = EngineStats(
             n_patches=len(patches),
             n_rows=len(patches) * len(tokens),
@@ -152,6 +153,7 @@ class _Job:
                 if progress is not None:
                     progress(done, self.stats.n_rows)
         self.values = self.out.double().cpu()
+        self._check_finite()
         self._check_changed()
 
     def _by_start(self) -> dict[int, list[Row]]:
@@ -194,6 +196,8 @@ class _Job:
         program.ops = [op for op in program.ops if op.layer <= last]
         x = self._residual(first, chunk) if self.resume else self.tokens.to(self.device)[prompts]
         execute(self.model, x, program, start_at=first, stop_at=last + 1)
+        assert program.finite is not None
+        self.finite[owners[~program.finite]] = False
         for i, readout in enumerate(self.readouts):
             parts = [self._reading(program, readout, layer, start, chunk) for layer in readout.layers]
             self.out[i, owners, prompts] = readout.combine(torch.stack(parts)).to(self.out)
@@ -219,6 +223,14 @@ class _Job:
             raise EngineError(f"the edit {place.edit.name!r} needs a source run: give the patch source=Source(...)")
         units = place.units if site == place.site else None
         return self.store.gather(place.source_run, site, layer, place.prompts, place.source_positions, units)
+
+    def _check_finite(self) -> None:
+        bad = (~self.finite).nonzero().flatten().tolist()
+        if bad:
+            raise EngineError(
+                f"the activations are not finite under {len(bad)} patch(es), the first is: "
+                f"{self.patches[bad[0]].describe()}"
+            )
 
     def _check_changed(self) -> None:
         changed = self.changed.cpu()
@@ -317,13 +329,14 @@ def _validate(model: Model, tokens: Tensor, patches: Sequence[Patch], readouts: 
             if root.source is not None:
                 raise InputError(f"root patches cannot have a source run, but one in {run!r} has: {root.describe()}")
     for patch in [*patches, *(root for roots in runs.values() for root in roots)]:
-        _validate_patch(patch, shape.n_layers, n_prompts, length)
+        _validate_patch(patch, shape, n_prompts, length)
         known = {patch.run, *([patch.source.run] if patch.source else [])} - set(runs)
         if known and patch in patches:
             raise InputError(f"unknown run {min(known)!r} in patch {patch.describe()}; the runs are {sorted(runs)}")
 
 
-def _validate_patch(patch: Patch, n_layers: int, n_prompts: int, length: int) -> None:
+def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int) -> None:
+    n_layers = shape.n_layers
     if not patch.layers or not all(0 <= layer < n_layers for layer in patch.layers):
         raise InputError(f"blocks {patch.layers} are not all in 0..{n_layers - 1}: {patch.describe()}")
     if len(set(patch.layers)) != len(patch.layers):
@@ -337,8 +350,13 @@ def _validate_patch(patch: Patch, n_layers: int, n_prompts: int, length: int) ->
             mine = positions_of(places, prompt)
             if not mine or not all(0 <= p < length for p in mine):
                 raise InputError(f"positions {mine} are not all in 0..{length - 1}: {patch.describe()}")
-    if patch.units is not None and (not patch.units or min(patch.units) < 0):
-        raise InputError(f"units {patch.units} must be non-negative and at least one: {patch.describe()}")
+    if patch.units is not None:
+        sizes = {"head": shape.n_heads, "kv_head": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
+        name = patch.site.unit_name
+        if name is None:
+            raise InputError(f"{patch.site.template} has no units to select: {patch.describe()}")
+        if not patch.units or not all(0 <= unit < sizes[name] for unit in patch.units):
+            raise InputError(f"units {patch.units} are not all in 0..{sizes[name] - 1} ({name}): {patch.describe()}")
 
 
 def _check_readings(values: Mapping[str, Tensor], runs: Mapping, patches: Sequence[Patch]) -> None:

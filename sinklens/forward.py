@@ -78,6 +78,9 @@ class Program:
     """``[patch]`` boolean, set where a patch's edit changed an activation."""
     readings: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """``(readout, block) -> [row, ...]``, filled by the pass."""
+    finite: Tensor | None = None
+    """``[row]`` boolean, filled by the pass: whether the residual stream that it ends with is finite. HookedTransformer
+    turns a NaN attention pattern into zeros, so a readout alone would not show it."""
 
 
 def gather(canonical: Tensor, rows: Tensor, positions: Tensor, units: Tensor | None) -> Tensor:
@@ -189,8 +192,10 @@ def execute(model: Model, x: Tensor, program: Program, *, start_at: int, stop_at
     with torch.no_grad(), model.hooks(fwd_hooks=list(points.items())):
         out = forward(model, x, start_at=start_at, stop_at=stop, return_type="logits" if wants_logits else None)
     _check_fired(points)
+    assert out is not None
+    program.finite = torch.isfinite(out).flatten(1).all(-1)
     for readout, layer in program.readouts:
-        if readout.site == LOGITS and out is not None:
+        if readout.site == LOGITS:
             program.readings[readout.name, layer] = readout.reduce(out, Rows(program.prompts, layer))
     return program.readings
 

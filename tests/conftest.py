@@ -8,11 +8,24 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.tiny import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Several threads on matrices of 32 columns spend their time waiting for one another."""
+    import torch
+
+    before = torch.get_num_threads()
+    if request.node.get_closest_marker("smollm2") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
