@@ -107,7 +107,14 @@ def _attention(result: ChainResult) -> dict[str, Any] | None:
     names = {run: f"{viz.pretty(run)} run" for run in ("base", "anchored") if run in result.attention}
     names |= {run: f"{viz.pretty(run)} run" for run in result.attention if run not in names}
     page = viz.attention_html({name: viz.attention_view(result, run, heads) for run, name in names.items()})
-    return {"page": page, "heads": shown, "runs": list(names.values()), "block": result.formation.layer + 1}
+    return {
+        "page": page,
+        "heads": shown,
+        "runs": list(names.values()),
+        "block": result.formation.layer + 1,
+        "tokens": min(64, len(result.tokens[0])),
+        "beyond": _target(result) >= 64,
+    }
 
 
 def _heads(result: ChainResult) -> tuple[list[int] | None, str]:
@@ -115,11 +122,16 @@ def _heads(result: ChainResult) -> tuple[list[int] | None, str]:
     most = max(1, ATTENTION_BUDGET // (pattern[0].numel() * len(result.attention)))
     if len(pattern) <= most:
         return None, f"all {len(pattern)} heads"
-    target = result.config["target"]
-    key = target if isinstance(target, int) else result.formation.sink_positions[0]
+    key = min(_target(result), pattern.shape[-1] - 2)
     received = sum(attention[0, :, key + 1 :, key].float().mean(-1) for attention in result.attention.values())
     strongest = sorted(received.topk(most).indices.tolist())  # pyright: ignore[reportAttributeAccessIssue]  (a tensor)
     return strongest, f"the {most} of {len(pattern)} heads that attend most to the sink"
+
+
+def _target(result: ChainResult) -> int:
+    """Position of the sink in the prompt that is shown."""
+    target = result.config["target"]
+    return target if isinstance(target, int) else result.formation.sink_positions[0]
 
 
 def _write(path: Path, text: str) -> None:
