@@ -8,20 +8,38 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 if TYPE_CHECKING:
     from sinklens.engine import Progress
     from sinklens.prompts import PromptBatch
 
+
+class _Commands(typer.core.TyperGroup):
+    """Mistakes in the arguments are told like those in the input: one sentence, exit code 2."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _usage_errors():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _usage_errors():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -98,12 +116,19 @@ def chain(
     with _errors():
         from sinklens.results import check_out
 
-        wanted = _target(target)
+        wanted = _target(target, length)
+        if n < 2:
+            _fail(_TOO_FEW.format(f"--n is {n}"))
+        for name, value, least in (("--min-gap", min_gap, 0.0), ("--strength", strength, -math.inf)):
+            if not (math.isfinite(value) and value >= least):
+                _fail(f"{name} {value} must be a finite number" + (f", {least} or more" if least == 0 else ""))
+        if memory_budget is not None and not 0 < memory_budget < math.inf:
+            _fail(f"--memory-budget {memory_budget} must be a number of GiB, more than 0")
         check_out(out, force=force)
-        if memory_budget is not None and memory_budget <= 0:
-            _fail("--memory-budget must be more than 0 GiB")
         with _progress() as (step, rows):
             loaded, batch = _load(step, model, device, dtype, backend, prompts, n, length, bos, seed)
+            if batch.n < 2:
+                _fail(_TOO_FEW.format(f"only {batch.n} in {batch.source} has {length} tokens or more"))
             from sinklens.chain import run_chain
 
             step("scoring the chain")
@@ -179,28 +204,48 @@ def models(as_json: JsonOption = False) -> None:
         console().print("Any other model: give a Hugging Face id or a local folder to --model.")
 
 
-def _target(text: str) -> int | str:
+_TOO_FEW = "the chain compares variances over prompts, so it needs at least 2 of them, and {}"
+
+
+def _target(text: str, length: int) -> int | str:
     if text == "natural":
         return text
     try:
-        return int(text)
+        target = int(text)
     except ValueError:
         _fail(f"--target {text!r} must be a position such as 10, or natural")
+    if length < 3:
+        _fail(f"--length {length} must be at least 3: a target needs earlier and later tokens")
+    if target == 0:
+        _fail("--target 0 has no earlier tokens to aggregate: choose a later position, or natural")
+    if not 0 < target < length - 1:
+        _fail(f"--target {target} must be in 1..{length - 2}: with --length {length} it needs later tokens")
+    return target
 
 
 def _load(step, model, device, dtype, backend, prompts, n, length, bos, seed) -> tuple[Any, PromptBatch]:  # noqa: ANN001
-    if prompts not in ("passages", "random") and not Path(prompts).exists():
-        _fail(f"--prompts {prompts!r} is neither passages nor random nor a file that exists")
+    # os.path and not Path: it says no to a name that is too long instead of raising.
+    if prompts not in ("passages", "random") and not os.path.exists(os.path.expanduser(prompts)):
+        _fail(f"--prompts {prompts!r} is neither passages nor random nor a file that exists: check the path")
     step("loading torch and the model")
     from sinklens import prompts as make
     from sinklens.models import load_model
 
     loaded = load_model(model, device=device, dtype=dtype.value, backend=backend.value)
+    _check_weights(loaded)
     if prompts == "passages":
         return loaded, make.natural(loaded, n=n, length=length, prepend_bos=bos)
     if prompts == "random":
         return loaded, make.random_tokens(loaded, n=n, length=length, seed=seed, prepend_bos=bos)
     return loaded, make.from_file(loaded, prompts, n=n, length=length, prepend_bos=bos)
+
+
+def _check_weights(model: Any) -> None:
+    """Activations would not be finite either, but by then nothing says where that came from."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            name = name.replace("._original_component", "")  # a bridge's wrapping
+            _fail(f"the model's weight {name} holds NaN or infinite values: get the model again, or use another")
 
 
 def _report(out: Path) -> Path | None:
@@ -242,7 +287,7 @@ def _progress() -> Iterator[tuple[Any, Progress]]:
 
     screen = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+    with Progress(*columns, console=screen, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("starting", total=None)
 
         def step(text: str) -> None:
@@ -260,12 +305,54 @@ def _errors() -> Iterator[None]:
     from sinklens.errors import EngineError, InputError
 
     try:
-        yield
+        with _remarks():
+            yield
     except InputError as error:
         _fail(str(error))
     except EngineError as error:
         typer.echo(f"sinklens: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _remarks() -> Iterator[None]:
+    """Warnings and log records of sinklens as lines like our own; those of others as they come."""
+    logger, show = logging.getLogger("sinklens"), warnings.showwarning
+    here = str(Path(__file__).parent)
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            typer.echo(f"sinklens: note: {record.getMessage()}", err=True)
+
+    def ours(message: Any, category: Any, filename: str, *rest: Any) -> None:
+        if filename.startswith(here):
+            typer.echo(f"sinklens: note: {message}", err=True)
+        else:
+            show(message, category, filename, *rest)
+
+    handler = Handler(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = ours
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Typer's own exceptions have no public base class. The one that shows the help is no mistake to explain.
+        if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        message = " ".join(error.format_message().split()).rstrip(".")  # pyright: ignore[reportAttributeAccessIssue]
+        where = getattr(getattr(error, "ctx", None), "command_path", "sinklens")
+        _fail(f"{message}; see {where} --help")
 
 
 def _fail(sentence: str) -> NoReturn:
