@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 MINUS = "−"
 NONE = "–"
 """What stands for a missing value."""
+
+
+_WRITTEN = {"w_o": "W_O", "qk": "QK", "rmsnorm": "RMSNorm", "mlp": "MLP", "rope": "RoPE"}
+
+
+def pretty(name: object) -> str:
+    """A name as people write it: ``moment_match`` as ``moment match``, ``w_o_alignment`` as ``W_O alignment``."""
+    parts = re.split(r"(?<![^\W_])(w_o|qk|rmsnorm|mlp|rope)(?![^\W_])", str(name))
+    return "".join(_WRITTEN.get(part, part.replace("_", " ")) for part in parts)
+
+
+def heading(name: object) -> str:
+    """A name as it begins a line: the first letter in upper case."""
+    text = pretty(name)
+    return text[:1].upper() + text[1:]
 
 
 def number(value: float | None, digits: int = 3) -> str:

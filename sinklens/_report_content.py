@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sinklens._format import NONE, bytes_text, effect_text, interval_text, number, seconds_text, spans
+from sinklens._format import NONE, bytes_text, effect_text, heading, interval_text, number, pretty, seconds_text, spans
 from sinklens._verdicts import CLOSE, HALF, Finding, findings
 from sinklens.formation import Formation
 from sinklens.results import ChainResult
-from sinklens.viz import directions, heading, pretty
+from sinklens.viz import directions
 
 MARKS = {"agrees": "✓", "beyond": "↑", "partly": "≈", "unclear": "?", "against": "✗"}
 """A sign for each verdict, so that colour is never the only difference."""

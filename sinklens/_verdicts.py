@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sinklens._format import effect_text, join, number, spans
+from sinklens._format import effect_text, join, number, pretty, spans
 from sinklens.results import ChainResult
-from sinklens.viz import pretty
 
 CLOSE, HALF = 0.25, 0.5
 """Distances from the prediction: up to the first an effect agrees, above the second it speaks against."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinklens import _report_content as content
 from sinklens import viz
+from sinklens._format import pretty
 from sinklens._optional import need
 from sinklens._verdicts import summary
 from sinklens.errors import InputError
@@ -104,8 +105,8 @@ def _attention(result: ChainResult) -> dict[str, Any] | None:
     if not result.attention:
         return None
     heads, shown = _heads(result)
-    names = {run: f"{viz.pretty(run)} run" for run in ("base", "anchored") if run in result.attention}
-    names |= {run: f"{viz.pretty(run)} run" for run in result.attention if run not in names}
+    names = {run: f"{pretty(run)} run" for run in ("base", "anchored") if run in result.attention}
+    names |= {run: f"{pretty(run)} run" for run in result.attention if run not in names}
     page = viz.attention_html({name: viz.attention_view(result, run, heads) for run, name in names.items()})
     return {
         "page": page,

@@ -10,7 +10,6 @@ Pitfall: an effect of 0 is an invisible bar. Look for its interval and for the t
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from sinklens._attention_view import attention_html, attention_view
+from sinklens._format import heading, pretty
 from sinklens._optional import need_plotly
 from sinklens.errors import InputError
 
@@ -51,21 +51,6 @@ KINDS = {
 """Kind of a row: colour, pattern, name in the legend."""
 QUESTIONS = {"denoise": "denoise: is it sufficient?", "noise": "noise: is it necessary?"}
 """What each direction asks."""
-
-
-_WRITTEN = {"w_o": "W_O", "qk": "QK", "rmsnorm": "RMSNorm", "mlp": "MLP", "rope": "RoPE"}
-
-
-def pretty(name: object) -> str:
-    """A name as people write it: ``moment_match`` as ``moment match``, ``w_o_alignment`` as ``W_O alignment``."""
-    parts = re.split(r"(?<![^\W_])(w_o|qk|rmsnorm|mlp|rope)(?![^\W_])", str(name))
-    return "".join(_WRITTEN.get(part, part.replace("_", " ")) for part in parts)
-
-
-def heading(name: object) -> str:
-    """A name as it begins a line: the first letter in upper case."""
-    text = pretty(name)
-    return text[:1].upper() + text[1:]
 
 
 def _label(name: object) -> str:
@@ -233,28 +218,9 @@ def onset_figure(result: ChainResult) -> Figure:
     go, subplots = need_plotly()
     profile, formation = onset_profile(result), result.formation
     figure = subplots.make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.07)
-    styles = (
-        ("sink", "sink token", TRANSPLANT, "solid", "circle"),
-        ("other", "other tokens", MECHANISM, "dot", "square"),
-    )
     for row, quantity in ((1, "attention"), (2, "norm")):
-        for who, name, colour, dash, symbol in styles:
-            shown = profile[profile[f"{quantity}_{who}"].notna()]
-            figure.add_trace(
-                go.Scatter(
-                    x=shown.layer.tolist(),
-                    y=shown[f"{quantity}_{who}"].tolist(),
-                    mode="lines+markers",
-                    name=name,
-                    legendgroup=who,
-                    showlegend=row == 1,
-                    line={"color": colour, "dash": dash, "width": 2},
-                    marker={"symbol": symbol, "size": 6},
-                    hovertemplate=f"block %{{x}}: %{{y:.4g}}<extra>{name}</extra>",
-                ),
-                row=row,
-                col=1,
-            )
+        for trace in _onset_lines(go, profile, quantity):
+            figure.add_trace(trace, row=row, col=1)
     for block in sorted({event.layer for event in formation.events} | {formation.layer}):
         chosen = block == formation.layer
         band = {"fillcolor": TRANSPLANT if chosen else INK, "opacity": 0.25 if chosen else 0.1, "line_width": 0}
@@ -269,6 +235,28 @@ def onset_figure(result: ChainResult) -> Figure:
     figure.update_xaxes(title={"text": "block", "standoff": 6}, row=2, col=1)
     figure.update_layout(legend={"orientation": "h", "y": 1, "yref": "container", "yanchor": "top"})
     return _styled(figure, 520, margin={"l": 10, "r": 10, "t": 60, "b": 50})
+
+
+def _onset_lines(go: Any, profile: pd.DataFrame, quantity: str) -> list[Any]:
+    traces = []
+    for who, name, colour, dash, symbol in (
+        ("sink", "sink token", TRANSPLANT, "solid", "circle"),
+        ("other", "other tokens", MECHANISM, "dot", "square"),
+    ):
+        shown = profile[profile[f"{quantity}_{who}"].notna()]
+        trace = go.Scatter(
+            x=shown.layer.tolist(),
+            y=shown[f"{quantity}_{who}"].tolist(),
+            mode="lines+markers",
+            name=name,
+            legendgroup=who,
+            showlegend=quantity == "attention",
+            line={"color": colour, "dash": dash, "width": 2},
+            marker={"symbol": symbol, "size": 6},
+            hovertemplate=f"block %{{x}}: %{{y:.4g}}<extra>{name}</extra>",
+        )
+        traces.append(trace)
+    return traces
 
 
 def chain_matrix(result: ChainResult, direction: str) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sinklens import viz
+from sinklens._format import pretty
 from sinklens.errors import InputError
 from tests.made_results import HOSTILE, N_BLOCKS, made_result
 
@@ -109,7 +110,7 @@ def test_names_from_the_data_are_not_read_as_html():
 def test_names_are_written_as_people_write_them():
     names = ("moment_match", "w_o_alignment", "qk_locking", "rmsnorm_filter", "show_order")
     written = ["moment match", "W_O alignment", "QK locking", "RMSNorm filter", "show order"]
-    assert [viz.pretty(name) for name in names] == written
+    assert [pretty(name) for name in names] == written
 
 
 def _props(source: str) -> dict:
