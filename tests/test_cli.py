@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -274,19 +275,27 @@ def test_a_corrupted_download(chain: Run, here: Path, monkeypatch: pytest.Monkey
     refused(chain("--model", "smollm2"), str(file), "is corrupted (SHA-256", "delete it")
 
 
+def spoil(model: Path, folder: Path, value: float) -> None:
+    """A copy of the model with one row of one weight overwritten."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][3] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize("command", ["chain", "find"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(here: Path, tiny_folder: Path, command: str, value: float) -> None:
-    (here / "bad").mkdir()
-    for path in tiny_folder.iterdir():
-        (here / "bad" / path.name).write_bytes(path.read_bytes())
-    weights = load_file(here / "bad" / "model.safetensors")
-    weights["model.layers.2.mlp.down_proj.weight"][3, 5] = value
-    save_file(weights, here / "bad" / "model.safetensors", metadata={"format": "pt"})
+    spoil(tiny_folder, here / "bad", value)
     before = snapshot(here)
     outcome = invoke(command, "--model", "./bad", "--prompts", "texts.txt", "--length", "16", "--device", "cpu")
     refused(outcome, "weight", "layers.2.mlp.down_proj.weight", "NaN or infinite", "get the model again")
     assert snapshot(here) == before
+
+
+def test_activations_that_are_not_finite(chain: Run, here: Path, tiny_folder: Path) -> None:
+    spoil(tiny_folder, here / "bad", 3e38)  # finite itself, and beyond float32 once it is multiplied
+    refused(chain("--model", "./bad"), "activations are not finite", "check the weights")
 
 
 def test_a_device_that_is_not_there(chain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
