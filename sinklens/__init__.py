@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sinklens.pairs import SinkPair, induced_pair, natural_pair
     from sinklens.patches import Patch, Readout, Rows, Source
     from sinklens.prompts import PromptBatch
-    from sinklens.report import report
+    from sinklens.report_page import report
     from sinklens.results import ChainResult
     from sinklens.setting import Setting
     from sinklens.sites import HookSite
@@ -50,7 +50,7 @@ _EXPORTS = {
     "Rows": "sinklens.patches",
     "Source": "sinklens.patches",
     "PromptBatch": "sinklens.prompts",
-    "report": "sinklens.report",
+    "report": "sinklens.report_page",
     "ChainResult": "sinklens.results",
     "Setting": "sinklens.setting",
     "HookSite": "sinklens.sites",

@@ -62,8 +62,6 @@ def _subtitle(result: ChainResult) -> str:
 
 def stages(result: ChainResult) -> list[dict[str, Any]]:
     """Per stage: name, claim, blocks, and a row for every edit and direction with its controls."""
-    from sinklens.stages import REGISTRY
-
     found, listed = findings(result), []
     for stage, rows in result.scores.groupby("stage", sort=False):
         mine = [item for item in found if item.stage == stage]
@@ -73,7 +71,7 @@ def stages(result: ChainResult) -> list[dict[str, Any]]:
         listed.append(
             {
                 "name": heading(stage),
-                "claim": REGISTRY[str(stage)].claim if stage in REGISTRY else "",
+                "claim": result.config.get("claims", {}).get(str(stage), ""),
                 "layers": _where(first),
                 "edits": [
                     {"name": pretty(edit), "rows": [_row(item, mine) for item in own if item.edit == edit]}

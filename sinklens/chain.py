@@ -130,6 +130,7 @@ def run_chain(
     config = {
         "target": target, "pair": sinks.kind, "strength": strength if pair == "amplify_variance" else None,
         "pair_layers": list(_root_layers(sinks)), "stages": [stage.name for stage in stages],
+        "claims": {stage.name: stage.claim for stage in stages},
         "readout_layers": list(setting.readout_layers), "control_draws": control_draws, "min_gap": min_gap,
         "seed": seed, "n_prompts": batch.n, "length": batch.length, "prompts": batch.source,
         "n_skipped": batch.n_skipped,

@@ -252,7 +252,7 @@ def _report(out: Path) -> Path | None:
     from sinklens.errors import InputError
 
     try:
-        from sinklens.report import report
+        from sinklens.report_page import report
 
         return report(out)
     except InputError as error:  # plotly or circuitsvis is not installed: the numbers are saved all the same

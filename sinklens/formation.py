@@ -212,6 +212,11 @@ def _of_others(values: Float[Tensor, "prompt pos"], sinks: Tensor) -> Float[Tens
     return values[other].view(len(values), -1)
 
 
+def _median(x: Tensor, dim: int = -1) -> Tensor:
+    # Not torch.median, which gives the lower of the two middle values.
+    return x.float().quantile(0.5, dim=dim)
+
+
 def _profile(store: ActivationStore, received: Tensor, sinks: Tensor, n_layers: int, eps: float) -> pd.DataFrame:
     records = []
     for block in range(n_layers):
@@ -220,12 +225,12 @@ def _profile(store: ActivationStore, received: Tensor, sinks: Tensor, n_layers: 
         heads = received[block].take_along_dim(sinks[:, None, None], -1).squeeze(-1)
         record = {"layer": block}
         for name in ("before", "after"):
-            sink, other = _of_sink(norms[name], sinks), _of_others(norms[name], sinks).median(-1).values
-            record |= {f"norm_sink_{name}": sink.median(), f"norm_other_{name}": other.median()}
-            record |= {f"ratio_{name}": (sink / other).median()}
+            sink, other = _of_sink(norms[name], sinks), _median(_of_others(norms[name], sinks), -1)
+            record |= {f"norm_sink_{name}": _median(sink), f"norm_other_{name}": _median(other)}
+            record |= {f"ratio_{name}": _median(sink / other)}
         record |= {
-            "attn_norm": _of_sink(norms["attn"], sinks).median(),
-            "mlp_norm": _of_sink(norms["mlp"], sinks).median(),
+            "attn_norm": _median(_of_sink(norms["attn"], sinks)),
+            "mlp_norm": _median(_of_sink(norms["mlp"], sinks)),
         }
         record |= {
             "attention_sink": _of_sink(attention, sinks).mean(),

@@ -234,13 +234,14 @@ def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTraine
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         known = ", ".join(REGISTRY)
         raise InputError(
             f"cannot load the model {name!r} ({_sentence(error)}); give a registered name ({known}), a local folder "

@@ -1,7 +1,7 @@
 """The slow way: one patch, one prompt, one full forward pass with ``run_with_hooks``, readouts from a full cache.
 
-Nothing here packs, resumes, stops early, reduces on the way or keeps source activations: every forward pass starts from the
-tokens of one prompt, and source activations come from TransformerLens's own cache.
+Nothing here packs, resumes, stops early, reduces on the way or keeps source activations: every forward pass starts
+from the tokens of one prompt, and source activations come from TransformerLens's own cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sinklens.patches import Patch, Readout, Rows, Runs, Source, positions_of
 
 
 def _for_prompt(patch: Patch, prompt: int) -> Patch:
-    """The patch as it is for one prompt, which is prompt 0 of a batch of one; its edit may look prompts up, so keep them."""
+    """The patch for one prompt, which is prompt 0 of a batch of one; an edit that looks prompts up gets that one."""
     source = patch.source
     if source is not None and source.positions is not None:
         source = Source(source.run, positions_of(source.positions, prompt))

@@ -26,7 +26,7 @@ from tests.tiny import tiny_model
 
 N, LENGTH, TARGET = 3, 12, 4
 
-MODELS = {
+MODELS: dict[str, tuple[str, Any]] = {
     "llama": ("llama", "auto"),  # gated, RMSNorm, rotary, grouped-query
     "llama_bridge": ("llama", "bridge"),
     "gpt2": ("gpt2", "auto"),  # plain MLP, LayerNorm, learned positions
@@ -101,7 +101,8 @@ def test_every_stage_equals_one_patch_at_a_time(tiny, kind):
         for prompt in range(N):
             for readout, expected in zip(wanted, slow(trial.patch, prompt), strict=True):
                 found = float(result.values[readout.name][index, prompt])
-                label = (trial.stage.name, trial.experiment.edit, trial.experiment.control, trial.direction, readout.name)
+                edit = trial.experiment
+                label = (trial.stage.name, edit.edit, edit.control, trial.direction, readout.name)
                 assert found == pytest.approx(expected, abs=1e-5, rel=1e-5), label
 
 

@@ -1,8 +1,9 @@
 """Scores of the planted model against what they must be, worked out by hand.
 
-Prompt 0 has no sink of its own: in the base run every later query i spreads attention evenly over its i + 1 keys, so the
-target receives ``mean 1 / (i + 1)``; in the anchored run it receives 1. Prompt 1 has a sink at position 0: there the target
-receives 0 in the base run, and shares evenly with position 0 in the anchored run: 1/2.
+Prompt 0 has no sink of its own: in the base run every later query i spreads attention evenly over its i + 1 keys, so
+the
+target receives ``mean 1 / (i + 1)``; in the anchored run it receives 1. Prompt 1 has a sink at position 0: there the
+target receives 0 in the base run, and shares evenly with position 0 in the anchored run: 1/2.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def result(model, batch, formation):
     keys: dict[str, list[tuple[str, str]]] = {}
     for stage, edit, control in BY_HAND:
         keys.setdefault(stage, []).append((edit, control))
-    wanted = tuple(chosen(stages.REGISTRY[name], *names) for name, names in keys.items())
+    wanted = tuple(chosen(stages.STAGES[name], *names) for name, names in keys.items())
     return run_chain(model, batch, target=TARGET, stages=wanted, formation=formation, readout_blocks=1, seed=0)
 
 
@@ -108,7 +109,9 @@ def test_effects_are_those_worked_out_by_hand(result, key):
 
 
 def test_moment_matching_fires_where_the_arithmetic_says(model, batch, formation):
-    """Denoise: mean + (sigma_0 / sigma_5) (z - mean), over two prompts; the neuron fires beyond half of the constant."""
+    """Denoise: mean + (sigma_0 / sigma_5) (z - mean), over two prompts; the neuron fires beyond half of the
+    constant.
+    """
     tokens = prompts(LENGTH)
     z = np.array([np.mean([value(int(t)) for t in row[: TARGET + 1]]) for row in tokens])
     first = np.array([value(int(row[0])) for row in tokens])
@@ -117,14 +120,14 @@ def test_moment_matching_fires_where_the_arithmetic_says(model, batch, formation
     assert list(fires) == [False, True]  # or the test says nothing
     stage = chosen(stages.VALUE_AGGREGATION, ("transplant", ""), ("moment_match", ""))
     result = run_chain(model, batch, target=TARGET, stages=(stage,), formation=formation, readout_blocks=1)
-    rows = result.effects[result.effects.edit == "moment_match"]
-    found = rows[rows.direction == "denoise"].effect.to_numpy()
+    rows = result.effects.query("edit == 'moment_match'")
+    found = rows.query("direction == 'denoise'").effect
     np.testing.assert_allclose(found, fires.astype(float), atol=2e-3)
     # Noise: the anchored values are 1 and nearly 1; rescaled to the spread at position 5 both still exceed one half.
     own = np.array([value(int(row[TARGET])) for row in tokens])
     rescaled = own.mean() + (own - own.mean()) * np.ptp(z) / np.ptp(own)
     assert (rescaled > 0.5).all()
-    np.testing.assert_allclose(rows[rows.direction == "noise"].effect, [0, 0], atol=2e-3)
+    np.testing.assert_allclose(rows.query("direction == 'noise'").effect, [0, 0], atol=2e-3)
 
 
 def test_formation_is_found(model):
@@ -151,7 +154,7 @@ def test_the_natural_sink(model):
     # Without its super neuron, the first token is like the others: each query spreads over i + 1 keys.
     left = np.mean([1 / (i + 1) for i in range(1, LENGTH)])
     for edit in ("transplant", "zero"):
-        rows = result.effects[(result.effects.edit == edit) & (result.effects.control == "")]
+        rows = result.effects.query("edit == @edit and control == ''")
         np.testing.assert_allclose(rows.effect, 1 - left, atol=1e-5)
-    rows = result.effects[result.effects.control == "random_neurons"]
+    rows = result.effects.query("control == 'random_neurons'")
     np.testing.assert_allclose(rows.effect, 0, atol=1e-5)

@@ -14,7 +14,7 @@ import sinklens as sl
 from sinklens._format import effect_text, interval_text, number, seconds_text
 from sinklens._verdicts import findings, summary, verdict
 from sinklens.errors import InputError
-from sinklens.report import render, report
+from sinklens.report_page import render, report
 from tests.made_results import HOSTILE, made_result
 
 pytest.importorskip("plotly")

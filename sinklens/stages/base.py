@@ -64,7 +64,7 @@ class Stage:
     """Which units of the site; ``None``: all."""
 
 
-REGISTRY: dict[str, Stage] = {}
+STAGES: dict[str, Stage] = {}
 """Stages by name, for the command line; :func:`sinklens.run_chain` takes stages themselves and needs no registry."""
 
 
@@ -74,9 +74,9 @@ def register(stage: Stage) -> Stage:
     Raises:
         ValueError: when another stage has that name.
     """
-    if stage.name in REGISTRY and REGISTRY[stage.name] is not stage:
+    if stage.name in STAGES and STAGES[stage.name] is not stage:
         raise ValueError(f"a stage named {stage.name!r} is already registered")
-    REGISTRY[stage.name] = stage
+    STAGES[stage.name] = stage
     return stage
 
 

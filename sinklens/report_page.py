@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sinklens import _report_content as content
@@ -150,13 +148,3 @@ def _write(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-class _CallableModule(ModuleType):
-    """Importing this module puts it where ``sinklens.report``, the function, was: both must be callable."""
-
-    def __call__(self, run: str | Path | ChainResult, out: str | Path | None = None) -> Path:
-        return report(run, out)
-
-
-sys.modules[__name__].__class__ = _CallableModule
