@@ -277,7 +277,7 @@ def spoil(model: Path, folder: Path, value: float) -> None:
     """A copy of the model with one row of one weight overwritten."""
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
-    weights["model.blocks.2.mlp.W_out"][3] = value
+    weights["model.layers.2.mlp.down_proj.weight"][3] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

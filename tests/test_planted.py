@@ -154,7 +154,7 @@ def test_the_natural_sink(model):
     # Without its super neuron, the first token is like the others: each query spreads over i + 1 keys.
     left = np.mean([1 / (i + 1) for i in range(1, LENGTH)])
     for edit in ("transplant", "zero"):
-        rows = result.effects.query("edit == @edit and control == ''")
+        rows = result.effects.query(f"edit == '{edit}' and control == ''")
         np.testing.assert_allclose(rows.effect, 1 - left, atol=1e-5)
     rows = result.effects.query("control == 'random_neurons'")
     np.testing.assert_allclose(rows.effect, 0, atol=1e-5)
