@@ -19,6 +19,7 @@ There are two families, and the score they give is read differently:
 from sinklens.edits.base import Edit, EditSite
 from sinklens.edits.general import (
     Constant,
+    Function,
     OfSource,
     PermuteWithin,
     PerPrompt,
@@ -38,6 +39,7 @@ __all__ = [
     "DropDimsBeforeNorm",
     "Edit",
     "EditSite",
+    "Function",
     "NeuronContribution",
     "OfSource",
     "PerPrompt",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import FunctionType
 from typing import TypeAlias
 
 import torch
@@ -73,8 +74,20 @@ def _update(digest: hashlib._Hash, value: object) -> None:
         for key in sorted(value):
             digest.update(repr(key).encode())
             _update(digest, value[key])
+    elif isinstance(value, FunctionType):
+        _update_function(digest, value)
     else:
         digest.update(repr(value).encode())
+
+
+def _update_function(digest: hashlib._Hash, function: FunctionType) -> None:
+    # A function is known by what it does: its repr would hold an address that differs in every process.
+    code = function.__code__
+    constants = [item for item in code.co_consts if isinstance(item, (int, float, str, tuple, type(None)))]
+    digest.update(code.co_code)
+    digest.update(repr((function.__qualname__, code.co_names, constants)).encode())
+    for cell in function.__closure__ or ():
+        _update(digest, cell.cell_contents)
 
 
 def select(full: Float[Tensor, "unit ..."], like: Gathered, units: Int[Tensor, "pair unit"] | None) -> Tensor:

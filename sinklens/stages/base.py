@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator
@@ -87,9 +87,10 @@ def _transplant(setting: Setting, stage: Stage, direction: Direction, _generator
 def _elsewhere(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
     positions = other_positions(setting, generator)
     layers = stage.layers(setting)
-    return setting.patch(
-        direction, stage.site, layers, edits.Transplant(), units=stage.units(setting), positions=positions
-    )
+    edit = edits.Transplant()
+    patch = setting.patch(direction, stage.site, layers, edit, units=stage.units(setting), positions=positions)
+    # The pair may not reach other positions by this block at all: then there is nothing to exchange, and no effect.
+    return replace(patch, allow_unchanged=True)
 
 
 def other_positions(setting: Setting, generator: Generator) -> tuple[tuple[int, ...], ...]:

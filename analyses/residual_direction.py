@@ -1,0 +1,69 @@
+"""Is it the direction or the norm of the sink token's residual that attention locks on to?
+
+    python analyses/residual_direction.py
+
+The formation block makes the residual norm of the sink token a hundred times larger, and that jump is what one sees
+first. But RMSNorm divides by the norm: if the chain's account of it as a *directional* filter is right, giving the
+target the anchored run's direction at its own old norm should carry the sink over, and giving it the norm alone should
+not.
+"""
+
+from __future__ import annotations
+
+import typer
+
+import sinklens as sl
+
+MODEL = "smollm2"
+TARGET = 10
+
+
+def scaled(direction, norm):
+    """``direction`` at the length of ``norm``."""
+    return direction * (norm.norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True))
+
+
+DIRECTION_ONLY = sl.edits.Function("direction_only", lambda x, source: scaled(source, x))
+NORM_ONLY = sl.edits.Function("norm_only", lambda x, source: scaled(x, source))
+
+
+def apply(edit):
+    """Build the patch that puts ``edit`` on the residual after the formation block."""
+    return lambda setting, stage, direction, _generator: setting.patch(
+        direction, stage.site, stage.layers(setting), edit
+    )
+
+
+def norm(setting, stage):
+    """The readout: the residual norm itself."""
+    return sl.readouts.vector_readout(
+        stage.name, stage.site, stage.layers(setting), setting.pair.target, setting.batch.n,
+        lambda x, _layer: x.float().norm(dim=-1),
+    )  # fmt: skip
+
+
+STAGE = sl.Stage(
+    name="residual_direction",
+    claim="Attention after the formation block depends on the direction of the residual, not on its norm.",
+    site=sl.sites.RESID_POST,
+    layers=lambda setting: (setting.formation.layer,),
+    experiments=(
+        sl.stages.TRANSPLANT,
+        sl.stages.ELSEWHERE,
+        sl.Experiment("direction_only", apply(DIRECTION_ONLY), predicted=(1, 1)),
+        sl.Experiment("direction_only", apply(NORM_ONLY), predicted=(0, 0), control="norm_only"),
+    ),
+    readout=norm,
+)
+
+
+def main(model: str = MODEL, target: int = TARGET, n: int = 16, length: int = 64, device: str = "auto") -> None:
+    """Score the stage and print its table."""
+    loaded = sl.load_model(model, device=device)
+    batch = sl.prompts.natural(loaded, n=n, length=length)
+    result = sl.run_chain(loaded, batch, target=target, stages=(STAGE,))
+    print(result.scores.drop(columns=["layers", "units"]).round(3).to_string(index=False))
+
+
+if __name__ == "__main__":
+    typer.run(main)
