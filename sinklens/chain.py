@@ -31,7 +31,7 @@ from sinklens.errors import EngineError, InputError, NoSinkError
 from sinklens.formation import Formation, find_formation
 from sinklens.memory import device_of, row_budget
 from sinklens.models import Model, model_id, model_shape, weight_digest
-from sinklens.pairs import Direction, PairKind, SinkPair, induced_pair, natural_pair
+from sinklens.pairs import Direction, PairKind, SinkPair, check_target, induced_pair, natural_pair
 from sinklens.patches import Patch
 from sinklens.prompts import PromptBatch
 from sinklens.results import SCORE_KEYS, ChainResult, effect, git_commit, summarise, versions
@@ -111,6 +111,10 @@ def run_chain(
         raise InputError("control_draws and readout_blocks must be at least 1")
     if not stages:
         raise InputError("give at least one stage")
+    if isinstance(target, int):
+        check_target(batch, target)  # before any work
+    elif target != "natural":
+        raise InputError(f"target {target!r} must be a position, or natural")
     formation = formation or find_formation(model, batch, memory_budget=memory_budget)
     rows = max_rows or _rows(model, batch, memory_budget)
     layers = None if pair_layers is None else tuple(pair_layers)
@@ -173,8 +177,6 @@ def _rows(model: Model, batch: PromptBatch, budget: int | None) -> int:
 def _pair(model, batch, formation, target, kind, layers, strength, seed, rows) -> SinkPair:  # noqa: ANN001
     if target == "natural":
         return natural_pair(batch, formation, seed)
-    if not isinstance(target, int):
-        raise InputError(f"target {target!r} must be a position, or natural")
     return induced_pair(
         model, batch, formation, target, kind=kind, layers=layers, strength=strength, seed=seed, max_rows=rows
     )

@@ -96,6 +96,9 @@ def chain(
     target: Annotated[str, typer.Option(help="Position that is made a sink, or `natural` for the data's own.")] = "10",
     pair: Annotated[Pair, typer.Option(help="How the sink is made at the target.")] = Pair.block_aggregation,
     strength: Annotated[float, typer.Option(help="Lambda of amplify_variance.")] = 8.0,
+    pair_layers: Annotated[
+        str | None, typer.Option(help="Blocks of that intervention, such as `0-2` or `0,3`; see the documentation.")
+    ] = None,
     length: LengthOption = 64,
     n: CountOption = 16,
     prompts: PromptsOption = "passages",
@@ -124,6 +127,7 @@ def chain(
                 _fail(f"{name} {value} must be a finite number" + (f", {least} or more" if least == 0 else ""))
         if memory_budget is not None and not 0 < memory_budget < math.inf:
             _fail(f"--memory-budget {memory_budget} must be a number of GiB, more than 0")
+        blocks = None if pair_layers is None else _blocks(pair_layers)
         check_out(out, force=force)
         with _progress() as (step, rows):
             loaded, batch = _load(step, model, device, dtype, backend, prompts, n, length, bos, seed)
@@ -133,8 +137,8 @@ def chain(
 
             step("scoring the chain")
             result = run_chain(
-                loaded, batch, target=wanted, pair=pair.value, strength=strength, readout_blocks=readout_blocks,
-                control_draws=control_draws, min_gap=min_gap, seed=seed, progress=rows,
+                loaded, batch, target=wanted, pair=pair.value, strength=strength, pair_layers=blocks,
+                readout_blocks=readout_blocks, control_draws=control_draws, min_gap=min_gap, seed=seed, progress=rows,
                 memory_budget=None if memory_budget is None else int(memory_budget * 2**30),
             )  # fmt: skip
             result.config["command"] = _command()
@@ -221,6 +225,18 @@ def _target(text: str, length: int) -> int | str:
     if not 0 < target < length - 1:
         _fail(f"--target {target} must be in 1..{length - 2}: with --length {length} it needs later tokens")
     return target
+
+
+def _blocks(text: str) -> tuple[int, ...]:
+    ends: list[list[int]] = []
+    try:
+        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+        found = sorted({block for part in ends for block in range(part[0], part[-1] + 1)})
+    except ValueError:
+        found = []
+    if not found or any(len(part) > 2 for part in ends):
+        _fail(f"--pair-layers {text!r} must be blocks such as 0-2 or 0,3")
+    return tuple(found)
 
 
 def _load(step, model, device, dtype, backend, prompts, n, length, bos, seed) -> tuple[Any, PromptBatch]:  # noqa: ANN001

@@ -94,13 +94,7 @@ def induced_pair(
         InputError: a target outside the sequence, without earlier or enough later tokens, or at the sink itself; fewer
             than two prompts for ``amplify_variance``.
     """
-    if not 0 <= target < batch.length - 1:
-        raise InputError(
-            f"target {target} must be in 1..{batch.length - 2}: prompts have {batch.length} tokens, and a sink needs "
-            "later tokens that attend to it"
-        )
-    if target == 0:
-        raise InputError("target 0 has no earlier tokens to aggregate: choose a later position, or target natural")
+    check_target(batch, target)
     if target in formation.sink_positions:
         raise InputError(f"target {target} is already the sink of a prompt: choose another, or target natural")
     first_event = min((event.layer for event in formation.events), default=formation.layer)
@@ -118,6 +112,21 @@ def induced_pair(
     return SinkPair(
         kind, (target,), {"base": (), "anchored": (root,)}, Source("base"), Source("anchored"), ordinary, reference
     )
+
+
+def check_target(batch: PromptBatch, target: int) -> None:
+    """Make sure that a sink can be made at ``target``.
+
+    Raises:
+        InputError: when it lies outside the sequence, or has no earlier or no later tokens.
+    """
+    if not 0 <= target < batch.length - 1:
+        raise InputError(
+            f"target {target} must be in 1..{batch.length - 2}: prompts have {batch.length} tokens, and a sink needs "
+            "later tokens that attend to it"
+        )
+    if target == 0:
+        raise InputError("target 0 has no earlier tokens to aggregate: choose a later position, or target natural")
 
 
 def natural_pair(batch: PromptBatch, formation: Formation, seed: int = 0) -> SinkPair:

@@ -93,6 +93,7 @@ class ChainResult:
             self.scores.to_parquet(folder / "scores.parquet", index=False)
             self.effects.to_parquet(folder / "effects.parquet", index=False)
             save_file({k: v.contiguous() for k, v in self.attention.items()}, folder / "attention.safetensors")
+            os.chmod(folder / "attention.safetensors", 0o644)  # safetensors makes it private
         return Path(out)
 
     @classmethod

@@ -30,6 +30,12 @@ def console(stderr: bool = False) -> Console:
     return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=160)
 
 
+def two_decimals(x: float) -> str:
+    """``x`` with two decimals, and no minus before a zero."""
+    text = f"{x:.2f}"
+    return "0.00" if text == "-0.00" else text
+
+
 def score_text(rows: pd.DataFrame) -> str:
     """``effect [low, high]`` and what the claim predicts; empty when there is no such row."""
     if rows.empty:
@@ -37,8 +43,8 @@ def score_text(rows: pd.DataFrame) -> str:
     row = rows.iloc[0]
     if not row.n:
         return "no prompt left"
-    interval = "" if pd.isna(row.ci_low) else f" [{row.ci_low:.2f}, {row.ci_high:.2f}]"
-    return f"{row.effect:.2f}{interval} ({row.predicted:.0f})"
+    interval = "" if pd.isna(row.ci_low) else f" [{two_decimals(row.ci_low)}, {two_decimals(row.ci_high)}]"
+    return f"{two_decimals(row.effect)}{interval} ({row.predicted:.0f})"
 
 
 def chain_table(result: ChainResult) -> Table:

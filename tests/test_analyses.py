@@ -74,6 +74,19 @@ def test_the_residual_s_direction_carries_the_planted_sink():
         assert scores["direction_only", "norm_only", direction] == pytest.approx(0, abs=1e-3)
 
 
+def test_the_readme_s_stage_runs():
+    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    block = next(part for part in text.split("```python\n")[1:] if "STAGE = sl.Stage(" in part).split("```")[0]
+    import sinklens as sl
+
+    names: dict[str, Any] = {"sl": sl}
+    exec(block[: block.index("result = ")], names)
+    scores = planted_scores(names["STAGE"])
+    # Half of an outlier is still by far the largest dimension, and the norm divides by it.
+    assert scores["halfway", "", "denoise"] == pytest.approx(1, abs=1e-3)
+    assert scores["transplant", "", "noise"] == pytest.approx(1, abs=1e-3)
+
+
 def test_a_new_stage_shows_up_in_the_table_of_a_random_model():
     model = tiny_model("llama")
     generator = np.random.default_rng(0)

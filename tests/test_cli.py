@@ -194,6 +194,8 @@ def refused(outcome: Outcome, *parts: str) -> None:
         (["--memory-budget", "inf"], ["--memory-budget inf must be"]),
         (["--min-gap", "nan"], ["--min-gap nan must be a finite number"]),
         (["--min-gap", "-1"], ["--min-gap -1.0 must be", "0.0 or more"]),
+        (["--pair-layers", "all"], ["--pair-layers 'all' must be blocks such as 0-2 or 0,3"]),
+        (["--pair-layers", "2-1"], ["--pair-layers '2-1' must be"]),
         (["--strength", "inf"], ["--strength inf must be a finite number"]),
         # What the command-line parser itself finds is told in the same way.
         (["--length", "long"], ["--length", "valid integer", "chain --help"]),
