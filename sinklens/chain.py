@@ -41,7 +41,7 @@ from sinklens.stages import CHAIN, Experiment, Stage
 
 SINK = "sink"
 """Name of the metric's readout."""
-IDENTITY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+IDENTITY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 """How far from exactly 1 the identities may be, by dtype: rounding, in units of the effect."""
 
 READOUT_GAP = 0.1

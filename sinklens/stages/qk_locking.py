@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Generator, Tensor
 
 from sinklens import edits, metrics, readouts
@@ -31,10 +32,8 @@ def query_directions(setting: Setting, layers: tuple[int, ...]) -> dict[int, Ten
     found = {}
     for layer in layers:
         queries = setting.ordinary(Q, layer, layers)
-        by_key_head = queries.unflatten(1, (setting.shape.n_kv_heads, groups))
-        found[layer] = torch.stack(
-            [metrics.principal_direction(by_key_head[:, h].flatten(0, 1)) for h in range(setting.shape.n_kv_heads)]
-        )
+        by_key_head = rearrange(queries, "place (kv_head group) d_head -> kv_head (place group) d_head", group=groups)
+        found[layer] = torch.stack([metrics.principal_direction(head) for head in by_key_head])
     return found
 
 
