@@ -28,10 +28,7 @@ def random_neurons(setting, stage, direction, generator):
 def magnitude(setting, stage):
     """The readout: mean magnitude of the super neurons' gates at the target."""
     neurons = list(setting.formation.neurons)
-    return sl.readouts.vector_readout(
-        stage.name, stage.site, stage.layers(setting), setting.pair.target, setting.batch.n,
-        lambda x, _layer: x[:, neurons].float().abs().mean(-1),
-    )  # fmt: skip
+    return setting.readout(stage, lambda x, _layer: x[:, neurons].float().abs().mean(-1))
 
 
 STAGE = sl.Stage(

@@ -36,10 +36,7 @@ def apply(edit):
 
 def norm(setting, stage):
     """The readout: the residual norm itself."""
-    return sl.readouts.vector_readout(
-        stage.name, stage.site, stage.layers(setting), setting.pair.target, setting.batch.n,
-        lambda x, _layer: x.float().norm(dim=-1),
-    )  # fmt: skip
+    return setting.readout(stage, lambda x, _layer: x.float().norm(dim=-1))
 
 
 STAGE = sl.Stage(

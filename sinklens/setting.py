@@ -6,8 +6,9 @@ source comes from follows from the pair and the direction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,9 +19,13 @@ from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models import BlockWeights, Model, ModelShape, block_weights, model_shape
 from sinklens.pairs import Direction, SinkPair
-from sinklens.patches import Patch, Positions, Source, per_prompt_index
+from sinklens.patches import Patch, Positions, Readout, Source, per_prompt_index
 from sinklens.prompts import PromptBatch
+from sinklens.readouts import vector_readout
 from sinklens.sites import HookSite
+
+if TYPE_CHECKING:
+    from sinklens.stages import Stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +101,21 @@ class Setting:
         if direction == "noise":
             return edit
         return OfSource(edit.name, edit, None if within is None else tuple(within))
+
+    def readout(
+        self,
+        stage: Stage,
+        function: Callable[[Tensor, int], Tensor],
+        *,
+        layers: Sequence[int] | None = None,
+        combine: Callable[[Tensor], Tensor] | None = None,
+    ) -> Readout:
+        """A stage's readout: ``function(vector [row, unit, ...], block)`` of its activation at the target.
+
+        Averaged over ``layers`` (the stage's own by default), unless ``combine`` makes one number of them otherwise.
+        """
+        layers = stage.layers(self) if layers is None else layers
+        return vector_readout(stage.name, stage.site, layers, self.pair.target, self.batch.n, function, combine)
 
     def activations(self, run: str, site: HookSite, layers: Sequence[int]) -> ActivationStore:
         """A run's activations at all positions in some blocks, captured once and kept.

@@ -16,7 +16,7 @@ There are two families, and the score they give is read differently:
   carries the sink into a run without one.
 """
 
-from sinklens.edits.base import Edit, EditSite
+from sinklens.edits.base import Edit, EditSite, SourceEdit
 from sinklens.edits.general import (
     Constant,
     Function,
@@ -47,6 +47,7 @@ __all__ = [
     "RemoveDirection",
     "Rescale",
     "SameNormScaling",
+    "SourceEdit",
     "Subspace",
     "Transplant",
     "random_orthonormal",

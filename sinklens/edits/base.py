@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from sinklens.sites import HookSite
 
@@ -57,37 +58,51 @@ class Edit:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """SHA-256 over the class and all parameters, tensors by value: equal edits have equal fingerprints."""
+        """SHA-256 over the class and all parameters: equal edits have equal fingerprints.
+
+        Tensors count by value, functions by their code, defaults and closed-over values (not by globals they name).
+        """
         digest = hashlib.sha256(type(self).__qualname__.encode())
         for item in fields(self):
             _update(digest, getattr(self, item.name))
         return digest.hexdigest()
 
 
+@dataclass(frozen=True, eq=False)
+class SourceEdit(Edit):
+    """Base class of edits that need the activation of a source run."""
+
+    @property
+    @override
+    def uses_source(self) -> bool:
+        return True
+
+
 def _update(digest: hashlib._Hash, value: object) -> None:
+    # Every part is preceded by its type and size, so that no two values run together to the same bytes.
     if isinstance(value, Tensor):
-        digest.update(str((tuple(value.shape), value.dtype)).encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(f"tensor {tuple(value.shape)} {value.dtype} ".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Edit):
-        digest.update(value.fingerprint().encode())
+        digest.update(f"edit {value.fingerprint()} ".encode())
     elif isinstance(value, Mapping):
+        digest.update(f"mapping {len(value)} ".encode())
         for key in sorted(value):
-            digest.update(repr(key).encode())
+            _update(digest, key)
             _update(digest, value[key])
+    elif isinstance(value, tuple):
+        digest.update(f"tuple {len(value)} ".encode())
+        for item in value:
+            _update(digest, item)
+    elif isinstance(value, CodeType):
+        _update(digest, (value.co_code, value.co_names, value.co_varnames, value.co_consts))
     elif isinstance(value, FunctionType):
-        _update_function(digest, value)
+        # A function is known by what it does: its repr would hold an address that differs in every process.
+        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
+        _update(digest, (value.__code__, value.__defaults__, value.__kwdefaults__, cells))
     else:
-        digest.update(repr(value).encode())
-
-
-def _update_function(digest: hashlib._Hash, function: FunctionType) -> None:
-    # A function is known by what it does: its repr would hold an address that differs in every process.
-    code = function.__code__
-    constants = [item for item in code.co_consts if isinstance(item, (int, float, str, tuple, type(None)))]
-    digest.update(code.co_code)
-    digest.update(repr((function.__qualname__, code.co_names, constants)).encode())
-    for cell in function.__closure__ or ():
-        _update(digest, cell.cell_contents)
+        text = repr(value)
+        digest.update(f"{type(value).__name__} {len(text)} {text} ".encode())
 
 
 def select(full: Float[Tensor, "unit ..."], like: Gathered, units: Int[Tensor, "pair unit"] | None) -> Tensor:

@@ -10,20 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from sinklens.edits.base import Edit, EditSite, Gathered, need, select
+from sinklens.edits.base import Edit, EditSite, Gathered, SourceEdit, need, select
 from sinklens.sites import HookSite
 
 
 @dataclass(frozen=True, eq=False)
-class Transplant(Edit):
+class Transplant(SourceEdit):
     """Replace the activation with the source run's."""
 
     name: str = "transplant"
-
-    @property
-    @override
-    def uses_source(self) -> bool:
-        return True
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
@@ -31,7 +26,7 @@ class Transplant(Edit):
 
 
 @dataclass(frozen=True, eq=False)
-class Function(Edit):
+class Function(SourceEdit):
     """A function of the activation and the source's: the short way to an edit of your own.
 
     ``Function("halfway", lambda x, source: (x + source) / 2)``
@@ -40,11 +35,6 @@ class Function(Edit):
     name: str = "function"
     function: Callable[[Gathered, Gathered], Gathered] = lambda _x, source: source
     """``(x, source) -> new``, each ``[pair, unit, ...]``."""
-
-    @property
-    @override
-    def uses_source(self) -> bool:
-        return True
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
@@ -77,7 +67,9 @@ class PerPrompt(Edit):
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         full = self.values[at.layer].to(x)[at.prompts.to(x.device)]
-        return full if at.units is None else full.gather(1, at.units)
+        if at.units is None:
+            return full
+        return full[torch.arange(len(full), device=full.device)[:, None], at.units]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,22 +114,18 @@ class SameNormScaling(Edit):
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
         target = self.of(x, source, at).flatten(1).norm(dim=-1)
-        norm = x.flatten(1).norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        return x * (target / norm).view(-1, *[1] * (x.ndim - 1))
+        norm = x.flatten(1).norm(dim=-1)
+        factor = torch.where(norm > 0, target / norm, 1.0)  # a zero vector has no direction to keep
+        return x * factor.view(-1, *[1] * (x.ndim - 1))
 
 
 @dataclass(frozen=True, eq=False)
-class Subspace(Edit):
+class Subspace(SourceEdit):
     """Transplant only the component in the span of an orthonormal basis: ``x + (source - x) B B^T``."""
 
     name: str = "subspace"
     basis: Float[Tensor, "d_model rank"] = field(default_factory=lambda: torch.zeros(0, 0))
     """Orthonormal columns."""
-
-    @property
-    @override
-    def uses_source(self) -> bool:
-        return True
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
@@ -179,7 +167,7 @@ class RemoveDirection(Edit):
 
 
 @dataclass(frozen=True, eq=False)
-class OfSource(Edit):
+class OfSource(SourceEdit):
     """Apply another edit to the source's activation and transplant the result."""
 
     name: str = "of_source"
@@ -192,11 +180,6 @@ class OfSource(Edit):
     @override
     def reads(self) -> tuple[HookSite, ...]:
         return self.edit.reads
-
-    @property
-    @override
-    def uses_source(self) -> bool:
-        return True
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from sinklens.edits.base import Edit, EditSite, Gathered, need
+from sinklens.edits.base import Edit, EditSite, Gathered, SourceEdit, need
 from sinklens.sites import MLP_POST, RESID_PRE, HookSite
 
 
@@ -34,7 +34,7 @@ def contribution(post: Float[Tensor, "pair d_mlp"], neurons: tuple[int, ...], ro
 
 
 @dataclass(frozen=True, eq=False)
-class NeuronContribution(Edit):
+class NeuronContribution(SourceEdit):
     """Carry over from the source only what some neurons write into some residual dimensions.
 
     ``x_D + (a_source - a) @ W_out[neurons][:, D]`` for the dimensions ``D``, all else as it was. The activations
@@ -55,11 +55,6 @@ class NeuronContribution(Edit):
     @override
     def reads(self) -> tuple[HookSite, ...]:
         return (self.site,)
-
-    @property
-    @override
-    def uses_source(self) -> bool:
-        return True
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:

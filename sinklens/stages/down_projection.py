@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Generator, Tensor
 
-from sinklens import edits, metrics, readouts
+from sinklens import edits, metrics
 from sinklens.pairs import Direction
 from sinklens.patches import Patch, Readout
 from sinklens.setting import Setting
@@ -51,14 +51,7 @@ def _densify(random_neurons: bool) -> Build:
 
 
 def _dominance_readout(setting: Setting, stage: Stage) -> Readout:
-    return readouts.vector_readout(
-        stage.name,
-        stage.site,
-        stage.layers(setting),
-        setting.pair.target,
-        setting.batch.n,
-        lambda x, _layer: metrics.dominance_ratio(x),
-    )
+    return setting.readout(stage, lambda x, _layer: metrics.dominance_ratio(x))
 
 
 DOWN_PROJECTION = Stage(

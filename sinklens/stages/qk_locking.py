@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
-from sinklens import edits, metrics, readouts
+from sinklens import edits, metrics
 from sinklens.pairs import Direction
 from sinklens.patches import Patch, Readout
 from sinklens.setting import Setting
@@ -58,13 +58,10 @@ def _value_instead(setting: Setting, stage: Stage, direction: Direction, _genera
 
 def _locking_readout(setting: Setting, stage: Stage) -> Readout:
     directions = query_directions(setting, stage.layers(setting))
-    return readouts.vector_readout(
-        stage.name,
-        stage.site,
-        setting.readout_layers,
-        setting.pair.target,
-        setting.batch.n,
+    return setting.readout(
+        stage,
         lambda x, layer: metrics.cosine(x, directions[layer].to(x.device)).mean(-1),
+        layers=setting.readout_layers,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Generator
 
-from sinklens import edits, metrics, readouts
+from sinklens import edits, metrics
 from sinklens.pairs import Direction
 from sinklens.patches import Patch, Readout
 from sinklens.setting import Setting
@@ -36,14 +36,7 @@ def _drop_dims(denominator_only: bool, random_dims: bool) -> Build:
 
 def _energy_readout(setting: Setting, stage: Stage) -> Readout:
     dims = setting.formation.dims
-    return readouts.vector_readout(
-        stage.name,
-        stage.site,
-        setting.readout_layers,
-        setting.pair.target,
-        setting.batch.n,
-        lambda x, _layer: metrics.energy_share(x, dims),
-    )
+    return setting.readout(stage, lambda x, _layer: metrics.energy_share(x, dims), layers=setting.readout_layers)
 
 
 RMSNORM_FILTER = Stage(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator
 
-from sinklens import edits, readouts
+from sinklens import edits
 from sinklens.pairs import Direction
 from sinklens.patches import Patch, Readout
 from sinklens.setting import Setting
@@ -57,14 +57,7 @@ def _ablate(mode: str, random_units: bool = False) -> Build:
 
 def _neuron_readout(setting: Setting, stage: Stage) -> Readout:
     neurons = list(setting.formation.neurons)
-    return readouts.vector_readout(
-        stage.name,
-        stage.site,
-        stage.layers(setting),
-        setting.pair.target,
-        setting.batch.n,
-        lambda x, _layer: x[:, neurons].float().abs().mean(-1),
-    )
+    return setting.readout(stage, lambda x, _layer: x[:, neurons].float().abs().mean(-1))
 
 
 SUPER_NEURONS = Stage(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from sinklens import edits, readouts
+from sinklens import edits
 from sinklens.pairs import Direction
 from sinklens.patches import Patch, Readout
 from sinklens.setting import Setting
@@ -63,15 +63,7 @@ def _alignment_readout(setting: Setting, stage: Stage) -> Readout:
     def combine(stack: Tensor) -> Tensor:
         return stack.sum(0).norm(dim=-1)
 
-    return readouts.vector_readout(
-        stage.name,
-        stage.site,
-        stage.layers(setting),
-        setting.pair.target,
-        setting.batch.n,
-        lambda x, _layer: x.float() @ basis.to(x.device),
-        combine,
-    )
+    return setting.readout(stage, lambda x, _layer: x.float() @ basis.to(x.device), combine=combine)
 
 
 W_O_ALIGNMENT = Stage(
