@@ -519,6 +519,11 @@ def test_fingerprints_of_bfloat16_tensors():
     assert found[0] == found[2] != found[1]
 
 
+def test_fingerprints_tell_dtypes_apart_that_have_the_same_bytes():
+    zeros = [torch.zeros(2, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.int16)]
+    assert len({edits.Constant("mean", {0: values}).fingerprint() for values in zeros}) == 3
+
+
 def test_fingerprints_do_not_depend_on_layout_or_the_order_of_blocks():
     values = drawn(4, 3)
     strided = values.T.contiguous().T

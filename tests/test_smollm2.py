@@ -78,11 +78,9 @@ def small(smollm2: Any, few: PromptBatch, few_formation: Formation) -> ChainResu
 
 
 def scores(result: ChainResult, **wanted: str) -> pd.DataFrame:
-    found = result.scores
-    for column, value in wanted.items():
-        found = found[found[column] == value]
-    assert len(found), wanted
-    return found
+    chosen = np.logical_and.reduce([result.scores[column] == value for column, value in wanted.items()])
+    assert chosen.any(), wanted
+    return result.scores.loc[chosen]
 
 
 @pytest.mark.parametrize("which", ["formation", "formation_on_random"])
