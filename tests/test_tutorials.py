@@ -1,0 +1,144 @@
+"""The tutorials run from top to bottom, and what is committed of them can be read without running them.
+
+`python -m tests.test_tutorials` runs them and writes their outputs back in the form that these tests ask for.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("nbclient")
+
+import nbformat
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).resolve().parents[1]
+TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+MAX_BYTES = 2_000_000
+LOCAL_PATH = re.compile(r"/(?:home|root|tmp|work|Users|var/folders)/|[A-Z]:\\+Users")
+METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+
+each_tutorial = pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+
+
+class ThisPython(AsyncKernelManager):
+    """A kernel in the interpreter that runs the tests, whatever kernels the user has registered."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=command, display_name="Python 3", language="python")
+
+
+def executed(notebook: NotebookNode) -> NotebookNode:
+    """A copy of the notebook that was run in this checkout, offline; the first exception in it is raised."""
+    notebook = copy.deepcopy(notebook)
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    # One thread: the last digits do not depend on the machine's cores, nor the time on who else uses them.
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = {**os.environ, **offline, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+    client = NotebookClient(notebook, kernel_manager_class=ThisPython, timeout=600, record_timing=False)
+    client.execute(cwd=str(ROOT / "tutorials"), env=env)
+    return notebook
+
+
+def cleaned(notebook: NotebookNode) -> NotebookNode:
+    """A copy without what differs from run to run: versions, timings, random ids; CircuitsVis without its script."""
+    notebook = copy.deepcopy(notebook)
+    notebook.metadata = nbformat.from_dict({**METADATA, "language_info": {"name": "python"}})
+    for number, cell in enumerate(notebook.cells):
+        cell.metadata = nbformat.from_dict({})
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "CircuitsVis" in data.get("text/html", ""):
+                data["text/html"] = _without_script(data["text/html"], f"circuits-vis-{number}")
+            if "text/plain" in data:
+                data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", data["text/plain"])
+    return notebook
+
+
+def _without_script(view: str, name: str) -> str:
+    """A CircuitsVis view that loads its 1.3 MB of script from where the package keeps it."""
+    import circuitsvis
+
+    found = re.match(r'<div id="([\w-]+)"', view)
+    assert found, "this version of circuitsvis writes its views in another way"
+    start, end = re.compile(r"<script[^>]*>").search(view), view.rindex("render(")
+    assert start, "the view has no script"
+    component = re.match(r'render\(\s*"[\w-]+",\s*(?:CircuitsVis\.)?(\w+)', view[end:])
+    assert component, "the view is not rendered"
+    url = f"https://unpkg.com/circuitsvis@{circuitsvis.__version__}/dist/cdn/esm.js"
+    call = view[end:].replace(f"CircuitsVis.{component[1]}", component[1])
+    script = f'\n    import {{ render, {component[1]} }} from "{url}";\n    {call}'
+    return (view[: start.end()] + script).replace(found[1], name)
+
+
+def texts(notebook: NotebookNode) -> list[str]:
+    """Everything that the outputs show, as text."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [
+        str(part) for output in outputs for part in (output.get("text", ""), *output.get("data", {}).values()) if part
+    ]
+
+
+def noise(notebook: NotebookNode) -> list[str]:
+    """Errors, and what went to stderr."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [str(o) for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+
+
+def test_there_are_tutorials():
+    assert TUTORIALS
+
+
+@each_tutorial
+def test_a_committed_tutorial_can_be_read_without_running_it(path: Path):
+    assert path.stat().st_size < MAX_BYTES
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "not run from top to bottom"
+    assert sum(bool(cell.outputs) for cell in code) > len(code) / 2
+    assert not noise(notebook)
+    assert not [text for text in texts(notebook) if LOCAL_PATH.search(text)]
+
+
+@each_tutorial
+def test_a_committed_tutorial_holds_nothing_that_changes_with_every_run(path: Path):
+    notebook = nbformat.read(path, as_version=4)
+    assert all(not cell.metadata for cell in notebook.cells)
+    assert notebook.metadata == {**METADATA, "language_info": {"name": "python"}}
+    assert all(len(text) < MAX_BYTES / 4 for text in texts(notebook))
+
+
+def test_the_kernel_is_the_interpreter_of_the_tests():
+    cell = nbformat.v4.new_code_cell("import sys\nprint(sys.executable, sys.prefix)")
+    found = executed(nbformat.v4.new_notebook(cells=[cell]))
+    assert texts(found) == [f"{sys.executable} {sys.prefix}\n"]
+
+
+@pytest.mark.smollm2
+@pytest.mark.slow
+@each_tutorial
+def test_a_tutorial_runs_from_top_to_bottom(path: Path):
+    pytest.importorskip("plotly")
+    pytest.importorskip("circuitsvis")
+    notebook = executed(nbformat.read(path, as_version=4))
+    assert not noise(notebook)
+    assert not [text for text in texts(notebook) if LOCAL_PATH.search(text)]
+
+
+if __name__ == "__main__":
+    for tutorial in TUTORIALS:
+        fresh = cleaned(executed(nbformat.read(tutorial, as_version=4)))
+        nbformat.write(fresh, tutorial)
