@@ -133,6 +133,8 @@ def amplify_variance(
 def _ablation(layer: int, mode: Mode, values: Tensor | None) -> edits.Edit:
     if mode == "zero":
         return edits.Constant()
+    if mode not in ("mean", "resample"):
+        raise InputError(f"unknown mode {mode!r}: zero, mean or resample")
     if values is None:
         raise InputError(f"{mode} ablation needs values: the mean [unit ...], or one value for each prompt")
     if mode == "mean":

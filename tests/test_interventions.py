@@ -202,6 +202,12 @@ def test_ablations_other_than_to_zero_need_values(mode):
             ablate(2, units, mode=mode)
 
 
+def test_an_unknown_mode_is_refused():
+    for ablate, _, units, shape in ABLATIONS.values():
+        with pytest.raises(InputError, match="unknown mode 'median': zero, mean or resample"):
+            ablate(2, units, mode="median", values=drawn(N, *shape))  # type: ignore[arg-type]
+
+
 def changed_copy(name: str, change: Callable[[Any], None]) -> Any:
     """The model of ``named`` after ``change`` to its Hugging Face weights."""
     arch, backend = MODELS[name]
