@@ -63,6 +63,18 @@ class ChainResult:
     attention: dict[str, Tensor] = field(default_factory=dict)
     """``{run: [prompt head query key]}``, attention of the block after the formation block, for views."""
 
+    def score(self, stage: str, edit: str, direction: str, control: str = "") -> pd.Series:
+        """The row of :attr:`scores` for one experiment.
+
+        Raises:
+            KeyError: when there is none.
+        """
+        wanted = dict(zip(SCORE_KEYS, (stage, edit, direction, control), strict=True))
+        rows = self.scores[(self.scores[SCORE_KEYS] == list(wanted.values())).all(axis=1)]
+        if rows.empty:
+            raise KeyError(f"no score for {wanted}")
+        return rows.iloc[0]
+
     def to_json(self) -> dict[str, Any]:
         """The content of ``chain.json``."""
         formation = asdict(self.formation)

@@ -24,7 +24,8 @@ from sinklens.errors import InputError
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from sinklens.results import ChainResult
+    from sinklens.formation import Formation
+from sinklens.results import ChainResult
 
 __all__ = [
     "attention_html",
@@ -192,12 +193,12 @@ def _score_axes(figure: Figure, rows: pd.DataFrame, scores: pd.DataFrame) -> Non
     figure.update_layout(barmode="overlay", legend={"orientation": "h", "y": 1, "yref": "container", "yanchor": "top"})
 
 
-def onset_profile(result: ChainResult) -> pd.DataFrame:
+def onset_profile(result: ChainResult | Formation) -> pd.DataFrame:
     """Attention in every block, and the residual norm entering it; the last row is the norm leaving the last block.
 
     Columns: layer, attention_sink, attention_other, norm_sink, norm_other.
     """
-    profile = result.formation.profile
+    profile = _formation(result).profile
     if profile.empty:
         raise InputError("the formation of this run has no profile: find it again with find_formation")
     entering = profile.loc[:, ["layer", "attention_sink", "attention_other"]]
@@ -207,7 +208,11 @@ def onset_profile(result: ChainResult) -> pd.DataFrame:
     return pd.concat([entering, pd.DataFrame([end])], ignore_index=True).astype({"layer": int})
 
 
-def onset_figure(result: ChainResult) -> Figure:
+def _formation(result: ChainResult | Formation) -> Formation:
+    return result if isinstance(result, Formation) else result.formation
+
+
+def onset_figure(result: ChainResult | Formation) -> Figure:
     """Attention to the sink in every block above the residual norm that enters it; formation blocks are shaded.
 
     What block ``b`` does lies between ``b`` and ``b + 1`` on the shared axis: that is where its band is.
@@ -216,7 +221,7 @@ def onset_figure(result: ChainResult) -> Figure:
         InputError: plotly is not installed, or the formation has no profile.
     """
     go, subplots = need_plotly()
-    profile, formation = onset_profile(result), result.formation
+    profile, formation = onset_profile(result), _formation(result)
     figure = subplots.make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.07)
     for row, quantity in ((1, "attention"), (2, "norm")):
         for trace in _onset_lines(go, profile, quantity):

@@ -502,3 +502,11 @@ def test_tables_are_never_cut_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> N
     text = capsys.readouterr().out
     assert "control: random_subspace" in text and "-123.46 [-1234.50, 1234.50] (1)" in text
     assert "…" not in text
+
+
+def test_a_score_is_looked_up_by_name():
+    result = synthetic_result()
+    row = result.scores.iloc[-1]
+    assert result.score(row.stage, row.edit, row.direction, row.control).equals(row)
+    with pytest.raises(KeyError, match="no score for"):
+        result.score("no_such_stage", "transplant", "noise")
