@@ -40,7 +40,15 @@ def hooks_of(patch: Patch, source: Mapping[str, Tensor] | None = None) -> Hooks:
         patch: the patch; its ``run`` is ignored. Empty ``positions`` mean all of them.
         source: for edits that use one, hook-point name to the source activation ``[batch, pos, ...]``, as in a
             TransformerLens cache.
+
+    Raises:
+        InputError: no units where some are to be chosen, or a negative block, position or unit.
     """
+    if patch.units == ():
+        raise InputError("choose at least one neuron, dimension or head")
+    for name, numbers in (("blocks", patch.layers), ("positions", patch.positions), ("units", patch.units or ())):
+        if any(isinstance(number, int) and number < 0 for number in numbers):
+            raise InputError(f"{name} count from 0, but {tuple(numbers)} has a negative one")
     hooks: Hooks = []
     for layer in patch.layers:
         live: dict[str, Tensor] = {}
@@ -106,7 +114,8 @@ def amplify_variance(
         layers: blocks.
         strength: the factor lambda; 1 changes nothing.
         mean: mu for every block, ``[head d_head]``; by default the mean over the prompts of the batch, at that position
-            (needs at least two prompts).
+            (needs at least two prompts). That mean is of the run that is being edited; a sink pair takes the clean
+            run's, which is not the same once an earlier block has been edited.
         norm_only: the control: scale ``z`` uniformly to the norm that the amplified one has.
 
     Raises:

@@ -85,7 +85,7 @@ def induced_pair(
         target: position that becomes a sink.
         kind: ``block_aggregation`` or ``amplify_variance``.
         layers: blocks of the intervention; by default all up to the formation block, and for ``amplify_variance`` up to
-            the first formation block (while the first token's values still have the higher variance).
+            the first formation blocks (while the first token's values still have the higher variance).
         strength: lambda of ``amplify_variance``.
         seed: draws the reference positions.
         max_rows: prompts in one forward pass, for the statistics that ``amplify_variance`` needs.
@@ -97,8 +97,7 @@ def induced_pair(
     check_target(batch, target)
     if target in formation.sink_positions:
         raise InputError(f"target {target} is already the sink of a prompt: choose another, or target natural")
-    first_event = min((event.layer for event in formation.events), default=formation.layer)
-    top = formation.layer if kind == "block_aggregation" else min(first_event, formation.layer)
+    top = formation.layer if kind == "block_aggregation" else _first_formation(formation)
     layers = tuple(range(top + 1)) if layers is None else layers
     if not layers or max(layers) > formation.layer or min(layers) < 0:
         raise InputError(f"the pair's blocks {layers} must be within 0..{formation.layer}, up to the formation block")
@@ -127,6 +126,15 @@ def check_target(batch: PromptBatch, target: int) -> None:
         )
     if target == 0:
         raise InputError("target 0 has no earlier tokens to aggregate: choose a later position, or target natural")
+
+
+def _first_formation(formation: Formation) -> int:
+    """The last of the first formation blocks: a jump may take two or three blocks in a row."""
+    blocks = [event.layer for event in formation.events if event.layer <= formation.layer] or [formation.layer]
+    last = min(blocks)
+    while last + 1 in blocks:
+        last += 1
+    return last
 
 
 def natural_pair(batch: PromptBatch, formation: Formation, seed: int = 0) -> SinkPair:

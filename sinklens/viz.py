@@ -20,12 +20,11 @@ from sinklens._attention_view import attention_html, attention_view
 from sinklens._format import heading, pretty
 from sinklens._optional import need_plotly
 from sinklens.errors import InputError
+from sinklens.formation import Formation
+from sinklens.results import ChainResult
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-    from sinklens.formation import Formation
-from sinklens.results import ChainResult
 
 __all__ = [
     "attention_html",

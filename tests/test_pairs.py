@@ -88,7 +88,8 @@ def test_an_unknown_kind_is_refused(tiny_llama, batch):
         ("block_aggregation", 2, (), (0, 1, 2)),
         ("block_aggregation", 0, (1, 2), (0,)),
         # Up to the first event, which may be earlier than the one to explain, or later when the user has chosen.
-        ("amplify_variance", 2, (1, 2), (0, 1)),
+        ("amplify_variance", 2, (1, 2), (0, 1, 2)),  # a jump over two blocks in a row
+        ("amplify_variance", 2, (0, 2), (0,)),
         ("amplify_variance", 2, (2,), (0, 1, 2)),
         ("amplify_variance", 2, (), (0, 1, 2)),
         ("amplify_variance", 0, (1, 2), (0,)),
@@ -139,7 +140,7 @@ def test_the_anchored_run_is_variance_amplification(tiny_llama, batch):
     hooks = interventions.amplify_variance(TARGET, (0, 1), 5.0, mean)
     expected = cache_of(tiny_llama, batch.tokens, hooks, {ATTN_OUT.at(2)})[ATTN_OUT.at(2)]
     for rows in (1, 2, 64):
-        pair = pair_at(tiny_llama, batch, kind="amplify_variance", strength=5.0, max_rows=rows)
+        pair = pair_at(tiny_llama, batch, kind="amplify_variance", layers=(0, 1), strength=5.0, max_rows=rows)
         (root,) = pair.runs["anchored"]
         assert root.site == Z and isinstance(root.edit, edits.Rescale)
         assert root.edit.mean[0].shape == (N_HEADS, D_HEAD)
