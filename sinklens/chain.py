@@ -17,7 +17,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,11 +29,12 @@ from sinklens.engine import PatchResult, Progress, run_patches
 from sinklens.errors import EngineError, InputError, NoSinkError
 from sinklens.formation import Formation, find_formation
 from sinklens.memory import device_of, row_budget
-from sinklens.models import Model, model_id, model_shape, weight_digest
+from sinklens.models import Model, model_shape
 from sinklens.pairs import Direction, PairKind, SinkPair, check_target, induced_pair, natural_pair
 from sinklens.patches import Patch
 from sinklens.prompts import PromptBatch
-from sinklens.results import SCORE_KEYS, ChainResult, effect, git_commit, summarise, versions
+from sinklens.provenance import provenance
+from sinklens.results import SCORE_KEYS, ChainResult, effect, summarise
 from sinklens.setting import Setting
 from sinklens.sites import PATTERN
 from sinklens.stages import CHAIN, Experiment, Stage
@@ -152,21 +152,6 @@ def run_chain(
         tokens=[list(batch.labels[0])],
         attention=_attention(setting),
     )
-
-
-def provenance(model: Model, batch: PromptBatch) -> dict[str, Any]:
-    """Versions, git commit, device, dtype, and digests of the model and the prompts."""
-    device = device_of(model)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "device": name,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "model": model_id(model),
-        "weight_digest": weight_digest(model),
-        "prompts_digest": batch.digest(),
-    }
 
 
 def _rows(model: Model, batch: PromptBatch, budget: int | None) -> int:

@@ -25,10 +25,11 @@ from sinklens.capture import ActivationStore, Want, capture_runs, place_patch
 from sinklens.errors import EngineError, InputError
 from sinklens.forward import Op, Placement, Program, execute, readouts_in
 from sinklens.memory import device_of, is_out_of_memory, peak_bytes, release_cached, row_budget
-from sinklens.models import Model, ModelShape, model_shape, supports_resume
+from sinklens.models import Model, model_shape, supports_resume
 from sinklens.patches import CLEAN, Patch, Readout, Runs, positions_of
 from sinklens.prompts import PromptBatch
 from sinklens.sites import LOGITS, RESID_PRE, HookSite
+from sinklens.validation import validate
 
 Progress = Callable[[int, int], None]
 """``(rows done, rows in all)``, called after every forward pass."""
@@ -102,7 +103,7 @@ def run_patches(
     began = time.perf_counter()
     tokens = prompts.tokens if isinstance(prompts, PromptBatch) else prompts
     shape, device = model_shape(model), device_of(model)
-    _validate(model, tokens, patches, readouts, runs)
+    validate(model, tokens, patches, readouts, runs)
     wants_logits = any(readout.site == LOGITS for readout in readouts)
     if max_rows is None:
         itemsize = next(model.parameters()).element_size()
@@ -307,56 +308,6 @@ def _wants(patches: Sequence[Patch], n_prompts: int, resume: bool) -> list[Want]
 
 def _combine_run(store: ActivationStore, run: str, readout: Readout) -> Tensor:
     return readout.combine(torch.stack([store.readings[run, readout.name, layer] for layer in readout.layers]))
-
-
-def _validate(model: Model, tokens: Tensor, patches: Sequence[Patch], readouts: Sequence[Readout], runs: Runs) -> None:
-    shape, (n_prompts, length) = model_shape(model), tokens.shape
-    if device_of(model).type == "mps":
-        raise InputError("PyTorch's MPS backend gives silently wrong results here: use --device cpu or cuda")
-    if length > shape.n_ctx:
-        raise InputError(f"prompts of {length} tokens are longer than the model's context of {shape.n_ctx}")
-    names = [readout.name for readout in readouts]
-    if len(set(names)) != len(names):
-        raise InputError(f"readout names must differ, got {names}")
-    for readout in readouts:
-        top = shape.n_layers + (readout.site == LOGITS)
-        if not readout.layers or not all(0 <= layer < top for layer in readout.layers):
-            raise InputError(
-                f"readout {readout.name!r} asks for blocks {readout.layers} of a {shape.n_layers}-block model"
-            )
-    for run, roots in runs.items():
-        for root in roots:
-            if root.source is not None:
-                raise InputError(f"root patches cannot have a source run, but one in {run!r} has: {root.describe()}")
-    for patch in [*patches, *(root for roots in runs.values() for root in roots)]:
-        _validate_patch(patch, shape, n_prompts, length)
-        known = {patch.run, *([patch.source.run] if patch.source else [])} - set(runs)
-        if known and patch in patches:
-            raise InputError(f"unknown run {min(known)!r} in patch {patch.describe()}; the runs are {sorted(runs)}")
-
-
-def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int) -> None:
-    n_layers = shape.n_layers
-    if not patch.layers or not all(0 <= layer < n_layers for layer in patch.layers):
-        raise InputError(f"blocks {patch.layers} are not all in 0..{n_layers - 1}: {patch.describe()}")
-    if len(set(patch.layers)) != len(patch.layers):
-        raise InputError(f"blocks {patch.layers} repeat: {patch.describe()}")
-    for places in (patch.positions, patch.source.positions if patch.source else None):
-        if places is None:
-            continue
-        if places and isinstance(places[0], tuple) and len(places) != n_prompts:
-            raise InputError(f"positions are given for {len(places)} prompts, but there are {n_prompts}")
-        for prompt in range(n_prompts):
-            mine = positions_of(places, prompt)
-            if not mine or not all(0 <= p < length for p in mine):
-                raise InputError(f"positions {mine} are not all in 0..{length - 1}: {patch.describe()}")
-    if patch.units is not None:
-        sizes = {"head": shape.n_heads, "kv_head": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
-        name = patch.site.unit_name
-        if name is None:
-            raise InputError(f"{patch.site.template} has no units to select: {patch.describe()}")
-        if not patch.units or not all(0 <= unit < sizes[name] for unit in patch.units):
-            raise InputError(f"units {patch.units} are not all in 0..{sizes[name] - 1} ({name}): {patch.describe()}")
 
 
 def _check_readings(values: Mapping[str, Tensor], runs: Mapping, patches: Sequence[Patch]) -> None:
