@@ -8,6 +8,7 @@ capture always see the edited activation, and a source captured from a run holds
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -189,7 +190,9 @@ def execute(model: Model, x: Tensor, program: Program, *, start_at: int, stop_at
     n_layers = model_shape(model).n_layers
     wants_logits = stop_at > n_layers
     stop = None if wants_logits else stop_at
-    with torch.no_grad(), model.hooks(fwd_hooks=list(points.items())):
+    with torch.no_grad(), warnings.catch_warnings(), model.hooks(fwd_hooks=list(points.items())):
+        # A bridge warns that editing a normalised activation takes another path than the unhooked forward: it is meant.
+        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale/hook_normalized")
         out = forward(model, x, start_at=start_at, stop_at=stop, return_type="logits" if wants_logits else None)
     _check_fired(points)
     assert out is not None

@@ -81,17 +81,28 @@ def chain_footer(result: ChainResult) -> list[str]:
     """What the table was computed from, and what it cost."""
     config, engine = result.config, result.engine
     excluded = int(result.scores.n_excluded.max())
-    metric = {run: sum(values["sink"]) / len(values["sink"]) for run, values in result.runs.items()}
-    received = ", ".join(f"{value:.3f} in the {run} run" for run, value in metric.items())
     return [
-        f"Attention received by the target ({config['target']}, {config['pair']}) from later queries in blocks "
-        f"{spans(config['readout_layers'])}: {received}.",
+        f"{_received(result)} in blocks {spans(config['readout_layers'])}.",
         f"{config['n_prompts']} prompts of {config['length']} tokens ({config['prompts']}; {config['n_skipped']} "
         f"skipped as too short; {excluded} excluded: the pair moves the metric too little).",
         f"{engine['n_patches']} patches, {engine['n_rows']} patched rows in {engine['n_forwards']} forward passes, "
         f"{engine['seconds']:.1f} s, {engine['n_rows'] / engine['seconds']:.0f} rows per second, peak memory "
         f"{(engine['peak_bytes'] or 0) / 2**30:.1f} GiB.",
     ]
+
+
+def _received(result: ChainResult) -> str:
+    config = result.config
+    mean = {
+        (run, name): sum(values) / len(values) for run, found in result.runs.items() for name, values in found.items()
+    }
+    if config["pair"] == "natural":
+        return (
+            f"Attention received from later queries: {mean['natural', 'sink']:.3f} by the sink, "
+            f"{mean['natural', 'ordinary']:.3f} by an ordinary position,"
+        )
+    runs = ", ".join(f"{mean[run, 'sink']:.3f} in the {run} run" for run in result.runs)
+    return f"Attention received by the target ({config['target']}, {config['pair']}) from later queries: {runs},"
 
 
 def formation_tables(formation: Formation) -> list[Table | Text]:
