@@ -172,7 +172,9 @@ def _transplants(grouped: Groups, exact: Sequence[str]) -> list[str]:
     carried = [pretty(stage) for (stage, _), items in grouped.items() if overall(items) in GOOD]
     short = [item for items in grouped.values() for item in items if item.verdict not in GOOD]
     beyond = [item for items in grouped.values() for item in items if item.verdict == "beyond"]
-    texts = [f"The effect passes as predicted through {join(carried)}." if carried else "No stage carries all of the effect."]
+    texts = ["Through no stage does the effect pass as predicted."]
+    if carried:
+        texts = [f"The effect passes as predicted through {join(carried)}."]
     if short:
         texts.append(f"Not as predicted: {_listed(short)}.")
     if beyond:
