@@ -147,6 +147,21 @@ def block_weights(model: Model, layer: int) -> BlockWeights:
     )
 
 
+def check_writes_directly(model: Model, layer: int) -> None:
+    """Make sure that what an MLP's neurons write is what is added to the residual stream.
+
+    Raises:
+        InputError: a norm stands between the two (Gemma-2), so that a row of W_out is not what its neuron adds.
+    """
+    block = model.blocks[layer]
+    if getattr(block, "ln2_post", None) is not None or _architecture(model) in _POST_NORM:
+        raise InputError(
+            f"{model_id(model)} normalises what its MLPs write before adding it, so a neuron's contribution to the "
+            "residual stream cannot be read off W_out: leave the down_projection stage out, and name the outlier "
+            "dimensions yourself with outlier_dims."
+        )
+
+
 def has_hook(model: Model, name: str) -> bool:
     """Whether `name` is a hook point of `model`, under its own name or an alias."""
     return name in model.hook_dict

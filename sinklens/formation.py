@@ -32,7 +32,7 @@ from sinklens import metrics
 from sinklens.capture import ActivationStore, Want, capture_runs
 from sinklens.errors import InputError, NoSinkError
 from sinklens.memory import device_of, row_budget
-from sinklens.models import Model, block_weights, model_shape
+from sinklens.models import Model, block_weights, check_writes_directly, model_shape
 from sinklens.patches import CLEAN, Readout
 from sinklens.prompts import PromptBatch
 from sinklens.sites import ATTN_OUT, MLP_OUT, MLP_POST, PATTERN, RESID_POST, RESID_PRE
@@ -309,6 +309,8 @@ def _super_neurons(model, layer, post, sinks, neuron_z, selectivity, given) -> t
 
 
 def _outlier_dims(model, layer, post, sinks, neurons, dim_z, given) -> tuple[OutlierDim, ...]:  # noqa: ANN001
+    if given is None:
+        check_writes_directly(model, layer)
     chosen = [neuron.index for neuron in neurons]
     rows = block_weights(model, layer).W_out.detach()[chosen].float()
     activation = post[torch.arange(len(post)), sinks.to(post.device)][:, chosen].float()

@@ -314,3 +314,19 @@ def test_patch_ids_are_content_hashes():
     assert a.id != transplant(layers=(2,)).id
     one, two = ({1: torch.full((4, 8), value)} for value in (1.0, 2.0))
     assert transplant(edit=edits.Constant("mean", one)).id != transplant(edit=edits.Constant("mean", two)).id
+
+
+@pytest.mark.backend
+def test_a_norm_behind_the_mlp_is_not_passed_over():
+    """Gemma-2 normalises what its MLP writes: contributions read off W_out would be wrong, and are refused."""
+    model = tiny_model("gemma2", "bridge")
+    batch = from_tokens(model, tokens_for(model))
+    with pytest.raises(InputError, match="normalises what its MLPs write"):
+        find_formation(model, batch, layer=1, super_neurons=[3, 7])
+    setting = setting_for(model)
+    with pytest.raises(InputError, match="leave the down_projection stage out"):
+        _trials(setting, (stages.DOWN_PROJECTION,), 1, seed=0)
+    trials = _trials(setting, [stage for stage in stages.CHAIN if stage is not stages.DOWN_PROJECTION], 1, seed=0)
+    patches = [replace(trial.patch, allow_unchanged=True) for trial in trials]
+    result = run_patches(model, batch, patches, [received()], runs=setting.pair.runs)
+    assert torch.isfinite(result.values[SINK]).all()

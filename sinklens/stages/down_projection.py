@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Generator, Tensor
 
 from sinklens import edits, metrics
+from sinklens.models import check_writes_directly
 from sinklens.pairs import Direction
 from sinklens.patches import Patch, Readout
 from sinklens.setting import Setting
@@ -24,6 +25,7 @@ from sinklens.stages.base import (
 
 
 def _super_rows(setting: Setting, neurons: tuple[int, ...]) -> Tensor:
+    check_writes_directly(setting.model, setting.formation.layer)
     return setting.weights.W_out.detach()[list(neurons)].float()
 
 
