@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from typing import Any
@@ -142,7 +143,8 @@ def test_attention_html_carries_the_script_once_and_is_offline():
     page = viz.attention_html({run: viz.attention_view(result, run) for run in result.attention})
     assert page.count("var CircuitsVis=") == 1
     assert page.count("CircuitsVis.render(") == 2
-    assert "unpkg" not in page and "sourceMappingURL" not in page
+    assert not re.search(r"(?:src=|from |import\()\s*[\"']https?:", page), "a script from the network"
+    assert "sourceMappingURL" not in page
     assert page.count("</script>") == 2
 
 
