@@ -21,7 +21,7 @@ PRE = sl.HookSite("blocks.{layer}.mlp.hook_pre", ("batch", "pos", "d_mlp"))
 
 def random_neurons(setting, stage, direction, generator):
     """The control: as many other neurons."""
-    units = sl.stages.others(setting.shape.d_mlp, setting.formation.neurons, generator, len(setting.formation.neurons))
+    units = sl.stages.other_neurons(setting, generator)
     return setting.patch(direction, stage.site, stage.layers(setting), sl.edits.Transplant(), units=units)
 
 

@@ -28,7 +28,7 @@ from sinklens.checks import pair_checks
 from sinklens.engine import PatchResult, Progress, run_patches
 from sinklens.errors import EngineError, InputError, NoSinkError
 from sinklens.formation import Formation, find_formation
-from sinklens.memory import device_of, row_budget
+from sinklens.memory import row_budget
 from sinklens.models import Model, model_shape
 from sinklens.pairs import Direction, PairKind, SinkPair, check_target, induced_pair, natural_pair
 from sinklens.patches import Patch
@@ -116,7 +116,7 @@ def run_chain(
     elif target != "natural":
         raise InputError(f"target {target!r} must be a position, or natural")
     formation = formation or find_formation(model, batch, memory_budget=memory_budget)
-    rows = max_rows or _rows(model, batch, memory_budget)
+    rows = max_rows or row_budget(model, batch.length, memory_budget)
     layers = None if pair_layers is None else tuple(pair_layers)
     sinks = _pair(model, batch, formation, target, pair, layers, strength, seed, rows)
     setting = Setting(model, batch, formation, sinks, _readout_layers(model, formation, readout_blocks), rows)
@@ -152,11 +152,6 @@ def run_chain(
         tokens=[list(batch.labels[0])],
         attention=_attention(setting),
     )
-
-
-def _rows(model: Model, batch: PromptBatch, budget: int | None) -> int:
-    itemsize = next(model.parameters()).element_size()
-    return row_budget(model_shape(model), batch.length, itemsize, device_of(model), budget, False)
 
 
 def _pair(model, batch, formation, target, kind, layers, strength, seed, rows) -> SinkPair:  # noqa: ANN001

@@ -60,10 +60,7 @@ def _places(setting: Setting) -> dict[str, tuple[Tensor, Positions]]:
 def _readouts(setting: Setting) -> list[tuple[Readout, str, str]]:
     found: list[tuple[Readout, str, str]] = []
     places = _places(setting)
-    statistics = {}
-    for layer in setting.up_to_formation:
-        x = setting.ordinary(Z, layer, setting.up_to_formation).flatten(1)
-        statistics[layer] = (x.mean(0), (x - x.mean(0)).pow(2).mean())
+    statistics = setting.ordinary_moments(Z, setting.up_to_formation)
     blocks = {"up to formation": setting.up_to_formation, "after formation": setting.readout_layers}
     n, neurons, last = setting.batch.n, list(setting.formation.neurons), (setting.formation.layer,)
     for where, (marks, position) in places.items():

@@ -25,7 +25,7 @@ from sinklens.capture import ActivationStore, Want, capture_runs, place_patch
 from sinklens.errors import EngineError, InputError
 from sinklens.forward import Op, Placement, Program, execute, readouts_in
 from sinklens.memory import device_of, is_out_of_memory, peak_bytes, release_cached, row_budget
-from sinklens.models import Model, model_shape, supports_resume
+from sinklens.models import Model, supports_resume
 from sinklens.patches import CLEAN, Patch, Readout, Runs, positions_of
 from sinklens.prompts import PromptBatch
 from sinklens.sites import LOGITS, RESID_PRE, HookSite
@@ -102,12 +102,11 @@ def run_patches(
     """
     began = time.perf_counter()
     tokens = prompts.tokens if isinstance(prompts, PromptBatch) else prompts
-    shape, device = model_shape(model), device_of(model)
+    device = device_of(model)
     validate(model, tokens, patches, readouts, runs)
     wants_logits = any(readout.site == LOGITS for readout in readouts)
     if max_rows is None:
-        itemsize = next(model.parameters()).element_size()
-        max_rows = row_budget(shape, tokens.shape[1], itemsize, device, memory_budget, wants_logits)
+        max_rows = row_budget(model, tokens.shape[1], memory_budget, wants_logits)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     wants = _wants(patches, len(tokens), supports_resume(model))

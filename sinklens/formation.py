@@ -31,7 +31,7 @@ from torch import Tensor
 from sinklens import metrics
 from sinklens.capture import ActivationStore, Want, capture_runs
 from sinklens.errors import InputError, NoSinkError
-from sinklens.memory import device_of, row_budget
+from sinklens.memory import row_budget
 from sinklens.models import Model, block_weights, check_writes_directly, model_shape
 from sinklens.patches import CLEAN, Readout
 from sinklens.prompts import PromptBatch
@@ -152,8 +152,7 @@ def find_formation(
     """
     shape = model_shape(model)
     _check_given(shape, layer, super_neurons, outlier_dims)
-    itemsize = next(model.parameters()).element_size()
-    rows = row_budget(shape, batch.length, itemsize, device_of(model), memory_budget, False)
+    rows = row_budget(model, batch.length, memory_budget)
     store = capture_runs(model, batch.tokens, CLEAN, [], _profile_readouts(shape.n_layers), max_rows=rows)
     received = torch.stack([store.readings["base", "attention", b] for b in range(shape.n_layers)]).cpu()
     sinks = _sink_positions(received)

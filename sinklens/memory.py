@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from sinklens.models import Model, ModelShape
+from sinklens.models import Model, ModelShape, model_shape
 
 CPU_BUDGET = 1 << 28
 """Default budget for activations on the CPU, bytes. More rows at once are slower there: they fall out of the caches."""
@@ -44,12 +44,11 @@ def bytes_per_row(shape: ModelShape, length: int, itemsize: int, logits: bool = 
     return residual + max(attention + projections, mlp) + (2 * length * shape.d_vocab * itemsize if logits else 0)
 
 
-def row_budget(
-    shape: ModelShape, length: int, itemsize: int, device: torch.device, budget: int | None, logits: bool
-) -> int:
-    """Rows for one forward pass within ``budget`` bytes: at least 1, at most :data:`MAX_ROWS`."""
-    budget = default_budget(device) if budget is None else budget
-    return max(1, min(MAX_ROWS, budget // bytes_per_row(shape, length, itemsize, logits)))
+def row_budget(model: Model, length: int, budget: int | None, logits: bool = False) -> int:
+    """Rows of ``length`` tokens for one forward pass within ``budget`` bytes: at least 1, at most :data:`MAX_ROWS`."""
+    budget = default_budget(device_of(model)) if budget is None else budget
+    itemsize = next(model.parameters()).element_size()
+    return max(1, min(MAX_ROWS, budget // bytes_per_row(model_shape(model), length, itemsize, logits)))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

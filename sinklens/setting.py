@@ -145,6 +145,14 @@ class Setting:
         found = {layer: store.at(source.run, site, layer, index).float() for layer in layers}
         return {layer: (x.mean(0), x.std(0)) for layer, x in found.items()}
 
+    def ordinary_moments(self, site: HookSite, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Per block, the mean activation at ordinary positions and the mean squared deviation from it (a scalar)."""
+        found = {}
+        for layer in layers:
+            x = self.ordinary(site, layer, layers).flatten(1)
+            found[layer] = (x.mean(0), (x - x.mean(0)).pow(2).mean())
+        return found
+
     def ordinary(self, site: HookSite, layer: int, layers: Sequence[int]) -> Float[Tensor, "place unit *rest"]:
         """Activations of the run without the sink at all ordinary positions of all prompts."""
         run = self.pair.without.run

@@ -65,7 +65,6 @@ RESID_POST = HookSite("blocks.{layer}.hook_resid_post", ("batch", "pos", "d_mode
 ATTN_OUT = HookSite("blocks.{layer}.hook_attn_out", ("batch", "pos", "d_model"))
 MLP_OUT = HookSite("blocks.{layer}.hook_mlp_out", ("batch", "pos", "d_model"))
 LN1_NORMALIZED = HookSite("blocks.{layer}.ln1.hook_normalized", ("batch", "pos", "d_model"))
-LN2_NORMALIZED = HookSite("blocks.{layer}.ln2.hook_normalized", ("batch", "pos", "d_model"))
 Q = HookSite("blocks.{layer}.attn.hook_q", ("batch", "pos", "head", "d_head"))
 K = HookSite("blocks.{layer}.attn.hook_k", ("batch", "pos", "kv_head", "d_head"))
 V = HookSite("blocks.{layer}.attn.hook_v", ("batch", "pos", "kv_head", "d_head"))

@@ -121,3 +121,15 @@ def others(n: int, chosen: tuple[int, ...], generator: Generator, size: int | No
     if size > len(left):
         raise InputError(f"a control of {size} other units was asked for, but only {len(left)} of {n} are left")
     return tuple(sorted(left[torch.randperm(len(left), generator=generator)[:size]].tolist()))
+
+
+def other_neurons(setting: Setting, generator: Generator) -> tuple[int, ...]:
+    """As many neurons of the formation block as there are super neurons, drawn from the others."""
+    neurons = setting.formation.neurons
+    return others(setting.shape.d_mlp, neurons, generator, len(neurons))
+
+
+def other_dims(setting: Setting, generator: Generator) -> tuple[int, ...]:
+    """As many residual dimensions as there are outlier dimensions, drawn from the others."""
+    dims = setting.formation.dims
+    return others(setting.shape.d_model, dims, generator, len(dims))

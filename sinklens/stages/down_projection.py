@@ -20,7 +20,8 @@ from sinklens.stages.base import (
     Build,
     Experiment,
     Stage,
-    others,
+    other_dims,
+    other_neurons,
 )
 
 
@@ -33,7 +34,7 @@ def _contribution(random_dims: bool) -> Build:
     def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
         neurons, dims = setting.formation.neurons, setting.formation.dims
         if random_dims:
-            dims = others(setting.shape.d_model, dims, generator, len(dims))
+            dims = other_dims(setting, generator)
         edit = edits.NeuronContribution("outlier_dims", neurons, _super_rows(setting, neurons), dims)
         return setting.patch(direction, stage.site, stage.layers(setting), edit)
 
@@ -44,7 +45,7 @@ def _densify(random_neurons: bool) -> Build:
     def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
         neurons = setting.formation.neurons
         if random_neurons:
-            neurons = others(setting.shape.d_mlp, neurons, generator, len(neurons))
+            neurons = other_neurons(setting, generator)
         rows = _super_rows(setting, neurons)
         edit = edits.DensifyRows("densified", neurons, rows, edits.rotate_rows(rows, generator))
         return setting.patch(direction, stage.site, stage.layers(setting), setting.removal(direction, edit))

@@ -17,7 +17,7 @@ from sinklens.stages.base import (
     Build,
     Experiment,
     Stage,
-    others,
+    other_dims,
 )
 
 
@@ -25,7 +25,7 @@ def _drop_dims(denominator_only: bool, random_dims: bool) -> Build:
     def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
         dims = setting.formation.dims
         if random_dims:
-            dims = others(setting.shape.d_model, dims, generator, len(dims))
+            dims = other_dims(setting, generator)
         name = "denominator_only" if denominator_only else "dims_removed"
         shape = setting.shape
         edit = edits.DropDimsBeforeNorm(name, dims, shape.norm_eps, shape.norm == "layer", denominator_only)

@@ -18,12 +18,13 @@ from sinklens.stages.base import (
     Build,
     Experiment,
     Stage,
+    other_neurons,
     others,
 )
 
 
 def _other_neurons(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
-    units = others(setting.shape.d_mlp, setting.formation.neurons, generator, len(setting.formation.neurons))
+    units = other_neurons(setting, generator)
     return setting.patch(direction, stage.site, stage.layers(setting), edits.Transplant(), units=units)
 
 
@@ -47,7 +48,7 @@ def _ablate(mode: str, random_units: bool = False) -> Build:
     def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
         neurons = setting.formation.neurons
         if random_units:
-            neurons = others(setting.shape.d_mlp, neurons, generator, len(neurons))
+            neurons = other_neurons(setting, generator)
         edit = setting.removal(direction, _ablation_edit(setting, mode, generator), within=neurons)
         units = neurons if direction == "noise" else None
         return setting.patch(direction, stage.site, stage.layers(setting), edit, units=units)

@@ -51,11 +51,8 @@ def _same_norm(setting: Setting, stage: Stage, direction: Direction, _generator:
 
 
 def _value_readout(setting: Setting, stage: Stage) -> Readout:
-    statistics = {}
     layers = stage.layers(setting)
-    for layer in layers:
-        x = setting.ordinary(stage.site, layer, layers).flatten(1)
-        statistics[layer] = (x.mean(0), (x - x.mean(0)).pow(2).mean())
+    statistics = setting.ordinary_moments(stage.site, layers)
     return readouts.deviation(stage.name, stage.site, layers, setting.pair.target, setting.batch.n, statistics)
 
 
