@@ -11,11 +11,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sinklens import edits, interventions, metrics, models, prompts, readouts, sites, stages, viz
+    from sinklens import (
+        analysis,
+        edits,
+        interventions,
+        metrics,
+        models,
+        prompts,
+        readouts,
+        sites,
+        stages,
+        statistics,
+        viz,
+    )
+    from sinklens.analysis import Analysis, AnalysisResult, Findings, Verdict, run_analysis, verdict
     from sinklens.chain import run_chain
     from sinklens.edits import Edit, EditSite
     from sinklens.engine import PatchResult, run_patches
-    from sinklens.errors import EngineError, InputError, NoSinkError
+    from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableError
     from sinklens.formation import Formation, find_formation
     from sinklens.models import list_models, load_model, register_model
     from sinklens.pairs import SinkPair, induced_pair, natural_pair
@@ -26,9 +39,17 @@ if TYPE_CHECKING:
     from sinklens.setting import Setting
     from sinklens.sites import HookSite
     from sinklens.stages import CHAIN, Experiment, Stage, register
+    from sinklens.statistics import Estimate
+    from sinklens.study import Study
 
 # Public name -> the module that defines it.
 _EXPORTS = {
+    "Analysis": "sinklens.analysis",
+    "AnalysisResult": "sinklens.analysis",
+    "Findings": "sinklens.analysis",
+    "Verdict": "sinklens.analysis",
+    "run_analysis": "sinklens.analysis",
+    "verdict": "sinklens.analysis",
     "run_chain": "sinklens.chain",
     "Edit": "sinklens.edits",
     "EditSite": "sinklens.edits",
@@ -37,6 +58,7 @@ _EXPORTS = {
     "EngineError": "sinklens.errors",
     "InputError": "sinklens.errors",
     "NoSinkError": "sinklens.errors",
+    "NotApplicableError": "sinklens.errors",
     "Formation": "sinklens.formation",
     "find_formation": "sinklens.formation",
     "list_models": "sinklens.models",
@@ -58,23 +80,42 @@ _EXPORTS = {
     "Experiment": "sinklens.stages",
     "Stage": "sinklens.stages",
     "register": "sinklens.stages",
+    "Estimate": "sinklens.statistics",
+    "Study": "sinklens.study",
 }
 # Public submodules, reachable as attributes (`sl.prompts`).
 _SUBMODULES = frozenset(
-    {"edits", "interventions", "metrics", "models", "prompts", "readouts", "sites", "stages", "viz"}
+    {
+        "analysis",
+        "edits",
+        "interventions",
+        "metrics",
+        "models",
+        "prompts",
+        "readouts",
+        "sites",
+        "stages",
+        "statistics",
+        "viz",
+    }  # fmt: skip
 )
 
 __all__ = [
     "CHAIN",
+    "Analysis",
+    "AnalysisResult",
     "ChainResult",
     "Edit",
     "EditSite",
     "EngineError",
+    "Estimate",
     "Experiment",
+    "Findings",
     "Formation",
     "HookSite",
     "InputError",
     "NoSinkError",
+    "NotApplicableError",
     "Patch",
     "PatchResult",
     "PromptBatch",
@@ -84,7 +125,10 @@ __all__ = [
     "SinkPair",
     "Source",
     "Stage",
+    "Study",
+    "Verdict",
     "__version__",
+    "analysis",
     "edits",
     "find_formation",
     "induced_pair",
@@ -99,10 +143,13 @@ __all__ = [
     "register",
     "register_model",
     "report",
+    "run_analysis",
     "run_chain",
     "run_patches",
     "sites",
     "stages",
+    "statistics",
+    "verdict",
     "viz",
 ]
 

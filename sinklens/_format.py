@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sinklens.statistics import Estimate
 
 MINUS = "−"
 NONE = "–"
@@ -51,6 +55,14 @@ def effect_text(value: float) -> str:
 def interval_text(low: float, high: float) -> str:
     """``[low, high]``; empty where there is none."""
     return "" if math.isnan(low) or math.isnan(high) else f"[{effect_text(low)}, {effect_text(high)}]"
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """``0.52 [0.48, 0.55], n = 16``."""
+    text = number(estimate.value)
+    if math.isfinite(estimate.low) and math.isfinite(estimate.high):
+        text += f" [{number(estimate.low)}, {number(estimate.high)}]"
+    return f"{text}, n = {estimate.n}"
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinklens.errors import EngineError, InputError
+from sinklens.errors import EngineError, NotApplicableError
 
 # A HookedTransformer or a TransformerBridge. Neither name can be written here: importing them costs seconds, and the
 # first is gone from TransformerLens 4.
@@ -132,7 +132,7 @@ def block_weights(model: Model, layer: int) -> BlockWeights:
     block = model.blocks[layer]
     W_in = _dense_mlp(model, layer)
     if _architecture(model) in _POST_NORM or getattr(block, "ln1", None) is None:
-        raise InputError(
+        raise NotApplicableError(
             f"{model_id(model)} normalises after attention and MLP, not before; sinklens needs a norm in front."
         )
     ln1_w = _norm_multiplier(model, block.ln1)
@@ -155,7 +155,7 @@ def check_writes_directly(model: Model, layer: int) -> None:
     """
     block = model.blocks[layer]
     if getattr(block, "ln2_post", None) is not None or _architecture(model) in _POST_NORM:
-        raise InputError(
+        raise NotApplicableError(
             f"{model_id(model)} normalises what its MLPs write before adding it, so a neuron's contribution to the "
             "residual stream cannot be read off W_out: leave the down_projection stage out, and name the outlier "
             "dimensions yourself with outlier_dims."
@@ -274,7 +274,9 @@ def _is_parallel(model: Model) -> bool:
 def _dense_mlp(model: Model, layer: int) -> Float[Tensor, "d_model d_mlp"]:
     W_in = getattr(model.blocks[layer].mlp, "W_in", None)
     if not isinstance(W_in, Tensor) or W_in.ndim != 2:
-        raise InputError(f"{model_id(model)} has no dense MLP in block {layer}; mixtures of experts are not supported.")
+        raise NotApplicableError(
+            f"{model_id(model)} has no dense MLP in block {layer}; mixtures of experts are not supported."
+        )
     return W_in
 
 

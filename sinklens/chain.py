@@ -14,7 +14,6 @@ induced pair, and every stage's transplant must move its own readout by exactly 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -38,6 +37,7 @@ from sinklens.results import SCORE_KEYS, ChainResult, effect, summarise
 from sinklens.setting import Setting
 from sinklens.sites import PATTERN
 from sinklens.stages import CHAIN, Experiment, Stage
+from sinklens.statistics import generator
 
 SINK = "sink"
 """Name of the metric's readout."""
@@ -181,9 +181,8 @@ def _trials(setting: Setting, stages: Sequence[Stage], draws: int, seed: int) ->
             for direction in setting.pair.directions:
                 for draw in range(draws if experiment.drawn else 1):
                     # Seeded by name, so that a score does not depend on which other stages run.
-                    name = f"{seed}/{stage.name}/{experiment.edit}/{experiment.control}/{draw}"
-                    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-                    patch = experiment.build(setting, stage, direction, generator)
+                    name = f"{stage.name}/{experiment.edit}/{experiment.control}/{draw}"
+                    patch = experiment.build(setting, stage, direction, generator(seed, name))
                     trials.append(Trial(stage, experiment, direction, draw, patch))
     return trials
 

@@ -6,7 +6,7 @@ without a traceback and exits with status 2. `EngineError` is ours, or a hook's:
 
 from __future__ import annotations
 
-__all__ = ["EngineError", "InputError", "NoSinkError"]
+__all__ = ["EngineError", "InputError", "NoSinkError", "NotApplicableError"]
 
 
 class InputError(ValueError):
@@ -15,6 +15,10 @@ class InputError(ValueError):
 
 class NoSinkError(InputError):
     """The model shows no attention sink where one is needed; the message carries the numbers that were measured."""
+
+
+class NotApplicableError(InputError):
+    """The question cannot be asked of this model; the message says in one sentence why not."""
 
 
 class EngineError(RuntimeError):

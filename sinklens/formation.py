@@ -104,6 +104,15 @@ class Formation:
     """Per block: residual norms and attention of the sink and of other tokens."""
 
     @property
+    def first(self) -> int:
+        """The last of the first formation blocks in a row (a jump may take two or three), at most :attr:`layer`."""
+        blocks = [event.layer for event in self.events if event.layer <= self.layer] or [self.layer]
+        last = min(blocks)
+        while last + 1 in blocks:
+            last += 1
+        return last
+
+    @property
     def neurons(self) -> tuple[int, ...]:
         """Indices of the super neurons."""
         return tuple(neuron.index for neuron in self.super_neurons)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinklens import edits
@@ -97,7 +97,7 @@ def induced_pair(
     check_target(batch, target)
     if target in formation.sink_positions:
         raise InputError(f"target {target} is already the sink of a prompt: choose another, or target natural")
-    top = formation.layer if kind == "block_aggregation" else _first_formation(formation)
+    top = formation.layer if kind == "block_aggregation" else formation.first
     layers = tuple(range(top + 1)) if layers is None else layers
     if not layers or max(layers) > formation.layer or min(layers) < 0:
         raise InputError(f"the pair's blocks {layers} must be within 0..{formation.layer}, up to the formation block")
@@ -128,15 +128,6 @@ def check_target(batch: PromptBatch, target: int) -> None:
         raise InputError("target 0 has no earlier tokens to aggregate: choose a later position, or target natural")
 
 
-def _first_formation(formation: Formation) -> int:
-    """The last of the first formation blocks: a jump may take two or three blocks in a row."""
-    blocks = [event.layer for event in formation.events if event.layer <= formation.layer] or [formation.layer]
-    last = min(blocks)
-    while last + 1 in blocks:
-        last += 1
-    return last
-
-
 def natural_pair(batch: PromptBatch, formation: Formation, seed: int = 0) -> SinkPair:
     """The sink that the data has, against ordinary positions of the same run."""
     target = tuple((position,) for position in formation.sink_positions)
@@ -156,15 +147,21 @@ def _amplify(model, batch, target, layers, strength, max_rows) -> Patch:  # noqa
     return Patch(Z, layers, (target,), edit, run="anchored", label="amplify_variance")
 
 
+def ordinary_positions(batch: PromptBatch, *kinds: tuple[int, ...]) -> Bool[Tensor, "prompt pos"]:
+    """Marks the positions that are none of ``kinds`` (one for every prompt each), and that enough later queries see."""
+    length = batch.length
+    marks = torch.ones(batch.n, length, dtype=torch.bool)
+    marks[:, length - max(1, length // 4) :] = False  # too few later queries see these
+    for positions in kinds:
+        marks[torch.arange(batch.n), torch.tensor(positions)] = False
+    return marks
+
+
 def _ordinary(
     batch: PromptBatch, sinks: tuple[int, ...], targets: tuple[int, ...], seed: int
 ) -> tuple[Float[Tensor, "prompt pos"], Positions]:
     length = batch.length
-    marks = torch.ones(batch.n, length)
-    marks[:, length - max(1, length // 4) :] = 0  # too few later queries see these
-    index = torch.arange(batch.n)
-    marks[index, torch.tensor(sinks)] = 0
-    marks[index, torch.tensor(targets)] = 0
+    marks = ordinary_positions(batch, sinks, targets).float()
     # The first quarter averages few values yet: a reference position comes from the middle, where there is one.
     middle = marks.clone()
     middle[:, : length // 4] = 0

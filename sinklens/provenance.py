@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import platform
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,3 +62,23 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() or None
+
+
+@cache
+def package_digest() -> str:
+    """SHA-256 of sinklens's own source: numbers made by other code are not the same numbers."""
+    digest = hashlib.sha256()
+    here = Path(__file__).resolve().parent
+    for path in sorted(here.rglob("*.py")):
+        if "analyses" not in path.relative_to(here).parts:  # each stands for itself
+            digest.update(f"{path.relative_to(here).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def code_digest(function: Callable[..., object]) -> str:
+    """Digest of sinklens's source and of the file that ``function`` is written in."""
+    digest = hashlib.sha256(package_digest().encode())
+    source = inspect.getsourcefile(function)
+    if source is not None and Path(source).is_file():
+        digest.update(Path(source).read_bytes())
+    return digest.hexdigest()[:16]

@@ -7,13 +7,12 @@ itself (by a content security policy) to fetch anything, and the CircuitsVis vie
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinklens import _report_content as content
 from sinklens import viz
+from sinklens._files import write_text
 from sinklens._format import pretty
 from sinklens._optional import need
 from sinklens._verdicts import summary
@@ -48,7 +47,7 @@ def report(run: str | Path | ChainResult, out: str | Path | None = None) -> Path
         result, path = ChainResult.load(run), Path(out) if out is not None else Path(run) / "report.html"
     if path.is_dir():
         path = path / "report.html"
-    _write(path, render(result))
+    write_text(path, render(result))
     return path
 
 
@@ -131,20 +130,3 @@ def _target(result: ChainResult) -> int:
     """Position of the sink in the prompt that is shown."""
     target = result.config["target"]
     return target if isinstance(target, int) else result.formation.sink_positions[0]
-
-
-def _write(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader never sees half a page."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

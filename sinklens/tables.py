@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sinklens._format import estimate_text, number
+from sinklens.analysis import AnalysisResult
 from sinklens.formation import Formation
 from sinklens.results import ChainResult
+from sinklens.statistics import Estimate
 
 
 def spans(numbers: Sequence[int]) -> str:
     """``(0, 1, 2, 5)`` as ``0-2, 5``."""
     parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
+    for item in sorted(numbers):
+        if parts and item == parts[-1][1] + 1:
+            parts[-1][1] = item
         else:
-            parts.append([number, number])
+            parts.append([item, item])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
@@ -127,3 +132,26 @@ def formation_tables(formation: Formation) -> list[Table | Text]:
     for d in formation.outlier_dims:
         dims.add_row(str(d.index), f"{d.written:,.1f}", f"{d.z:.1f}")
     return [Text(f"Sink position in the prompts: {spans(positions)}"), events, neurons, dims]
+
+
+def verdict_table(result: AnalysisResult) -> Table:
+    """An analysis's answer: claim, statistic, control, rule, and the other numbers."""
+    verdict = result.findings.verdict
+    table = Table(title=escape(result.title), show_header=False, box=box.SIMPLE)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = [("claim", verdict.claim), ("verdict", verdict.outcome.upper())]
+    if verdict.reason:
+        rows.append(("why", verdict.reason))
+    if verdict.estimate is not None:
+        rows.append((verdict.statistic, estimate_text(verdict.estimate)))
+    if verdict.control_estimate is not None:
+        rows.append((f"control: {verdict.control}", estimate_text(verdict.control_estimate)))
+    if verdict.p_value is not None:
+        rows.append(("p", number(verdict.p_value, 2)))
+    rows += [("rule", verdict.rule)] if verdict.rule else []
+    for name, value in result.findings.numbers.items():
+        rows.append((name, estimate_text(value) if isinstance(value, Estimate) else number(value)))
+    for name, text in rows:
+        table.add_row(escape(name), escape(text))
+    return table

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from sinklens._attention_view import attention_html, attention_view
+from sinklens._charts import INK, bars, heatmap, histogram, line, mark, points, styled
 from sinklens._format import heading, pretty
 from sinklens._optional import need_plotly
 from sinklens.errors import InputError
@@ -29,16 +30,21 @@ if TYPE_CHECKING:
 __all__ = [
     "attention_html",
     "attention_view",
+    "bars",
     "chain_matrix",
+    "heatmap",
+    "histogram",
+    "line",
+    "mark",
     "matrix_figure",
     "onset_figure",
     "onset_profile",
+    "points",
     "score_rows",
     "scores_figure",
+    "styled",
 ]
 
-INK = "#444444"
-"""Colour of marks that must stand out from any background; the report replaces it in dark mode."""
 TRANSPLANT, MECHANISM, CONTROL = "#2f7fbc", "#d9661f", "#8a8a8a"
 """Distinguishable with any colour vision, and on white as on black; each has its own pattern as well."""
 DIVERGING = ((0.0, "#8c510a"), (1 / 3, "#f5f5f5"), (2 / 3, "#2b78b5"), (1.0, "#053061"))
@@ -110,7 +116,7 @@ def scores_figure(result: ChainResult, *, stacked: bool = False) -> Figure:
             figure.add_trace(trace, **place)
     _score_axes(figure, rows, result.scores)
     height = (len(rows) * 21 + 60) * (n if stacked else 1) + (130 if stacked else 80)
-    return _styled(figure, height, margin={"l": 10, "r": 10, "t": 130 if stacked else 80, "b": 50})
+    return styled(figure, height, margin={"l": 10, "r": 10, "t": 130 if stacked else 80, "b": 50})
 
 
 def _score_traces(go: Any, data: pd.DataFrame, legend: bool) -> list[Any]:
@@ -238,7 +244,7 @@ def onset_figure(result: ChainResult | Formation) -> Figure:
     figure.update_yaxes(title_text="residual norm, entering", type="log", dtick=1, exponentformat="power", row=2, col=1)
     figure.update_xaxes(title={"text": "block", "standoff": 6}, row=2, col=1)
     figure.update_layout(legend={"orientation": "h", "y": 1, "yref": "container", "yanchor": "top"})
-    return _styled(figure, 520, margin={"l": 10, "r": 10, "t": 60, "b": 50})
+    return styled(figure, 520, margin={"l": 10, "r": 10, "t": 60, "b": 50})
 
 
 def _onset_lines(go: Any, profile: pd.DataFrame, quantity: str) -> list[Any]:
@@ -303,7 +309,7 @@ def matrix_figure(result: ChainResult, direction: str) -> Figure:
     figure = go.Figure(heatmap)
     figure.update_xaxes(title_text="readout", showgrid=False, tickangle=-40, automargin=True)
     figure.update_yaxes(title_text="edited stage", autorange="reversed", showgrid=False, automargin=True)
-    return _styled(figure, 64 * 2 + 44 * len(wide) + 40, margin={"l": 10, "r": 10, "t": 20, "b": 10})
+    return styled(figure, 64 * 2 + 44 * len(wide) + 40, margin={"l": 10, "r": 10, "t": 20, "b": 10})
 
 
 def _axis_labels(names: Sequence[object] | pd.Index) -> list[str]:
@@ -313,8 +319,3 @@ def _axis_labels(names: Sequence[object] | pd.Index) -> list[str]:
 def _short(value: float) -> str:
     text = f"{value:.2f}" if abs(value) < 100 else f"{value:.3g}"
     return "0.00" if text == "-0.00" else text.replace("-", "−")
-
-
-def _styled(figure: Figure, height: int, **layout: Any) -> Figure:
-    figure.update_layout(template="plotly_white", height=height, font={"size": 12}, hovermode="closest", **layout)
-    return figure

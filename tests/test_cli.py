@@ -23,7 +23,7 @@ from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from sinklens import _smollm2, cli
+from sinklens import _cli, _smollm2, cli
 from sinklens.errors import EngineError, InputError
 from sinklens.models import load_model
 from tests.test_results import earlier_run, synthetic_result
@@ -194,7 +194,7 @@ def refused(outcome: Outcome, *parts: str) -> None:
         (["--memory-budget", "inf"], ["--memory-budget inf must be"]),
         (["--min-gap", "nan"], ["--min-gap nan must be a finite number"]),
         (["--min-gap", "-1"], ["--min-gap -1.0 must be", "0.0 or more"]),
-        (["--pair-layers", "all"], ["--pair-layers 'all' must be blocks such as 0-2 or 0,3"]),
+        (["--pair-layers", "all"], ["--pair-layers 'all' must be whole numbers such as 0-2"]),
         (["--pair-layers", "2-1"], ["--pair-layers '2-1' must be"]),
         (["--strength", "inf"], ["--strength inf must be a finite number"]),
         # What the command-line parser itself finds is told in the same way.
@@ -481,7 +481,7 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bo
     monkeypatch.setenv("TERM", "xterm")
     screen = Screen(terminal)
     monkeypatch.setattr(sys, "stderr", screen)
-    with cli._progress() as (step, rows):
+    with _cli.progress() as (step, rows):
         step("scoring the chain")
         rows(3, 17)
     assert ("scoring the chain" in screen.getvalue()) is terminal

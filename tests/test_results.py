@@ -17,18 +17,17 @@ import pytest
 import torch
 from pandas.testing import assert_frame_equal
 
+from sinklens._files import atomic_folder, check_out
 from sinklens.errors import InputError
 from sinklens.formation import Formation, FormationEvent, OutlierDim, SuperNeuron
 from sinklens.results import (
     SCORE_KEYS,
     ChainResult,
-    atomic_folder,
-    bootstrap_interval,
-    check_out,
     effect,
     summarise,
     to_plain,
 )
+from sinklens.statistics import bootstrap_interval
 from sinklens.tables import chain_footer, chain_table, console, formation_tables
 
 NAN = math.nan

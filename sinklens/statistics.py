@@ -1,0 +1,137 @@
+"""Estimates with intervals, and nulls: how sure a number is, and what it would be by chance.
+
+Prompts are what is sampled, so intervals are bootstraps over prompts: of a mean when there is one number for each
+prompt, and of any statistic of the prompts (a variance across them, say) by resampling which prompts it is computed
+from. A permutation null says what a statistic would be if what it pairs up had nothing to do with one another.
+
+Pitfall: a percentile interval of few prompts is too narrow. It is honest about the noise between prompts, and says
+nothing about other models.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+N_RESAMPLES = 2000
+"""Bootstrap resamples for the interval of a mean."""
+N_REFITS = 400
+"""Bootstrap resamples for a statistic that has to be computed anew for each."""
+
+Values = Sequence[float] | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval."""
+
+    value: float
+    """The estimate."""
+    low: float = np.nan
+    """Lower end; NaN when there is none."""
+    high: float = np.nan
+    """Upper end."""
+    n: int = 1
+    """How many prompts (or draws, for a null) it is made of."""
+
+    def above(self, limit: float) -> bool:
+        """Whether the whole interval lies above ``limit``; False where there is no interval."""
+        return bool(self.low > limit)
+
+    def below(self, limit: float) -> bool:
+        """Whether the whole interval lies below ``limit``; False where there is no interval."""
+        return bool(self.high < limit)
+
+
+def bootstrap_interval(values: Values, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over prompts (NaN with fewer than two values)."""
+    values = _finite(values)
+    if len(values) < 2:
+        return np.nan, np.nan
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    found = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=N_RESAMPLES,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def mean_estimate(values: Values, seed: int) -> Estimate:
+    """Mean over prompts of one number for each, with its bootstrap interval; values that are not finite are left out
+    and not counted.
+    """
+    finite = _finite(values)
+    low, high = bootstrap_interval(finite, seed)
+    return Estimate(float(finite.mean()) if len(finite) else np.nan, low, high, len(finite))
+
+
+def bootstrap_estimate(
+    statistic: Callable[[np.ndarray], float], n_prompts: int, seed: int, n_resamples: int = N_REFITS
+) -> Estimate:
+    """A statistic of all prompts, with the interval that it has when the prompts are drawn again.
+
+    Args:
+        statistic: takes prompt indices (an integer array, with repetitions) and gives the number for these prompts.
+        n_prompts: how many prompts there are.
+        seed: fixes the draws.
+        n_resamples: how often it is computed anew.
+    """
+    everyone = np.arange(n_prompts)
+    value = float(statistic(everyone))
+    if n_prompts < 2:
+        return Estimate(value, n=n_prompts)
+    found = stats.bootstrap(
+        (everyone,),
+        lambda chosen: statistic(chosen),
+        n_resamples=n_resamples,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).bootstrap_distribution
+    # A draw can be without a value (a variance of one prompt drawn n times over): it has no say in the interval.
+    low, high = np.nanquantile(found, [0.025, 0.975]) if np.isfinite(found).any() else (np.nan, np.nan)
+    return Estimate(value, float(low), float(high), n_prompts)
+
+
+def null_estimate(draws: Values) -> Estimate:
+    """Mean of a statistic's draws under a null, with the range that holds 95% of them."""
+    finite = _finite(draws)
+    if not len(finite):
+        return Estimate(np.nan, n=0)
+    low, high = np.quantile(finite, [0.025, 0.975])
+    return Estimate(float(finite.mean()), float(low), float(high), len(finite))
+
+
+def permutation_p(observed: float, draws: Values, alternative: str = "greater") -> float:
+    """One-sided p-value of ``observed`` among a null's draws, itself counted (Phipson and Smyth 2010): never 0.
+
+    Args:
+        observed: the statistic.
+        draws: the same under the null.
+        alternative: ``greater`` or ``less``.
+    """
+    finite = _finite(draws)
+    as_extreme = finite >= observed if alternative == "greater" else finite <= observed
+    return float((1 + as_extreme.sum()) / (1 + len(finite)))
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A generator seeded by ``seed`` and by what it is for, so that no draw depends on which others were made."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+
+
+def _finite(values: Values) -> np.ndarray:
+    plain = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
+    array = np.asarray(plain, dtype=float).ravel()
+    return array[np.isfinite(array)]

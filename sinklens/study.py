@@ -1,0 +1,188 @@
+"""A study: a model, prompts, and what has been found in them. It is what every analysis is given.
+
+It measures (:meth:`Study.measure`: readouts of one run, as they are or under patches), patches (:meth:`Study.run`: many
+patches, packed by the engine), captures (:meth:`Study.activations`) and draws (:meth:`Study.generator`: by name, so
+that no number depends on what was drawn before).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sinklens import prompts
+from sinklens.capture import Want, capture_runs
+from sinklens.engine import PatchResult, Progress, run_patches
+from sinklens.errors import InputError, NotApplicableError
+from sinklens.formation import Formation, find_formation
+from sinklens.memory import row_budget
+from sinklens.models import BlockWeights, Model, ModelShape, block_weights, model_shape
+from sinklens.pairs import ordinary_positions
+from sinklens.patches import CLEAN, Patch, Positions, Readout, Runs
+from sinklens.prompts import PromptBatch
+from sinklens.sites import HookSite
+from sinklens.stages import others
+from sinklens.statistics import Estimate, generator, mean_estimate
+
+
+@dataclass(eq=False)
+class Study:
+    """A model on prompts, with what is known of its sink."""
+
+    model: Model
+    """A ``HookedTransformer`` or ``TransformerBridge``."""
+    batch: PromptBatch
+    """The prompts."""
+    seed: int = 0
+    """Fixes every draw."""
+    memory_budget: int | None = None
+    """Bytes for one forward pass's activations; chosen by device when None."""
+    given: dict[str, Any] = field(default_factory=dict)
+    """What :func:`sinklens.find_formation` is told (``layer``, ``super_neurons``, ``outlier_dims``, thresholds)."""
+    progress: Progress | None = None
+    """Called with (rows done, rows in all) while patches run."""
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Sizes of the model."""
+        return model_shape(self.model)
+
+    @cached_property
+    def max_rows(self) -> int:
+        """Rows that fit in one forward pass."""
+        return row_budget(self.model, self.batch.length, self.memory_budget)
+
+    @cached_property
+    def formation(self) -> Formation:
+        """Where the sink forms on these prompts.
+
+        Raises:
+            NoSinkError: there is none.
+        """
+        return find_formation(self.model, self.batch, memory_budget=self.memory_budget, **self.given)
+
+    @cached_property
+    def random(self) -> Study:
+        """The same study on as many random-token prompts of the same length (no BOS unless these have one)."""
+        batch = prompts.random_tokens(self.model, self.batch.n, self.batch.length, seed=self.seed)
+        return replace(self, batch=batch, given=dict(self.given))
+
+    @property
+    def sinks(self) -> Int[Tensor, " prompt"]:
+        """The sink position of every prompt."""
+        return torch.tensor(self.formation.sink_positions)
+
+    @property
+    def sink(self) -> Positions:
+        """The same, as the positions of a patch."""
+        return tuple((position,) for position in self.formation.sink_positions)
+
+    @cached_property
+    def ordinary(self) -> Bool[Tensor, "prompt pos"]:
+        """Marks the ordinary positions: not the sink, and not in the last quarter, which few later queries see."""
+        return ordinary_positions(self.batch, self.formation.sink_positions)
+
+    @property
+    def up_to_formation(self) -> tuple[int, ...]:
+        """The blocks up to the formation block, it included."""
+        return tuple(range(self.formation.layer + 1))
+
+    @property
+    def onset(self) -> tuple[int, ...]:
+        """The blocks up to the first run of formation blocks, where aggregation starts the outlier off."""
+        return tuple(range(self.formation.first + 1))
+
+    def after_formation(self, blocks: int | None = 4) -> tuple[int, ...]:
+        """The ``blocks`` after the formation block, where attention is read (None: all that are left).
+
+        Raises:
+            NotApplicableError: the formation block is the last.
+        """
+        first, n_layers = self.formation.layer + 1, self.shape.n_layers
+        if first >= n_layers:
+            raise NotApplicableError(f"block {first - 1} is the model's last: no later block attends to the sink there")
+        return tuple(range(first, n_layers if blocks is None else min(first + blocks, n_layers)))
+
+    def weights(self, layer: int) -> BlockWeights:
+        """Weights of a block."""
+        return block_weights(self.model, layer)
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator for the draw called ``name``."""
+        return generator(self.seed, name)
+
+    def mean(self, values: Sequence[float] | Tensor) -> Estimate:
+        """Mean over prompts of one number for each, with its bootstrap interval."""
+        return mean_estimate(values, self.seed)
+
+    def other_neurons(self, name: str, draws: int = 1) -> list[tuple[int, ...]]:
+        """Sets of as many neurons of the formation block as there are super neurons, drawn from the others."""
+        return self._others(self.shape.d_mlp, self.formation.neurons, name, draws)
+
+    def other_dims(self, name: str, draws: int = 1) -> list[tuple[int, ...]]:
+        """Sets of as many residual dimensions as there are outlier dimensions, drawn from the others."""
+        return self._others(self.shape.d_model, self.formation.dims, name, draws)
+
+    def _others(self, n: int, chosen: tuple[int, ...], name: str, draws: int) -> list[tuple[int, ...]]:
+        rng = self.generator(name)
+        return [others(n, chosen, rng, len(chosen)) for _ in range(draws)]
+
+    def targets(self, positions: Sequence[int]) -> tuple[int, ...]:
+        """Those of ``positions`` that fit the prompts: after the first token, with later tokens, and no sink already.
+
+        Raises:
+            InputError: when none does.
+        """
+        last = self.batch.length - 2
+        fit = tuple(p for p in sorted(set(positions)) if 0 < p <= last and p not in self.formation.sink_positions)
+        if not fit:
+            raise InputError(
+                f"none of the positions {tuple(positions)} will do: give some in 1..{last} that are not the sink's own"
+            )
+        return fit
+
+    def lengths(self, lengths: Sequence[int] = ()) -> tuple[int, ...]:
+        """Prompt lengths to read attention at: by default a quarter, half and all of the prompts' own.
+
+        Raises:
+            InputError: one is longer than the prompts, or shorter than 2.
+        """
+        full = self.batch.length
+        found = tuple(sorted(set(lengths or (max(2, full // 4), max(2, full // 2), full))))
+        if found[0] < 2 or found[-1] > full:
+            raise InputError(f"lengths {found} must be in 2..{full}: use longer prompts with --length")
+        return found
+
+    def measure(self, readouts: Sequence[Readout], patches: Sequence[Patch] = ()) -> dict[str, Tensor]:
+        """Readouts of one pass over the prompts, under ``patches`` if there are any.
+
+        Returns:
+            Readout name to ``[layer, prompt, ...]``, what its ``reduce`` gives in each of its blocks (``combine`` is
+            not used), on the CPU in float32.
+        """
+        return self._measure({"base": tuple(patches)}, readouts)
+
+    def _measure(self, runs: Runs, readouts: Sequence[Readout]) -> dict[str, Tensor]:
+        store = capture_runs(self.model, self.batch.tokens, runs, [], readouts, max_rows=self.max_rows)
+        run = next(iter(runs))
+        return {r.name: torch.stack([store.readings[run, r.name, b] for b in r.layers]).float().cpu() for r in readouts}
+
+    def run(self, patches: Sequence[Patch], readouts: Sequence[Readout], runs: Runs = CLEAN) -> PatchResult:
+        """Every patch on every prompt, packed (see :func:`sinklens.run_patches`)."""
+        return run_patches(
+            self.model, self.batch, patches, readouts, runs=runs, memory_budget=self.memory_budget,
+            progress=self.progress,
+        )  # fmt: skip
+
+    def activations(self, site: HookSite, layers: Sequence[int], patches: Sequence[Patch] = ()) -> dict[int, Tensor]:
+        """Activations of one pass, ``{layer: [prompt, pos, unit, ...]}`` on the model's device, under ``patches``."""
+        wants = [Want("base", site, layer) for layer in layers]
+        runs = {"base": tuple(patches)}
+        store = capture_runs(self.model, self.batch.tokens, runs, wants, max_rows=self.max_rows)
+        return {layer: store.tensor("base", site, layer) for layer in layers}
