@@ -1,21 +1,34 @@
 """Pure tensor functions: what is measured, one family in each file. They know nothing of models or hooks."""
 
 from sinklens.metrics.alignment import cosine, principal_direction
-from sinklens.metrics.dominance import dominance_ratio, energy_share
+from sinklens.metrics.correlation import kendall_tau
+from sinklens.metrics.dominance import dominance_ratio, energy_share, excess_kurtosis, gini, top_energy_share
 from sinklens.metrics.entropy import attention_entropy, effective_values
-from sinklens.metrics.outliers import robust_z
-from sinklens.metrics.sink import attention_received, sink_rate
-from sinklens.metrics.variance import relative_deviation
+from sinklens.metrics.norms import vector_norm
+from sinklens.metrics.outliers import massive_activations, robust_z
+from sinklens.metrics.rank import effective_rank
+from sinklens.metrics.sink import alpha, attention_received, received_at_lengths, sink_rate
+from sinklens.metrics.variance import position_variance, relative_deviation
 
 __all__ = [
+    "alpha",
     "attention_entropy",
     "attention_received",
     "cosine",
     "dominance_ratio",
+    "effective_rank",
     "effective_values",
     "energy_share",
+    "excess_kurtosis",
+    "gini",
+    "kendall_tau",
+    "massive_activations",
+    "position_variance",
     "principal_direction",
+    "received_at_lengths",
     "relative_deviation",
     "robust_z",
     "sink_rate",
+    "top_energy_share",
+    "vector_norm",
 ]

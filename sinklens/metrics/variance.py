@@ -1,9 +1,35 @@
-"""Deviation of an activation from a mean, in units of what is ordinary."""
+"""Variance of an activation, and deviation from a mean in units of what is ordinary.
+
+``position_variance[t] = mean over j of the variance across prompts of x[prompt, t, j]``. Under a causal mask later
+tokens average more values, so that of ``hook_z`` falls with t. A few large dimensions can make the mean over j; the
+median tells of an ordinary one. A first token that is the same in every prompt (BOS) has no variance at all.
+"""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from jaxtyping import Float
 from torch import Tensor
+
+
+def position_variance(
+    x: Float[Tensor, "prompt pos *unit d"], average: Literal["mean", "median"] = "mean"
+) -> Float[Tensor, " pos"]:
+    """Unbiased variance across prompts of every dimension at each position, averaged over all dimensions.
+
+    Args:
+        x: activations of several prompts, position by position; axes behind ``pos`` (head, d_head) all are dimensions.
+        average: how the dimensions are brought together.
+    """
+    if len(x) < 2:
+        raise ValueError(f"a variance across prompts needs at least two prompts, not {len(x)}")
+    variance = x.float().var(0).flatten(1)
+    if average == "mean":
+        return variance.mean(-1)
+    if average == "median":
+        return variance.quantile(0.5, dim=-1)  # not `median`, which gives the lower of the two middle values
+    raise ValueError(f"unknown average {average!r}: mean or median")
 
 
 def relative_deviation(
