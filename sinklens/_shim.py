@@ -157,8 +157,7 @@ def check_writes_directly(model: Model, layer: int) -> None:
     if getattr(block, "ln2_post", None) is not None or _architecture(model) in _POST_NORM:
         raise NotApplicableError(
             f"{model_id(model)} normalises what its MLPs write before adding it, so a neuron's contribution to the "
-            "residual stream cannot be read off W_out: leave the down_projection stage out, and name the outlier "
-            "dimensions yourself with outlier_dims."
+            "residual stream cannot be read off W_out."
         )
 
 

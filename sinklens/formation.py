@@ -12,7 +12,8 @@ Everything is found in the data; nothing is assumed about the model or the first
   one counts) and fire selectively: their mean magnitude on the sink token is ``selectivity`` times what they reach on
   other tokens (95th percentile). A plain MLP has no gate, so W_in alone is asked.
 * *Outlier dimensions* are the residual dimensions in which the super neurons' joint contribution on the sink token
-  outlies that in all others (robust z of its magnitude).
+  outlies that in all others (robust z of its magnitude); where a norm stands behind the MLP, so that a neuron's own
+  contribution cannot be told, all that the MLP adds takes its place.
 
 The thresholds are choices, not facts of nature: each is an argument, and what was measured is returned with the
 verdict.
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from sinklens import metrics
 from sinklens.capture import ActivationStore, Want, capture_runs
-from sinklens.errors import InputError, NoSinkError
+from sinklens.errors import InputError, NoSinkError, NotApplicableError
 from sinklens.memory import row_budget
 from sinklens.models import Model, block_weights, check_writes_directly, model_shape
 from sinklens.patches import CLEAN, Readout
@@ -169,10 +170,11 @@ def find_formation(
     events = _events(profile, min_ratio, min_jump)
     if layer is None:
         layer = _block_to_explain(profile, events, sinks, eps, min_ratio, min_jump)
-    wants = [Want("base", MLP_POST, layer)]
-    post = capture_runs(model, batch.tokens, CLEAN, wants, max_rows=rows).tensor("base", MLP_POST, layer)
+    wants = [Want("base", MLP_POST, layer), Want("base", MLP_OUT, layer)]
+    store = capture_runs(model, batch.tokens, CLEAN, wants, max_rows=rows)
+    post, added = (store.tensor("base", site, layer) for site in (MLP_POST, MLP_OUT))
     neurons = _super_neurons(model, layer, post, sinks, neuron_z, selectivity, super_neurons)
-    dims = _outlier_dims(model, layer, post, sinks, neurons, dim_z, outlier_dims)
+    dims = _outlier_dims(model, layer, post, added, sinks, neurons, dim_z, outlier_dims)
     return Formation(layer, tuple(sinks.tolist()), neurons, dims, events, profile)
 
 
@@ -316,13 +318,17 @@ def _super_neurons(model, layer, post, sinks, neuron_z, selectivity, given) -> t
     return tuple(sorted(found, key=lambda neuron: -abs(neuron.activation_sink)))
 
 
-def _outlier_dims(model, layer, post, sinks, neurons, dim_z, given) -> tuple[OutlierDim, ...]:  # noqa: ANN001
-    if given is None:
+def _outlier_dims(model, layer, post, added, sinks, neurons, dim_z, given) -> tuple[OutlierDim, ...]:  # noqa: ANN001
+    index = torch.arange(len(post))
+    try:
         check_writes_directly(model, layer)
-    chosen = [neuron.index for neuron in neurons]
-    rows = block_weights(model, layer).W_out.detach()[chosen].float()
-    activation = post[torch.arange(len(post)), sinks.to(post.device)][:, chosen].float()
-    written = (activation @ rows).mean(0).cpu()
+        chosen = [neuron.index for neuron in neurons]
+        rows = block_weights(model, layer).W_out.detach()[chosen].float()
+        written = post[index, sinks.to(post.device)][:, chosen].float() @ rows
+    except NotApplicableError:
+        # A norm stands behind the MLP, so no neuron's share can be told: take all that the MLP adds.
+        written = added[index, sinks.to(added.device)].float()
+    written = written.mean(0).cpu()
     z = metrics.robust_z(written.abs())
     if given is None:
         given = (z >= dim_z).nonzero().flatten().tolist() or [int(z.argmax())]

@@ -86,7 +86,9 @@ def chain_footer(result: ChainResult) -> list[str]:
     """What the table was computed from, and what it cost."""
     config, engine = result.config, result.engine
     excluded = int(result.scores.n_excluded.max())
+    left_out = [f"Not applicable: {name}: {why}" for name, why in config.get("not_applicable", {}).items()]
     return [
+        *left_out,
         f"{_received(result)} in blocks {spans(config['readout_layers'])}.",
         f"{config['n_prompts']} prompts of {config['length']} tokens ({config['prompts']}; {config['n_skipped']} "
         f"skipped as too short; {excluded} excluded: the pair moves the metric too little).",

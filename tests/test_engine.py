@@ -15,7 +15,7 @@ import sinklens.models
 from sinklens import edits, readouts, sites, stages
 from sinklens.chain import SINK, _trials
 from sinklens.engine import run_patches
-from sinklens.errors import EngineError, InputError
+from sinklens.errors import EngineError, InputError, NotApplicableError
 from sinklens.formation import find_formation
 from sinklens.pairs import induced_pair, natural_pair
 from sinklens.patches import Patch, Readout, Source
@@ -321,12 +321,24 @@ def test_a_norm_behind_the_mlp_is_not_passed_over():
     """Gemma-2 normalises what its MLP writes: contributions read off W_out would be wrong, and are refused."""
     model = tiny_model("gemma2", "bridge")
     batch = from_tokens(model, tokens_for(model))
-    with pytest.raises(InputError, match="normalises what its MLPs write"):
-        find_formation(model, batch, layer=1, super_neurons=[3, 7])
     setting = setting_for(model)
-    with pytest.raises(InputError, match="leave the down_projection stage out"):
+    with pytest.raises(NotApplicableError, match="normalises what its MLPs write"):
         _trials(setting, (stages.DOWN_PROJECTION,), 1, seed=0)
-    trials = _trials(setting, [stage for stage in stages.CHAIN if stage is not stages.DOWN_PROJECTION], 1, seed=0)
+    skipped: dict[str, str] = {}
+    trials = _trials(setting, stages.CHAIN, 1, seed=0, skipped=skipped)
+    assert set(skipped) == {"down_projection/outlier_dims", "down_projection/densified"}
     patches = [replace(trial.patch, allow_unchanged=True) for trial in trials]
     result = run_patches(model, batch, patches, [received()], runs=setting.pair.runs)
     assert torch.isfinite(result.values[SINK]).all()
+
+
+@pytest.mark.backend
+def test_outlier_dimensions_behind_a_norm_are_those_that_the_mlp_adds_to():
+    model = tiny_model("gemma2", "bridge")
+    batch = from_tokens(model, tokens_for(model))
+    found = find_formation(model, batch, layer=1, super_neurons=[3, 7])
+    _, cache = model.run_with_cache(batch.tokens)
+    sinks = torch.tensor(found.sink_positions)
+    added = cache["blocks.1.hook_mlp_out"][torch.arange(batch.n), sinks].mean(0)
+    assert found.dims[0] == int(added.abs().argmax())
+    assert found.outlier_dims[0].written == pytest.approx(float(added[found.dims[0]]), abs=1e-5)
