@@ -13,11 +13,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
+
+from sinklens.metrics import position_variance
 
 N_RESAMPLES = 2000
 """Bootstrap resamples for the interval of a mean."""
@@ -77,7 +81,12 @@ def mean_estimate(values: Values, seed: int) -> Estimate:
 
 
 def bootstrap_estimate(
-    statistic: Callable[[np.ndarray], float], n_prompts: int, seed: int, n_resamples: int = N_REFITS
+    statistic: Callable[[np.ndarray], Any],
+    n_prompts: int,
+    seed: int,
+    n_resamples: int = N_REFITS,
+    *,
+    vectorized: bool = False,
 ) -> Estimate:
     """A statistic of all prompts, with the interval that it has when the prompts are drawn again.
 
@@ -86,22 +95,47 @@ def bootstrap_estimate(
         n_prompts: how many prompts there are.
         seed: fixes the draws.
         n_resamples: how often it is computed anew.
+        vectorized: the statistic takes all draws at once, ``[draw, prompt]``, and gives one number for each: for what
+            is cheaper so.
     """
     everyone = np.arange(n_prompts)
-    value = float(statistic(everyone))
+    value = float(statistic(everyone[None])[0] if vectorized else statistic(everyone))
     if n_prompts < 2:
         return Estimate(value, n=n_prompts)
     found = stats.bootstrap(
         (everyone,),
-        lambda chosen: statistic(chosen),
+        (lambda chosen, axis: np.asarray(statistic(chosen))) if vectorized else lambda chosen: statistic(chosen),  # noqa: ARG005
         n_resamples=n_resamples,
-        vectorized=False,
+        vectorized=vectorized,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).bootstrap_distribution
     # A draw can be without a value (a variance of one prompt drawn n times over): it has no say in the interval.
     low, high = np.nanquantile(found, [0.025, 0.975]) if np.isfinite(found).any() else (np.nan, np.nan)
     return Estimate(value, float(low), float(high), n_prompts)
+
+
+def resampled_variance(
+    x: Float[Tensor, "prompt pos *unit d"], average: Literal["mean", "median"] = "mean"
+) -> Callable[[Int[np.ndarray, " draw"]], Float[Tensor, " pos"]]:
+    """``metrics.position_variance(x[drawn], average)`` as a function of the prompts drawn, for bootstraps.
+
+    A variance is half the mean squared difference between two prompts, so for the mean over dimensions the differences
+    of all pairs are computed once, and a draw only picks among them. For the median everything is computed anew.
+    """
+    if average != "mean" or len(x) < 2:
+        position_variance(x, average)  # refuses what cannot be computed before the first draw
+        return lambda drawn: position_variance(x[torch.as_tensor(drawn, device=x.device)], average).cpu()
+    wide = (x.float() - x.float().mean(0)).double().flatten(2).movedim(1, 0)
+    inner = wide @ wide.mT
+    square = inner.diagonal(dim1=-2, dim2=-1)
+    difference = ((square[:, :, None] + square[:, None] - 2 * inner) / wide.shape[-1]).cpu()  # [pos, prompt, prompt]
+
+    def variance(drawn: Int[np.ndarray, " draw"]) -> Float[Tensor, " pos"]:
+        times = torch.bincount(torch.as_tensor(drawn), minlength=len(x)).double()
+        return (difference @ times @ times / (2 * len(drawn) * (len(drawn) - 1))).float()
+
+    return variance
 
 
 def null_estimate(draws: Values) -> Estimate:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from sinklens import prompts
@@ -146,6 +146,22 @@ class Study:
                 f"none of the positions {tuple(positions)} will do: give some in 1..{last} that are not the sink's own"
             )
         return fit
+
+    def blocks(self, layers: Sequence[int] = ()) -> tuple[int, ...]:
+        """``layers`` in order; by default those in which aggregation starts the outlier off (:attr:`onset`).
+
+        Raises:
+            InputError: the model has no such block.
+        """
+        found = tuple(sorted(set(layers)))
+        if found and not 0 <= found[0] <= found[-1] < self.shape.n_layers:
+            raise InputError(f"blocks {found} must be in 0..{self.shape.n_layers - 1}")
+        return found or self.onset
+
+    def sink_first(self, x: Shaped[Tensor, "prompt pos *rest"]) -> Shaped[Tensor, "prompt pos *rest"]:
+        """``x`` with every prompt's sink moved to the front, and its other positions behind in their order."""
+        order = (torch.arange(x.shape[1]) != self.sinks[:, None]).int().argsort(dim=1, stable=True).to(x.device)
+        return x[torch.arange(len(x), device=x.device)[:, None], order]
 
     def lengths(self, lengths: Sequence[int] = ()) -> tuple[int, ...]:
         """Prompt lengths to read attention at: by default a quarter, half and all of the prompts' own.

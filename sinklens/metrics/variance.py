@@ -12,6 +12,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from sinklens.errors import InputError
+
 
 def position_variance(
     x: Float[Tensor, "prompt pos *unit d"], average: Literal["mean", "median"] = "mean"
@@ -23,7 +25,7 @@ def position_variance(
         average: how the dimensions are brought together.
     """
     if len(x) < 2:
-        raise ValueError(f"a variance across prompts needs at least two prompts, not {len(x)}")
+        raise InputError(f"a variance across prompts needs at least two prompts, not {len(x)}: give more")
     variance = x.float().var(0).flatten(1)
     if average == "mean":
         return variance.mean(-1)
