@@ -27,6 +27,8 @@ from sinklens.statistics import bootstrap_interval
 
 SCORE_KEYS = ["stage", "edit", "direction", "control"]
 """What one score is about."""
+OF_TOKENS = ("received", "neurons")
+"""Fields of a result with a number for every token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +54,13 @@ class ChainResult:
     engine: dict[str, Any]
     """Forward passes, patches, seconds, peak memory."""
     tokens: list[list[str]]
-    """Token strings of the prompts that have an attention view."""
+    """Token strings of the prompts that have views."""
     attention: dict[str, Tensor] = field(default_factory=dict)
     """``{run: [prompt head query key]}``, attention of the block after the formation block, for views."""
+    received: dict[str, Tensor] = field(default_factory=dict)
+    """``{run: [prompt pos]}``, attention from later queries, mean over heads and readout blocks; NaN for the last."""
+    neurons: dict[str, Tensor] = field(default_factory=dict)
+    """``{run: [prompt pos neuron]}``, activations of the super neurons."""
 
     def score(self, stage: str, edit: str, direction: str, control: str = "") -> pd.Series:
         """The row of :attr:`scores` for one experiment.
@@ -70,13 +76,11 @@ class ChainResult:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``chain.json``."""
-        formation = asdict(self.formation)
-        formation["profile"] = self.formation.profile.to_dict("records")
         return {
             "config": self.config,
             "provenance": self.provenance,
             "engine": self.engine,
-            "formation": formation,
+            "formation": formation_to_json(self.formation),
             "runs": self.runs,
             "scores": _records(self.scores),
             "chain_matrix": _records(self.matrix),
@@ -85,9 +89,8 @@ class ChainResult:
         }
 
     def save(self, out: str | Path, *, force: bool = False) -> Path:
-        """Write ``chain.json``, ``scores.parquet``, ``effects.parquet`` and ``attention.safetensors`` into a folder.
-
-        The folder appears as a whole or not at all.
+        """Write ``chain.json``, ``scores.parquet``, ``effects.parquet``, ``attention.safetensors`` and
+        ``tokens.safetensors`` (what views of single tokens show) into a folder, as a whole or not at all.
 
         Raises:
             InputError: when it exists and ``force`` is not set, or cannot be written.
@@ -97,8 +100,9 @@ class ChainResult:
             (folder / "chain.json").write_text(text, encoding="utf-8")
             self.scores.to_parquet(folder / "scores.parquet", index=False)
             self.effects.to_parquet(folder / "effects.parquet", index=False)
-            save_file({k: v.contiguous() for k, v in self.attention.items()}, folder / "attention.safetensors")
-            os.chmod(folder / "attention.safetensors", 0o644)  # safetensors makes it private
+            _save_tensors(self.attention, folder / "attention.safetensors")
+            of_tokens = {f"{name}/{run}": x for name in OF_TOKENS for run, x in getattr(self, name).items()}
+            _save_tensors(of_tokens, folder / "tokens.safetensors")
         return Path(out)
 
     @classmethod
@@ -113,30 +117,57 @@ class ChainResult:
             raise InputError(f"{folder} holds no chain.json: give the folder that a chain was saved in")
         try:
             data = json.loads((folder / "chain.json").read_text(encoding="utf-8"))
-            found = data["formation"]
             return cls(
                 scores=_with_lists(pd.read_parquet(folder / "scores.parquet")),
                 effects=_with_lists(pd.read_parquet(folder / "effects.parquet")),
                 matrix=_frame(data["chain_matrix"]),
                 checks=_frame(data["checks"]),
-                formation=Formation(
-                    layer=found["layer"],
-                    sink_positions=tuple(found["sink_positions"]),
-                    super_neurons=tuple(_from_plain(SuperNeuron, item) for item in found["super_neurons"]),
-                    outlier_dims=tuple(_from_plain(OutlierDim, item) for item in found["outlier_dims"]),
-                    events=tuple(_from_plain(FormationEvent, item) for item in found["events"]),
-                    profile=_frame(found["profile"]),
-                ),
+                formation=formation_from_json(data["formation"]),
                 runs=data["runs"],
                 config=data["config"],
                 provenance=data["provenance"],
                 engine=data["engine"],
                 tokens=data["tokens"],
                 attention=load_file(folder / "attention.safetensors"),
+                **_of_tokens(folder / "tokens.safetensors"),
             )
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"the run in {folder} is damaged ({reason}): run the chain again") from error
+
+
+def formation_to_json(formation: Formation) -> dict[str, Any]:
+    """A formation as plain lists and dictionaries."""
+    return {**asdict(formation), "profile": formation.profile.to_dict("records")}
+
+
+def formation_from_json(data: Mapping[str, Any]) -> Formation:
+    """The inverse of :func:`formation_to_json`, also of what :func:`to_plain` made of it.
+
+    Raises:
+        LookupError, TypeError: something is missing.
+    """
+    return Formation(
+        layer=data["layer"],
+        sink_positions=tuple(data["sink_positions"]),
+        super_neurons=tuple(_from_plain(SuperNeuron, item) for item in data["super_neurons"]),
+        outlier_dims=tuple(_from_plain(OutlierDim, item) for item in data["outlier_dims"]),
+        events=tuple(_from_plain(FormationEvent, item) for item in data["events"]),
+        profile=_frame(data["profile"]),
+    )
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    os.chmod(path, 0o644)  # safetensors makes it private
+
+
+def _of_tokens(path: Path) -> dict[str, dict[str, Tensor]]:
+    found = load_file(path) if path.is_file() else {}  # runs of earlier versions have none
+    return {
+        name: {key.partition("/")[2]: x for key, x in found.items() if key.partition("/")[0] == name}
+        for name in OF_TOKENS
+    }
 
 
 def to_plain(value: Any) -> Any:

@@ -382,7 +382,8 @@ def test_a_run_is_printed_and_saved(chain: Run, here: Path, fake_chain: dict[str
     assert outcome.err == f"{NOTE}file:mixed.txt: 2 of 16 prompts have 16 tokens or more.\n"
     for part in ("value_aggregation", "other_neurons", "1.01 [1.00, 1.02] (1)", "runs/first", "runs/first/report.html"):
         assert part in outcome.out
-    files = {"chain.json", "scores.parquet", "effects.parquet", "attention.safetensors", "report.html"}
+    tensors = {"attention.safetensors", "tokens.safetensors"}
+    files = {"chain.json", "scores.parquet", "effects.parquet", "report.html"} | tensors
     assert {path.name for path in (here / "runs" / "first").iterdir()} == files
     assert {path.name for path in (here / "runs").iterdir()} == {"first"}
     wanted = {"target": 5, "seed": 7, "strength": 3.0, "pair": "amplify_variance", "memory_budget": 2**29}

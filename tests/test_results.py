@@ -31,6 +31,7 @@ from sinklens.statistics import bootstrap_interval
 from sinklens.tables import chain_footer, chain_table, console, formation_tables
 
 NAN = math.nan
+FILES = {"chain.json", "scores.parquet", "effects.parquet", "attention.safetensors", "tokens.safetensors"}
 
 
 def synthetic_result(n_prompts: int = 3) -> ChainResult:
@@ -81,6 +82,8 @@ def synthetic_result(n_prompts: int = 3) -> ChainResult:
         engine={"n_patches": 6, "n_rows": 18, "n_forwards": 4, "seconds": 0.5, "peak_bytes": None},
         tokens=[["<b>", " ", "é", "\n"] * 4],
         attention={run: torch.rand(1, 2, 16, 16).half() for run in ("base", "anchored")},
+        received={run: torch.rand(1, 16) for run in ("base", "anchored")},
+        neurons={run: torch.rand(1, 16, 2) for run in ("base", "anchored")},
     )  # fmt: skip
 
 
@@ -388,7 +391,7 @@ def test_a_look_leaves_no_trace(tmp_path: Path) -> None:
 def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
     result = synthetic_result()
     assert result.save(tmp_path / "run") == tmp_path / "run"
-    assert names(tmp_path / "run") == {"chain.json", "scores.parquet", "effects.parquet", "attention.safetensors"}
+    assert names(tmp_path / "run") == FILES
     loaded = ChainResult.load(tmp_path / "run")
     for name in ("scores", "effects", "matrix", "checks"):
         assert_frame_equal(getattr(loaded, name), getattr(result, name), check_dtype=False)
@@ -397,8 +400,17 @@ def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
     assert loaded.scores.units.tolist() == result.scores.units.tolist()
     for name in ("runs", "config", "provenance", "engine", "tokens"):
         assert getattr(loaded, name) == getattr(result, name)
-    assert loaded.attention.keys() == result.attention.keys()
-    assert all(torch.equal(loaded.attention[run], result.attention[run]) for run in result.attention)
+    for name in ("attention", "received", "neurons"):
+        found, saved = getattr(loaded, name), getattr(result, name)
+        assert found.keys() == saved.keys() == {"base", "anchored"}
+        assert all(torch.equal(found[run], saved[run]) for run in saved)
+
+
+def test_a_result_of_an_earlier_version_has_no_values_of_tokens(tmp_path: Path) -> None:
+    synthetic_result().save(tmp_path / "run")
+    (tmp_path / "run" / "tokens.safetensors").unlink()
+    loaded = ChainResult.load(tmp_path / "run")
+    assert loaded.received == loaded.neurons == {} and loaded.attention
 
 
 def test_a_formation_comes_back_with_nan_for_what_json_cannot_hold(tmp_path: Path) -> None:
@@ -450,9 +462,11 @@ def test_a_folder_without_a_run(tmp_path: Path) -> None:
             ChainResult.load(folder)
 
 
-@pytest.mark.parametrize("name", ["chain.json", "scores.parquet", "effects.parquet", "attention.safetensors"])
+@pytest.mark.parametrize("name", sorted(FILES))
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_run_is_one_sentence(tmp_path: Path, name: str, damage: str) -> None:
+    if (name, damage) == ("tokens.safetensors", "gone"):
+        pytest.skip("runs of earlier versions have none")
     synthetic_result().save(tmp_path / "run")
     path = tmp_path / "run" / name
     if damage == "cut":
