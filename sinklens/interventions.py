@@ -13,6 +13,7 @@ They are built from the same edits as the engine's patches. Use them for single 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -105,6 +106,7 @@ def amplify_variance(
     strength: float,
     mean: Mapping[int, Float[Tensor, "head d_head"]] | None = None,
     *,
+    axis: edits.MeanAxis = "prompts",
     norm_only: bool = False,
 ) -> Hooks:
     """Amplify the deviation of the aggregated value: ``z' = mu + strength * (z - mu)`` at ``position``.
@@ -113,25 +115,28 @@ def amplify_variance(
         position: token position.
         layers: blocks.
         strength: the factor lambda; 1 changes nothing.
-        mean: mu for every block, ``[head d_head]``; by default the mean over the prompts of the batch, at that position
-            (needs at least two prompts). That mean is of the run that is being edited; a sink pair takes the clean
-            run's, which is not the same once an earlier block has been edited.
+        mean: mu for every block, ``[head d_head]`` (or ``[prompt head d_head]``); by default it is taken over ``axis``
+            in the run that is being edited. A sink pair takes the clean run's, which is not the same once an earlier
+            block has been edited.
+        axis: mu is the mean over the prompts of the batch at that position (needs at least two), over the positions of
+            each prompt, or over both.
         norm_only: the control: scale ``z`` uniformly to the norm that the amplified one has.
 
     Raises:
         InputError: when the mean is to be taken over a batch of one prompt.
     """
 
-    def edit_for(layer: int, mu: Tensor) -> edits.Edit:
-        amplified = edits.Rescale("amplify_variance", {layer: mu}, {layer: torch.tensor(float(strength))})
+    def edit_for(layer: int, act: Tensor) -> edits.Edit:
+        amplified = edits.amplification({layer: act}, position, strength, axis)
+        if mean is not None:
+            amplified = replace(amplified, mean={layer: mean[layer]})
         return edits.SameNormScaling(of=amplified) if norm_only else amplified
 
     def hook_for(layer: int) -> Hook:
         def amplify(act: Tensor, hook: Any) -> Tensor | None:
-            if mean is None and len(act) < 2:
+            if mean is None and axis == "prompts" and len(act) < 2:
                 raise InputError("the mean over prompts needs at least two: pass more prompts, or a mean")
-            mu = act[:, position].float().mean(0) if mean is None else mean[layer]
-            patch = Patch(Z, (layer,), (position,), edit_for(layer, mu))
+            patch = Patch(Z, (layer,), (position,), edit_for(layer, act))
             return hooks_of(patch)[0][1](act, hook)
 
         return amplify

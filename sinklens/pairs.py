@@ -73,6 +73,7 @@ def induced_pair(
     kind: PairKind = "block_aggregation",
     layers: tuple[int, ...] | None = None,
     strength: float = 8.0,
+    axis: edits.MeanAxis = "prompts",
     seed: int = 0,
     max_rows: int = 64,
 ) -> SinkPair:
@@ -87,12 +88,14 @@ def induced_pair(
         layers: blocks of the intervention; by default all up to the formation block, and for ``amplify_variance`` up to
             the first formation blocks (while the first token's values still have the higher variance).
         strength: lambda of ``amplify_variance``.
+        axis: what the mean that ``amplify_variance`` leaves in place is taken over (see
+            :func:`sinklens.edits.amplification`).
         seed: draws the reference positions.
         max_rows: prompts in one forward pass, for the statistics that ``amplify_variance`` needs.
 
     Raises:
         InputError: a target outside the sequence, without earlier or enough later tokens, or at the sink itself; fewer
-            than two prompts for ``amplify_variance``.
+            than two prompts for ``amplify_variance`` over prompts.
     """
     check_target(batch, target)
     if target in formation.sink_positions:
@@ -104,7 +107,7 @@ def induced_pair(
     if kind == "block_aggregation":
         root = Patch(PATTERN, layers, (target,), edits.AttendSelf(), run="anchored", label="block_aggregation")
     elif kind == "amplify_variance":
-        root = _amplify(model, batch, target, layers, strength, max_rows)
+        root = _amplify(model, batch, target, layers, strength, axis, max_rows)
     else:
         raise InputError(f"unknown pair {kind!r}: block_aggregation or amplify_variance")
     ordinary, reference = _ordinary(batch, formation.sink_positions, (target,) * batch.n, seed)
@@ -136,14 +139,14 @@ def natural_pair(batch: PromptBatch, formation: Formation, seed: int = 0) -> Sin
     return SinkPair("natural", target, {"natural": ()}, without, Source("natural"), ordinary, reference)
 
 
-def _amplify(model, batch, target, layers, strength, max_rows) -> Patch:  # noqa: ANN001
-    if batch.n < 2:
+def _amplify(model, batch, target, layers, strength, axis, max_rows) -> Patch:  # noqa: ANN001
+    if batch.n < 2 and axis == "prompts":
         raise InputError(f"amplify_variance needs a variance over prompts: give at least 2, there is {batch.n}")
-    wants = [Want("base", Z, layer, (target,)) for layer in layers]
+    kept = (target,) if axis == "prompts" else None  # no more than the mean needs
+    wants = [Want("base", Z, layer, kept) for layer in layers]
     store = capture_runs(model, batch.tokens, CLEAN, wants, max_rows=max_rows)
-    mean = {layer: store.tensor("base", Z, layer)[:, 0].float().mean(0) for layer in layers}
-    scale = {layer: torch.tensor(float(strength)) for layer in layers}
-    edit = edits.Rescale("amplify_variance", mean, scale)
+    z = {layer: store.tensor("base", Z, layer) for layer in layers}
+    edit = edits.amplification(z, 0 if kept else target, strength, axis)
     return Patch(Z, layers, (target,), edit, run="anchored", label="amplify_variance")
 
 

@@ -103,6 +103,28 @@ def test_rescale_of_heads():
     equal(edit(HEADS, None, site())[0], [[1.0, 4], [3, 4], [0, 2]])
 
 
+def test_rescale_around_a_mean_of_each_prompt():
+    """Chosen by the prompt, not by the place in the batch."""
+    edit = edits.Rescale("amplify", {3: tensor([[0.0, 0, 0], [9, 9, 9], [1, 2, 3]])}, {3: tensor(2.0)})
+    at = site(prompts=tensor([2, 0]))
+    equal(edit(X, None, at), [[1.0, 2, 3], [8, 10, 12]])
+    equal(edit(X[:, :2], None, replace(at, units=EACH_ITS_OWN)), [[1.0, 1], [8, 10]])
+    heads = {3: torch.arange(18.0).view(3, 3, 2)}
+    found = edits.Rescale("amplify", heads, {3: tensor([[2.0, 3], [1, 1], [-1, 0]])})(HEADS, None, at)
+    equal(found[0], [[-10.0, -20], [3, 4], [27, 17]])  # about [[12, 13], [14, 15], [16, 17]]
+
+
+@pytest.mark.parametrize("axis", ["prompts", "positions", "global"])
+def test_amplification_is_about_the_mean_it_names(axis):
+    """Two prompts of two positions, one head of one dimension: 1, 5 and 3, 15; the second position times 3."""
+    z = tensor([[1.0, 5], [3, 15]])[..., None, None]
+    mean = {"prompts": [10, 10], "positions": [3, 9], "global": [6, 6]}[axis]
+    edit = edits.amplification({3: z}, 1, 3.0, axis)
+    found = edit(z[:, 1], None, site())
+    equal(found.flatten(), [m + 3 * (x - m) for m, x in zip(mean, [5.0, 15], strict=True)])
+    assert edit.mean[3].ndim == (3 if axis == "positions" else 2)
+
+
 def test_matching_moments_gives_the_moments():
     """With scale sigma' / sigma the mean over prompts stays and the standard deviation becomes sigma'."""
     x, goal = drawn(50, 4, 3), drawn(4, 3, seed=1).abs() + 0.1
@@ -381,7 +403,8 @@ EVERY_EDIT: dict[str, Edit] = {
 
 def test_every_edit_is_listed_here():
     listed = {type(edit) for edit in EVERY_EDIT.values()}
-    classes = {getattr(edits, name) for name in edits.__all__ if name[0].isupper()} - {Edit, EditSite, edits.SourceEdit}
+    public = {getattr(edits, name) for name in edits.__all__}
+    classes = {item for item in public if isinstance(item, type)} - {Edit, EditSite, edits.SourceEdit}
     assert listed == classes
 
 

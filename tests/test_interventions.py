@@ -118,6 +118,18 @@ def test_amplified_variance_is_the_formula(model, tokens, way):
     same_as_by_hand(model, tokens, way, hooks, hand)
 
 
+@pytest.mark.parametrize(("axis", "over"), [("positions", (1,)), ("global", (0, 1))])
+def test_amplified_variance_around_other_means(model, tokens, way, axis, over):
+    def amplify(z: Tensor) -> None:
+        mean = z.mean(over, keepdim=True)[:, 0]
+        z[:, POSITION] = mean + 5 * (z[:, POSITION] - mean)
+
+    hooks = interventions.amplify_variance(POSITION, [0, 2], 5.0, axis=axis)
+    hand = [by_hand(f"blocks.{layer}.attn.hook_z", amplify) for layer in (0, 2)]
+    for batch in (tokens, tokens[:1]):  # no other prompt is needed
+        same_as_by_hand(model, batch, way, hooks, hand)
+
+
 def test_amplified_variance_around_a_given_mean(model, tokens, way):
     """One mean for every block; then a single prompt will do."""
     mean = {layer: drawn(N_HEADS, D_HEAD, seed=layer) for layer in (1, 2)}

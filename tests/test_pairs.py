@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -147,6 +148,26 @@ def test_the_anchored_run_is_variance_amplification(tiny_llama, batch):
         found = attention_out(tiny_llama, batch, pair, "anchored")
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert (expected - attention_out(tiny_llama, batch, pair, "base")).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("axis", "over"), [("prompts", (0,)), ("positions", (1,)), ("global", (0, 1))])
+def test_the_mean_that_amplification_leaves_in_place(tiny_llama, batch, axis, over):
+    """Of the base run, also in the second block; over prompts at the target alone."""
+    names = {Z.at(layer) for layer in (0, 1)}
+    clean = cache_of(tiny_llama, batch.tokens, [], names)
+    for rows in (1, 64):
+        pair = pair_at(tiny_llama, batch, kind="amplify_variance", layers=(0, 1), axis=axis, max_rows=rows)
+        (root,) = pair.runs["anchored"]
+        assert isinstance(root.edit, edits.Rescale)
+        for layer in (0, 1):
+            z = clean[Z.at(layer)][:, [TARGET]] if axis == "prompts" else clean[Z.at(layer)]
+            expected = z.mean(over, keepdim=True).squeeze(1)
+            mean = root.edit.mean[layer]
+            torch.testing.assert_close(mean.expand_as(expected), expected)
+            assert mean.shape[:-2] == ((N,) if axis == "positions" else ())
+    with pytest.raises(InputError, match="at least 2") if axis == "prompts" else nullcontext():
+        one = replace(FORMATION, sink_positions=(0,))
+        pair_at(tiny_llama, batch.subset([0]), kind="amplify_variance", axis=axis, formation=one)
 
 
 @pytest.mark.parametrize("kind", ["block_aggregation", "amplify_variance"])

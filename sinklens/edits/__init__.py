@@ -29,7 +29,14 @@ from sinklens.edits.general import (
     Subspace,
     Transplant,
 )
-from sinklens.edits.mechanism import AttendSelf, DensifyRows, DropDimsBeforeNorm, NeuronContribution
+from sinklens.edits.mechanism import (
+    AttendSelf,
+    DensifyRows,
+    DropDimsBeforeNorm,
+    MeanAxis,
+    NeuronContribution,
+    amplification,
+)
 from sinklens.edits.random import random_orthonormal, random_permutations, rotate_rows
 
 __all__ = [
@@ -40,6 +47,7 @@ __all__ = [
     "Edit",
     "EditSite",
     "Function",
+    "MeanAxis",
     "NeuronContribution",
     "OfSource",
     "PerPrompt",
@@ -50,6 +58,7 @@ __all__ = [
     "SourceEdit",
     "Subspace",
     "Transplant",
+    "amplification",
     "random_orthonormal",
     "random_permutations",
     "rotate_rows",

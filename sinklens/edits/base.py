@@ -111,6 +111,12 @@ def select(full: Float[Tensor, "unit ..."], like: Gathered, units: Int[Tensor, "
     return full.unsqueeze(0) if units is None else full[units]
 
 
+def select_own(full: Float[Tensor, "prompt unit ..."], like: Gathered, at: EditSite) -> Tensor:
+    """The parameters of each pair's own prompt, on the device of ``like`` and in its dtype."""
+    own = full.to(like)[at.prompts.to(like.device)]
+    return own if at.units is None else own[torch.arange(len(own), device=own.device)[:, None], at.units]
+
+
 def need(source: Gathered | None, edit: Edit) -> Gathered:
     """``source``, or a ``ValueError`` that names the edit which cannot do without."""
     if source is None:

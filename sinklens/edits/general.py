@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from sinklens.edits.base import Edit, EditSite, Gathered, SourceEdit, need, select
+from sinklens.edits.base import Edit, EditSite, Gathered, SourceEdit, need, select, select_own
 from sinklens.sites import HookSite
 
 
@@ -66,10 +66,7 @@ class PerPrompt(Edit):
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
-        full = self.values[at.layer].to(x)[at.prompts.to(x.device)]
-        if at.units is None:
-            return full
-        return full[torch.arange(len(full), device=full.device)[:, None], at.units]
+        return select_own(self.values[at.layer], x, at)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,15 +78,16 @@ class Rescale(Edit):
     """
 
     name: str = "rescale"
-    mean: Mapping[int, Float[Tensor, "unit ..."]] = field(default_factory=dict)
-    """Per block, the mean that is left in place."""
+    mean: Mapping[int, Float[Tensor, "*prompt unit ..."]] = field(default_factory=dict)
+    """Per block, the mean that is left in place; with one more axis, in front, every prompt has a mean of its own."""
     scale: Mapping[int, Float[Tensor, "..."]] = field(default_factory=dict)
     """Per block, the factor on the deviation; broadcasts against the mean."""
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
-        mean = select(self.mean[at.layer], x, at.units)
-        full_scale = self.scale[at.layer].to(x).expand(self.mean[at.layer].shape)
+        full, own = self.mean[at.layer], self.mean[at.layer].ndim == x.ndim
+        mean = select_own(full, x, at) if own else select(full, x, at.units)
+        full_scale = self.scale[at.layer].to(x).expand(full.shape[1:] if own else full.shape)
         return mean + select(full_scale, x, at.units) * (x - mean)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -10,7 +12,36 @@ from torch import Tensor
 from typing_extensions import override
 
 from sinklens.edits.base import Edit, EditSite, Gathered, SourceEdit, need
+from sinklens.edits.general import Rescale
 from sinklens.sites import MLP_POST, RESID_PRE, HookSite
+
+MeanAxis: TypeAlias = Literal["prompts", "positions", "global"]
+"""What the mean that amplification leaves in place is taken over."""
+
+
+def amplification(
+    z: Mapping[int, Float[Tensor, "prompt pos head d_head"]],
+    position: int,
+    strength: float,
+    axis: MeanAxis = "prompts",
+) -> Rescale:
+    """Variance amplification of the aggregated value: ``mu + strength * (z - mu)``, for use at ``position``.
+
+    Args:
+        z: ``hook_z`` of every block to edit, in the run that mu is taken from.
+        position: the token that will be edited.
+        strength: the factor lambda.
+        axis: mu is the mean over the prompts at ``position``, over the positions of each prompt (its own mu), or over
+            all prompts and positions.
+    """
+    mean = {layer: _mean(values.detach().float(), position, axis) for layer, values in z.items()}
+    return Rescale("amplify_variance", mean, {layer: torch.tensor(float(strength)) for layer in z})
+
+
+def _mean(z: Tensor, position: int, axis: MeanAxis) -> Tensor:
+    if axis == "prompts":
+        return z[:, position].mean(0)
+    return z.mean(1) if axis == "positions" else z.mean((0, 1))
 
 
 @dataclass(frozen=True, eq=False)
