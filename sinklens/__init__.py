@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sinklens.stages import CHAIN, Experiment, Stage, register
     from sinklens.statistics import Estimate
     from sinklens.study import Study
+    from sinklens.suite import run_all
 
 # Public name -> the module that defines it.
 _EXPORTS = {
@@ -82,6 +83,7 @@ _EXPORTS = {
     "register": "sinklens.stages",
     "Estimate": "sinklens.statistics",
     "Study": "sinklens.study",
+    "run_all": "sinklens.suite",
 }
 # Public submodules, reachable as attributes (`sl.prompts`).
 _SUBMODULES = frozenset(
@@ -143,6 +145,7 @@ __all__ = [
     "register",
     "register_model",
     "report",
+    "run_all",
     "run_analysis",
     "run_chain",
     "run_patches",

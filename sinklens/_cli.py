@@ -73,6 +73,11 @@ BackendOption = Annotated[Backend, typer.Option(help="TransformerLens class to l
 SeedOption = Annotated[int, typer.Option(help="Fixes every random draw.")]
 MemoryOption = Annotated[float | None, typer.Option(help="GiB for one forward pass's activations.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier run.")]
+BlockOption = Annotated[
+    int | None, typer.Option("--block", "--layer", help="Explain this block instead of the strongest.")
+]
+NeuronsOption = Annotated[str | None, typer.Option(help="Take these super neurons, such as 3,17, and look for none.")]
+DimsOption = Annotated[str | None, typer.Option(help="Take these outlier dimensions and look for none.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -99,6 +104,16 @@ def floats(option: str, text: str) -> tuple[float, ...]:
         found = ()
     if not found or not all(map(math.isfinite, found)):
         fail(f"{option} {text!r} must be numbers such as 1,2,4")
+    return found
+
+
+def given_formation(block: int | None, super_neurons: str | None, outlier_dims: str | None) -> dict[str, Any]:
+    """What the user says of the formation, as :class:`sinklens.Study` takes it."""
+    found: dict[str, Any] = {} if block is None else {"layer": block}
+    if super_neurons is not None:
+        found["super_neurons"] = integers("--super-neurons", super_neurons)
+    if outlier_dims is not None:
+        found["outlier_dims"] = integers("--outlier-dims", outlier_dims)
     return found
 
 

@@ -14,9 +14,11 @@ import typer
 from sinklens._cli import (
     Backend,
     BackendOption,
+    BlockOption,
     BosOption,
     CountOption,
     DeviceOption,
+    DimsOption,
     Dtype,
     DtypeOption,
     ForceOption,
@@ -24,12 +26,14 @@ from sinklens._cli import (
     LengthOption,
     MemoryOption,
     ModelOption,
+    NeuronsOption,
     PromptsOption,
     SeedOption,
     budget,
     command_line,
     errors,
     floats,
+    given_formation,
     integers,
     load,
     progress,
@@ -38,10 +42,6 @@ from sinklens._cli import (
 )
 from sinklens.analysis import Analysis, AnalysisResult, run_analysis
 from sinklens.study import Study
-
-BlockOption = Annotated[int | None, typer.Option(help="Explain this block instead of the strongest.")]
-NeuronsOption = Annotated[str | None, typer.Option(help="Take these super neurons, such as 3,17, and look for none.")]
-DimsOption = Annotated[str | None, typer.Option(help="Take these outlier dimensions and look for none.")]
 
 _PARSERS: dict[Any, Callable[[str, str], tuple]] = {tuple[int, ...]: integers, tuple[float, ...]: floats}
 
@@ -52,16 +52,6 @@ def run_command(analysis: Analysis, args: Sequence[str] | None = None, prog: str
     app.command(help=_help(analysis))(_command(analysis))
     with usage_errors():
         raise SystemExit(app(args=None if args is None else list(args), prog_name=prog, standalone_mode=False) or 0)
-
-
-def given_formation(block: int | None, super_neurons: str | None, outlier_dims: str | None) -> dict[str, Any]:
-    """What the user says of the formation, as :class:`sinklens.Study` takes it."""
-    found: dict[str, Any] = {} if block is None else {"layer": block}
-    if super_neurons is not None:
-        found["super_neurons"] = integers("--super-neurons", super_neurons)
-    if outlier_dims is not None:
-        found["outlier_dims"] = integers("--outlier-dims", outlier_dims)
-    return found
 
 
 def _help(analysis: Analysis) -> str:

@@ -26,7 +26,7 @@ import pandas as pd
 from sinklens._discovery import folder, list_analyses
 from sinklens._files import atomic_folder
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
-from sinklens.provenance import code_digest, provenance
+from sinklens.provenance import code_digest
 from sinklens.results import to_plain
 from sinklens.statistics import Estimate
 from sinklens.study import Study
@@ -252,7 +252,7 @@ def run_analysis(analysis: Analysis, study: Study, **options: Any) -> AnalysisRe
         findings=findings,
         figure=figure,
         config=config_of(analysis, study, options),
-        provenance=provenance(study.model, study.batch),
+        provenance=study.provenance,
         seconds=time.perf_counter() - began,
     )
 

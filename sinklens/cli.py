@@ -18,10 +18,12 @@ import typer
 from sinklens._cli import (
     Backend,
     BackendOption,
+    BlockOption,
     BosOption,
     Commands,
     CountOption,
     DeviceOption,
+    DimsOption,
     Dtype,
     DtypeOption,
     ForceOption,
@@ -29,6 +31,7 @@ from sinklens._cli import (
     LengthOption,
     MemoryOption,
     ModelOption,
+    NeuronsOption,
     Pair,
     PromptsOption,
     SeedOption,
@@ -36,6 +39,7 @@ from sinklens._cli import (
     command_line,
     errors,
     fail,
+    given_formation,
     integers,
     load,
     progress,
@@ -69,6 +73,9 @@ def chain(
     n: CountOption = 16,
     prompts: PromptsOption = "passages",
     bos: BosOption = False,
+    block: BlockOption = None,
+    super_neurons: NeuronsOption = None,
+    outlier_dims: DimsOption = None,
     readout_blocks: Annotated[int, typer.Option(min=1, help="Blocks after formation to measure attention in.")] = 4,
     control_draws: Annotated[int, typer.Option(min=1, help="Repetitions of what is drawn at random.")] = 3,
     min_gap: Annotated[float, typer.Option(help="Exclude prompts whose metric the pair moves by less.")] = 0.01,
@@ -92,6 +99,7 @@ def chain(
             if not (math.isfinite(value) and value >= least):
                 fail(f"{name} {value} must be a finite number" + (f", {least} or more" if least == 0 else ""))
         bytes_allowed = budget(memory_budget)
+        given = given_formation(block, super_neurons, outlier_dims)
         blocks = None if pair_layers is None else integers("--pair-layers", pair_layers)
         check_out(out, force=force)
         with progress() as (step, rows):
@@ -99,10 +107,13 @@ def chain(
             if batch.n < 2:
                 fail(_TOO_FEW.format(f"only {batch.n} in {batch.source} has {length} tokens or more"))
             from sinklens.chain import run_chain
+            from sinklens.formation import find_formation
 
             step("scoring the chain")
+            formation = find_formation(loaded, batch, memory_budget=bytes_allowed, **given) if given else None
             result = run_chain(
-                loaded, batch, target=wanted, pair=pair.value, strength=strength, pair_layers=blocks,
+                loaded, batch, formation=formation, target=wanted,
+                pair=pair.value, strength=strength, pair_layers=blocks,
                 readout_blocks=readout_blocks, control_draws=control_draws, min_gap=min_gap, seed=seed, progress=rows,
                 memory_budget=bytes_allowed,
             )  # fmt: skip
@@ -120,7 +131,9 @@ def find(
     n: CountOption = 16,
     prompts: PromptsOption = "passages",
     bos: BosOption = False,
-    layer: Annotated[int | None, typer.Option(help="Explain this block instead of the strongest.")] = None,
+    block: BlockOption = None,
+    super_neurons: NeuronsOption = None,
+    outlier_dims: DimsOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.float32,
     backend: BackendOption = Backend.auto,
@@ -129,19 +142,18 @@ def find(
 ) -> None:
     """Find where the sink forms: blocks, super neurons, outlier dimensions."""
     with errors():
+        given = given_formation(block, super_neurons, outlier_dims)
         with progress() as (step, _rows):
             loaded, batch = load(step, model, device, dtype, backend, prompts, n, length, bos, seed)
             from sinklens.formation import find_formation
 
             step("finding the formation block")
-            formation = find_formation(loaded, batch, layer=layer)
-        from dataclasses import asdict
-
-        from sinklens.results import to_plain
+            formation = find_formation(loaded, batch, **given)
+        from sinklens.results import formation_to_json, to_plain
         from sinklens.tables import console, formation_tables
 
         if as_json:
-            data = asdict(formation) | {"profile": formation.profile.to_dict("records")}
+            data = formation_to_json(formation)
             print(json.dumps(to_plain(data), indent=1))  # noqa: T201  (the command's output)
             return
         for table in formation_tables(formation):
@@ -174,6 +186,43 @@ def analyse(
     from sinklens._cli_analysis import run_command
 
     run_command(analysis, ctx.args, f"sinklens analyse {name}")
+
+
+@app.command(name="all")
+def everything(
+    model: ModelOption = "smollm2",
+    target: Annotated[int, typer.Option(help="Position that the chain makes a sink.")] = 10,
+    length: LengthOption = 64,
+    n: CountOption = 32,
+    prompts: PromptsOption = "passages",
+    bos: BosOption = False,
+    block: BlockOption = None,
+    super_neurons: NeuronsOption = None,
+    outlier_dims: DimsOption = None,
+    only: Annotated[str | None, typer.Option(help="Only these parts, such as `formation,onset`.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.float32,
+    backend: BackendOption = Backend.auto,
+    seed: SeedOption = 0,
+    memory_budget: MemoryOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results; an earlier run's is taken up again.")] = Path(
+        "runs/all"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Find the formation, score the chain, run every analysis, write the report; can be interrupted and taken up."""
+    from sinklens._cli_suite import run_everything
+
+    with errors():
+        if _target(str(target), length) == "natural" or n < 2:
+            fail(_TOO_FEW.format(f"--n is {n}"))
+        given = given_formation(block, super_neurons, outlier_dims)
+        chosen = () if only is None else tuple(part.strip() for part in only.split(","))
+        allowed = budget(memory_budget)
+        run_everything(
+            lambda step: load(step, model, device, dtype, backend, prompts, n, length, bos, seed),
+            out, target=target, only=chosen, seed=seed, memory_budget=allowed, given=given, as_json=as_json,
+        )  # fmt: skip
 
 
 @app.command()

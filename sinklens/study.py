@@ -26,6 +26,7 @@ from sinklens.models import BlockWeights, Model, ModelShape, block_weights, mode
 from sinklens.pairs import ordinary_positions
 from sinklens.patches import CLEAN, Patch, Positions, Readout, Runs
 from sinklens.prompts import PromptBatch
+from sinklens.provenance import provenance
 from sinklens.sites import HookSite
 from sinklens.stages import others
 from sinklens.statistics import Estimate, generator, mean_estimate
@@ -72,6 +73,11 @@ class Study:
         """The same study on as many random-token prompts of the same length (no BOS unless these have one)."""
         batch = prompts.random_tokens(self.model, self.batch.n, self.batch.length, seed=self.seed)
         return replace(self, batch=batch, given=dict(self.given))
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Where numbers come from: versions, commit, device, dtype, digests of the model and the prompts."""
+        return provenance(self.model, self.batch)
 
     @property
     def sinks(self) -> Int[Tensor, " prompt"]:

@@ -16,6 +16,7 @@ from sinklens.analysis import AnalysisResult
 from sinklens.formation import Formation
 from sinklens.results import ChainResult
 from sinklens.statistics import Estimate
+from sinklens.suite import SuiteResult
 
 
 def spans(numbers: Sequence[int]) -> str:
@@ -157,3 +158,29 @@ def verdict_table(result: AnalysisResult) -> Table:
     for name, text in rows:
         table.add_row(escape(name), escape(text))
     return table
+
+
+def verdicts_table(result: SuiteResult) -> Table:
+    """One row per analysis: whether its claim holds, the statistic, the control."""
+    table = Table(title="Claims on this model")
+    for name in ("analysis", "verdict", "statistic [95% interval]", "control", "claim"):
+        table.add_column(name, overflow="fold")
+    for name, part in result.parts.items():
+        if name in ("formation", "chain"):
+            continue
+        if part.status == "failed":
+            table.add_row(name, "failed", "", "", escape(part.reason))
+            continue
+        verdict = AnalysisResult.load(result.folder / name).findings.verdict
+        table.add_row(
+            name,
+            verdict.outcome,
+            escape(_short(verdict.estimate)),
+            escape(_short(verdict.control_estimate)),
+            escape(verdict.claim + (f" ({verdict.reason})" if verdict.reason else "")),
+        )
+    return table
+
+
+def _short(estimate: Estimate | None) -> str:
+    return "" if estimate is None else estimate_text(estimate).partition(", n =")[0]
