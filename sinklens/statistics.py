@@ -87,6 +87,7 @@ def bootstrap_estimate(
     n_resamples: int = N_REFITS,
     *,
     vectorized: bool = False,
+    centred: bool = False,
 ) -> Estimate:
     """A statistic of all prompts, with the interval that it has when the prompts are drawn again.
 
@@ -97,19 +98,17 @@ def bootstrap_estimate(
         n_resamples: how often it is computed anew.
         vectorized: the statistic takes all draws at once, ``[draw, prompt]``, and gives one number for each: for what
             is cheaper so.
+        centred: shift the draws so that their median is the value. For rank correlations: a draw holds some prompts
+            several times over, so it is noisier than the prompts themselves, and its correlation nearer to 0.
     """
     everyone = np.arange(n_prompts)
     value = float(statistic(everyone[None])[0] if vectorized else statistic(everyone))
     if n_prompts < 2:
         return Estimate(value, n=n_prompts)
-    found = stats.bootstrap(
-        (everyone,),
-        (lambda chosen, axis: np.asarray(statistic(chosen))) if vectorized else lambda chosen: statistic(chosen),  # noqa: ARG005
-        n_resamples=n_resamples,
-        vectorized=vectorized,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).bootstrap_distribution
+    drawn = np.random.default_rng(seed).integers(n_prompts, size=(n_resamples, n_prompts))
+    found = np.asarray(statistic(drawn) if vectorized else [statistic(one) for one in drawn], dtype=float)
+    if centred:
+        found = found + value - np.nanmedian(found)
     # A draw can be without a value (a variance of one prompt drawn n times over): it has no say in the interval.
     low, high = np.nanquantile(found, [0.025, 0.975]) if np.isfinite(found).any() else (np.nan, np.nan)
     return Estimate(value, float(low), float(high), n_prompts)
