@@ -4,17 +4,13 @@
 
 It asks one question about one place: does the *gate* of the super neurons, before its nonlinearity, already carry the
 sink? A stage says where the effect should pass (site, blocks, units), which experiments test that, and one number that
-says how far it has gone. Pairs, directions, packing, draws, intervals and identity checks come from sinklens.
+says how far it has gone. Pairs, directions, packing, draws, intervals and identity checks come from sinklens, and so do
+the command line's options, the saved table, the figure and the verdict.
 """
 
 from __future__ import annotations
 
-import typer
-
 import sinklens as sl
-
-MODEL = "smollm2"
-TARGET = 10
 
 PRE = sl.HookSite("blocks.{layer}.mlp.hook_pre", ("batch", "pos", "d_mlp"))
 
@@ -45,13 +41,7 @@ STAGE = sl.Stage(
 )
 
 
-def main(model: str = MODEL, target: int = TARGET, n: int = 8, length: int = 64, device: str = "auto") -> None:
-    """Score the stage and print its table."""
-    loaded = sl.load_model(model, device=device)
-    batch = sl.prompts.natural(loaded, n=n, length=length)
-    result = sl.run_chain(loaded, batch, target=target, stages=(STAGE,))
-    print(result.scores.drop(columns=["layers", "units"]).round(3).to_string(index=False))
-
+ANALYSIS = sl.of_stage(STAGE, "The gate of the super neurons")
 
 if __name__ == "__main__":
-    typer.run(main)
+    sl.analysis.main(ANALYSIS)

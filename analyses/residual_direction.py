@@ -10,12 +10,7 @@ not.
 
 from __future__ import annotations
 
-import typer
-
 import sinklens as sl
-
-MODEL = "smollm2"
-TARGET = 10
 
 
 def scaled(direction, norm):
@@ -54,13 +49,7 @@ STAGE = sl.Stage(
 )
 
 
-def main(model: str = MODEL, target: int = TARGET, n: int = 16, length: int = 64, device: str = "auto") -> None:
-    """Score the stage and print its table."""
-    loaded = sl.load_model(model, device=device)
-    batch = sl.prompts.natural(loaded, n=n, length=length)
-    result = sl.run_chain(loaded, batch, target=target, stages=(STAGE,))
-    print(result.scores.drop(columns=["layers", "units"]).round(3).to_string(index=False))
-
+ANALYSIS = sl.of_stage(STAGE, "Direction or norm of the sink's residual")
 
 if __name__ == "__main__":
-    typer.run(main)
+    sl.analysis.main(ANALYSIS)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sinklens.results import ChainResult
     from sinklens.setting import Setting
     from sinklens.sites import HookSite
+    from sinklens.stage_analysis import of_stage
     from sinklens.stages import CHAIN, Experiment, Stage, register
     from sinklens.statistics import Estimate
     from sinklens.study import Study
@@ -81,6 +82,7 @@ _EXPORTS = {
     "Experiment": "sinklens.stages",
     "Stage": "sinklens.stages",
     "register": "sinklens.stages",
+    "of_stage": "sinklens.stage_analysis",
     "Estimate": "sinklens.statistics",
     "Study": "sinklens.study",
     "run_all": "sinklens.suite",
@@ -140,6 +142,7 @@ __all__ = [
     "metrics",
     "models",
     "natural_pair",
+    "of_stage",
     "prompts",
     "readouts",
     "register",

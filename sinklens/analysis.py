@@ -15,13 +15,14 @@ import importlib.util
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from sinklens._discovery import folder, list_analyses
 from sinklens._files import atomic_folder
@@ -45,6 +46,7 @@ __all__ = [
     "load_analysis",
     "main",
     "run_analysis",
+    "tidy",
     "verdict",
 ]
 
@@ -93,6 +95,19 @@ def verdict(
     return Verdict(outcome, claim, statistic, estimate, control, control_estimate, p_value, rule, reason)
 
 
+def tidy(values: Tensor, axes: Mapping[str, Sequence[Any]], **columns: Any) -> pd.DataFrame:
+    """A tidy table of a tensor: one entry a row, its number under ``value``; an entry that is NaN has no row.
+
+    Args:
+        values: the tensor.
+        axes: for every axis in order its name, which becomes a column, and its labels.
+        columns: further columns, the same in every row.
+    """
+    places = pd.MultiIndex.from_product(axes.values(), names=axes)
+    table = pd.DataFrame({"value": values.detach().cpu().double().flatten().numpy()}, index=places)
+    return table.dropna().reset_index().assign(**columns)
+
+
 @dataclass(frozen=True, eq=False)
 class Findings:
     """What an analysis found."""
@@ -123,6 +138,8 @@ class Analysis:
     """``(findings) -> plotly figure``."""
     paper: str = ""
     """The figure of the paper that it answers to, and the paper's value where it gives one."""
+    code: Callable[..., object] | None = None
+    """A function of the file that the analysis is written in, where ``run`` comes from another."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -268,7 +285,7 @@ def config_of(analysis: Analysis, study: Study, options: Mapping[str, Any]) -> d
             "prompts": batch.source,
             "n_prompts": batch.n,
             "length": batch.length,
-            "code": code_digest(analysis.run),
+            "code": code_digest(analysis.code or analysis.run),
         }
     )
 

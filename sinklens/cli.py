@@ -226,8 +226,17 @@ def everything(
 
 
 @app.command()
-def models(as_json: JsonOption = False) -> None:
-    """List the models that have a short name."""
+def models(
+    capabilities: Annotated[
+        str | None, typer.Option(help="Try every stage and analysis on a model, or on a family such as `llama`.")
+    ] = None,
+    backend: BackendOption = Backend.auto,
+    as_json: JsonOption = False,
+) -> None:
+    """List the models that have a short name, or try what runs on one."""
+    if capabilities is not None:
+        _capabilities(capabilities, backend, as_json)
+        return
     with errors():
         from dataclasses import asdict
 
@@ -248,6 +257,23 @@ def models(as_json: JsonOption = False) -> None:
             table.add_row(*("" if value is None else str(value) for value in item.values()))
         console().print(table)
         console().print("Any other model: give a Hugging Face id or a local folder to --model.")
+
+
+def _capabilities(name: str, backend: Backend, as_json: bool) -> None:
+    with errors(), progress() as (step, _rows):
+        from dataclasses import asdict
+
+        step(f"trying everything on {name}")
+        from sinklens.capabilities import capabilities
+        from sinklens.families import FAMILIES
+        from sinklens.models import load_model
+        from sinklens.tables import capabilities_table, console
+
+        found = capabilities(name if name in FAMILIES else load_model(name, backend=backend.value))
+        if as_json:
+            print(json.dumps(asdict(found), indent=1))  # noqa: T201  (the command's output)
+        else:
+            console().print(capabilities_table(found))
 
 
 _TOO_FEW = "the chain compares variances over prompts, so it needs at least 2 of them, and {}"

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from sinklens._format import estimate_text, number
 from sinklens.analysis import AnalysisResult
+from sinklens.capabilities import Capabilities
 from sinklens.formation import Formation
 from sinklens.results import ChainResult
 from sinklens.statistics import Estimate
@@ -179,6 +180,16 @@ def verdicts_table(result: SuiteResult) -> Table:
             escape(_short(verdict.control_estimate)),
             escape(verdict.claim + (f" ({verdict.reason})" if verdict.reason else "")),
         )
+    return table
+
+
+def capabilities_table(found: Capabilities) -> Table:
+    """What runs on a model, and why the rest does not."""
+    table = Table(title=escape(f"{found.title} ({found.backend or 'cannot be loaded'})"))
+    for name in ("part", "runs", "remark"):
+        table.add_column(name, overflow="fold")
+    for item in found.found:
+        table.add_row(item.part, "yes" if item.runs else "no", escape(item.reason))
     return table
 
 

@@ -49,7 +49,7 @@ def test_a_new_stage_takes_less_than_thirty_lines():
     template = load("_template")
     lines = sum(len(inspect.getsource(part).splitlines()) for part in (template.random_neurons, template.magnitude))
     text = inspect.getsource(template)
-    stage = text[text.index("STAGE = ") : text.index("def main")].strip().splitlines()
+    stage = text[text.index("STAGE = ") : text.index("ANALYSIS = ")].strip().splitlines()
     assert lines + len(stage) + 1 < 30
 
 

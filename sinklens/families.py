@@ -1,0 +1,106 @@
+"""Small random models of the architecture families that sinklens knows, built from transformers' configs, offline.
+
+They answer one question: what runs on which architecture. Their weights are random, so their numbers mean nothing;
+they are scaled so that attention and MLPs do something, and their sizes differ from one another wherever the
+architecture allows, so that an edit on a wrong axis fails loudly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+N_LAYERS, N_HEADS, N_KV_HEADS, D_MODEL, D_HEAD, D_MLP, D_VOCAB, N_CTX = 4, 4, 2, 32, 8, 48, 101, 64
+
+_MODERN: dict[str, Any] = {
+    "vocab_size": D_VOCAB,
+    "hidden_size": D_MODEL,
+    "intermediate_size": D_MLP,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": N_HEADS,
+    "num_key_value_heads": N_KV_HEADS,
+    "max_position_embeddings": N_CTX,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_NO_KV = {key: value for key, value in _MODERN.items() if key != "num_key_value_heads"}
+_GPT: dict[str, Any] = {
+    "vocab_size": D_VOCAB,
+    "n_embd": D_MODEL,
+    "n_inner": D_MLP,
+    "n_layer": N_LAYERS,
+    "n_head": N_HEADS,
+    "n_positions": N_CTX,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture family."""
+
+    title: str
+    """What people call it."""
+    architecture: str
+    """Prefix of its classes in transformers."""
+    sizes: dict[str, Any]
+    """Arguments of its config."""
+    head: str = "ForCausalLM"
+    """What follows the prefix in the name of its model class."""
+
+
+FAMILIES: dict[str, Family] = {
+    # Gated MLP, RMSNorm, rotary, grouped-query attention.
+    "llama": Family("Llama", "Llama", _MODERN),
+    "qwen2": Family("Qwen2", "Qwen2", _MODERN),  # with biases on q, k, v
+    "qwen3": Family("Qwen3", "Qwen3", _MODERN | {"head_dim": D_HEAD}),  # with norms on q, k
+    "mistral": Family("Mistral", "Mistral", _MODERN),
+    "phi3": Family("Phi-3", "Phi3", _MODERN),  # with fused projections
+    # LayerNorm, plain MLP.
+    "gpt2": Family("GPT-2", "GPT2", _GPT, "LMHeadModel"),  # learned positions
+    "gpt_neox": Family("GPT-NeoX, Pythia", "GPTNeoX", _NO_KV),  # parallel blocks, a norm each
+    "gptj": Family("GPT-J", "GPTJ", _GPT | {"rotary_dim": 4}),  # parallel blocks, one norm for both
+    # Architectures that TransformerLens 3.9 converts by name only, or not at all: a bridge is needed.
+    "phi": Family("Phi", "Phi", _NO_KV),  # parallel blocks, one norm for both
+    "gemma2": Family("Gemma-2", "Gemma2", _MODERN | {"head_dim": D_HEAD}),  # norm weights stored minus one
+    "olmo": Family("OLMo", "Olmo", _MODERN),  # LayerNorm without weights
+    "olmo2": Family("OLMo-2", "Olmo2", _MODERN),  # norms after attention and MLP
+}
+
+
+def random_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A small random Hugging Face model in eval mode; the same seed gives the same weights.
+
+    Args:
+        family: a key of :data:`FAMILIES`.
+        seed: fixes the weights.
+        overrides: arguments of the config in place of the family's.
+    """
+    import transformers
+
+    chosen = FAMILIES[family]
+    config = getattr(transformers, f"{chosen.architecture}Config")(**(chosen.sizes | overrides))
+    model_class = getattr(transformers, chosen.architecture + chosen.head)
+    config._attn_implementation = "eager"
+    model = model_class(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim < 2:
+                is_scale = name.endswith("weight") and family != "gemma2"
+                parameter.copy_(noise.mul(0.2) + (1.0 if is_scale else 0.0))
+            elif any(part in name for part in ("embed", "wte", "wpe", "lm_head")):
+                parameter.copy_(noise)
+            else:
+                # Twice the variance-preserving scale, for attention that is sharper than uniform.
+                fan_in = parameter.shape[0] if family == "gpt2" else parameter.shape[1]  # GPT-2 stores [in, out]
+                parameter.copy_(noise * 2 / fan_in**0.5)
+    return model.eval()
