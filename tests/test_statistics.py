@@ -1,0 +1,96 @@
+"""Estimates and nulls, against numbers that can be worked out and against other ways to compute them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from sinklens.statistics import (
+    Estimate,
+    bootstrap_estimate,
+    generator,
+    mean_estimate,
+    null_estimate,
+    permutation_p,
+)
+
+pytestmark = pytest.mark.backend
+
+
+def test_an_interval_is_above_or_below_as_a_whole():
+    estimate = Estimate(0.5, 0.4, 0.6, 9)
+    assert estimate.above(0.39) and not estimate.above(0.4) and not estimate.above(0.5)
+    assert estimate.below(0.61) and not estimate.below(0.6)
+
+
+def test_without_an_interval_nothing_is_above_or_below():
+    assert not Estimate(5.0).above(0) and not Estimate(5.0).below(10)
+
+
+def test_a_mean_leaves_out_what_is_not_finite_and_counts_the_rest():
+    found = mean_estimate([1.0, math.nan, 3.0, math.inf], seed=0)
+    assert (found.value, found.n) == (2.0, 2)
+    assert found.low == 1.0 and found.high == 3.0
+
+
+def test_a_mean_of_nothing_is_nan():
+    found = mean_estimate(torch.tensor([math.nan]), seed=0)
+    assert math.isnan(found.value) and found.n == 0
+
+
+def test_the_bootstrap_of_a_mean_agrees_with_scipy():
+    values = np.random.default_rng(0).normal(3.0, 1.0, 40)
+    mine = bootstrap_estimate(lambda chosen: values[chosen].mean(), 40, seed=1, n_resamples=4000)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2))
+    assert mine.value == pytest.approx(values.mean())
+    assert mine.low == pytest.approx(theirs.confidence_interval.low, abs=0.03)
+    assert mine.high == pytest.approx(theirs.confidence_interval.high, abs=0.03)
+
+
+def test_the_bootstrap_is_over_prompts_and_not_over_numbers():
+    """Ten prompts, each repeated in a hundred numbers: the interval must be that of ten, not that of a thousand."""
+    per_prompt = np.random.default_rng(0).normal(0.0, 1.0, 10)
+    repeated = np.repeat(per_prompt[:, None], 100, axis=1)
+    found = bootstrap_estimate(lambda chosen: repeated[chosen].mean(), 10, seed=0, n_resamples=2000)
+    width = found.high - found.low
+    assert width == pytest.approx(2 * 1.96 * per_prompt.std() / 10**0.5, rel=0.15)
+
+
+def test_a_vectorised_bootstrap_is_the_same():
+    values = np.random.default_rng(0).normal(size=12)
+    one = bootstrap_estimate(lambda chosen: values[chosen].mean(), 12, seed=3)
+    many = bootstrap_estimate(lambda chosen: values[chosen].mean(-1), 12, seed=3, vectorized=True)
+    assert (one.value, one.low, one.high) == pytest.approx((many.value, many.low, many.high))
+
+
+def test_a_bootstrap_of_one_prompt_has_no_interval():
+    found = bootstrap_estimate(lambda chosen: float(chosen.sum()), 1, seed=0)
+    assert found.value == 0 and math.isnan(found.low)
+
+
+def test_a_null_has_its_mean_and_range():
+    found = null_estimate(np.arange(1001.0))
+    assert (found.value, found.low, found.high, found.n) == (500.0, 25.0, 975.0, 1001)
+
+
+def test_a_p_value_counts_the_observation_itself():
+    assert permutation_p(10.0, np.zeros(99)) == 0.01
+    assert permutation_p(0.0, np.zeros(99)) == 1.0
+    assert permutation_p(-1.0, np.zeros(99), "less") == 0.01
+
+
+def test_p_values_under_the_null_are_uniform():
+    rng = np.random.default_rng(0)
+    found = [permutation_p(rng.normal(), rng.normal(size=99)) for _ in range(500)]
+    assert stats.kstest(found, "uniform").pvalue > 0.01
+
+
+def test_a_draw_depends_on_its_name_and_the_seed_alone():
+    first = torch.rand(4, generator=generator(0, "a"))
+    assert torch.equal(first, torch.rand(4, generator=generator(0, "a")))
+    assert not torch.equal(first, torch.rand(4, generator=generator(0, "b")))
+    assert not torch.equal(first, torch.rand(4, generator=generator(1, "a")))
