@@ -1,6 +1,6 @@
-"""The tutorials run from top to bottom, and what is committed of them can be read without running them.
+"""What is committed of the tutorials can be read without running them. `pytest --nbmake tutorials` runs them.
 
-`python -m tests.test_tutorials` runs them and writes their outputs back in the form that these tests ask for.
+`python -m tests.test_tutorials [NAME ...]` runs them and writes their outputs back in the form that these tests ask for.
 """
 
 from __future__ import annotations
@@ -112,18 +112,7 @@ def test_the_kernel_is_the_interpreter_of_the_tests():
     assert texts(found) == [f"{sys.executable} {sys.prefix}\n"]
 
 
-@pytest.mark.smollm2
-@pytest.mark.slow
-@each_tutorial
-def test_a_tutorial_runs_from_top_to_bottom(path: Path):
-    pytest.importorskip("plotly")
-    pytest.importorskip("circuitsvis")
-    notebook = executed(nbformat.read(path, as_version=4))
-    assert not noise(notebook)
-    assert not [text for text in texts(notebook) if LOCAL_PATH.search(text)]
-
-
 if __name__ == "__main__":
-    for tutorial in TUTORIALS:
+    for tutorial in [path for path in TUTORIALS if not sys.argv[1:] or path.stem in sys.argv[1:]]:
         fresh = cleaned(executed(nbformat.read(tutorial, as_version=4)))
         nbformat.write(fresh, tutorial)
