@@ -72,7 +72,7 @@ def test_a_verdict_is_complete(shared, name):
     verdict = result.findings.verdict
     assert verdict.outcome in ("holds", "does not hold"), verdict.reason
     assert verdict.claim.endswith(".") and verdict.statistic and verdict.control
-    assert verdict.rule.startswith("holds when ")
+    assert verdict.rule.startswith("holds when")
     assert verdict.estimate is not None and np.isfinite(verdict.estimate.value)
     assert result.findings.caption.endswith(".")
     assert result.name == name and result.title and (result.paper or name not in PAPER or name == "settle_it")
