@@ -103,7 +103,7 @@ def tidy(values: Tensor, axes: Mapping[str, Sequence[Any]], **columns: Any) -> p
         axes: for every axis in order its name, which becomes a column, and its labels.
         columns: further columns, the same in every row.
     """
-    places = pd.MultiIndex.from_product(axes.values(), names=axes)
+    places = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
     table = pd.DataFrame({"value": values.detach().cpu().double().flatten().numpy()}, index=places)
     return table.dropna().reset_index().assign(**columns)
 

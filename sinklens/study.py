@@ -74,6 +74,13 @@ class Study:
         batch = prompts.random_tokens(self.model, self.batch.n, self.batch.length, seed=self.seed)
         return replace(self, batch=batch, given=dict(self.given))
 
+    def first(self, n: int) -> Study:
+        """The same study on its first ``n`` prompts (all, when there are fewer), with the formation found on all."""
+        n = min(n, self.batch.n)
+        few = replace(self, batch=self.batch.subset(range(n)), given=dict(self.given))
+        few.formation = replace(self.formation, sink_positions=self.formation.sink_positions[:n])
+        return few
+
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """Where numbers come from: versions, commit, device, dtype, digests of the model and the prompts."""
@@ -138,6 +145,17 @@ class Study:
     def _others(self, n: int, chosen: tuple[int, ...], name: str, draws: int) -> list[tuple[int, ...]]:
         rng = self.generator(name)
         return [others(n, chosen, rng, len(chosen)) for _ in range(draws)]
+
+    def ordinary_position(self, name: str, exclude: Sequence[int] = ()) -> Int[Tensor, " prompt"]:
+        """One ordinary position of every prompt, none of ``exclude``, drawn for ``name``.
+
+        Raises:
+            InputError: a prompt has none left.
+        """
+        marks = self.ordinary.float().index_fill(1, torch.tensor(list(exclude), dtype=torch.long), 0)
+        if (marks.sum(-1) == 0).any():
+            raise InputError(f"{name}: no ordinary position is left to draw from; use longer prompts, or fewer targets")
+        return torch.multinomial(marks, 1, generator=self.generator(name)).squeeze(-1)
 
     def targets(self, positions: Sequence[int]) -> tuple[int, ...]:
         """Those of ``positions`` that fit the prompts: after the first token, with later tokens, and no sink already.
