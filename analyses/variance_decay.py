@@ -77,7 +77,7 @@ def decay(
     """Ratio and tau with intervals over prompts, and the curves; positions are shuffled alike in every block."""
     n, seed, in_order = study.batch.n, study.seed, torch.arange(shuffled.shape[-1]).float()[None]
     ratio = statistics.bootstrap_estimate(lambda drawn: outlier(curves(drawn)), n, seed)
-    tau = statistics.bootstrap_estimate(lambda drawn: float(trend(curves(drawn), in_order)), n, seed, centred=True)
+    tau = statistics.bootstrap_estimate(lambda drawn: float(trend(curves(drawn), in_order)), n, seed, correlation=True)
     everyone = curves(np.arange(n))
     return Decay(ratio, tau, statistics.permutation_p(tau.value, trend(everyone, shuffled), "less")), everyone
 

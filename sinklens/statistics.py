@@ -87,7 +87,7 @@ def bootstrap_estimate(
     n_resamples: int = N_REFITS,
     *,
     vectorized: bool = False,
-    centred: bool = False,
+    correlation: bool = False,
 ) -> Estimate:
     """A statistic of all prompts, with the interval that it has when the prompts are drawn again.
 
@@ -98,8 +98,9 @@ def bootstrap_estimate(
         n_resamples: how often it is computed anew.
         vectorized: the statistic takes all draws at once, ``[draw, prompt]``, and gives one number for each: for what
             is cheaper so.
-        centred: shift the draws so that their median is the value. For rank correlations: a draw holds some prompts
-            several times over, so it is noisier than the prompts themselves, and its correlation nearer to 0.
+        correlation: the statistic is a correlation of what is measured over prompts. A draw holds some prompts several
+            times over, so it is noisier than the prompts themselves, and its correlation nearer to 0: the draws are
+            shifted, on Fisher's scale, so that their median is the value.
     """
     everyone = np.arange(n_prompts)
     value = float(statistic(everyone[None])[0] if vectorized else statistic(everyone))
@@ -107,10 +108,13 @@ def bootstrap_estimate(
         return Estimate(value, n=n_prompts)
     drawn = np.random.default_rng(seed).integers(n_prompts, size=(n_resamples, n_prompts))
     found = np.asarray(statistic(drawn) if vectorized else [statistic(one) for one in drawn], dtype=float)
-    if centred:
-        found = found + value - np.nanmedian(found)
+    if not np.isfinite(found).any():
+        return Estimate(value, n=n_prompts)
+    if correlation:
+        scaled = np.arctanh(np.clip(found, -1 + 1e-6, 1 - 1e-6))
+        found = np.tanh(scaled - np.nanmedian(scaled) + np.arctanh(np.clip(value, -1 + 1e-6, 1 - 1e-6)))
     # A draw can be without a value (a variance of one prompt drawn n times over): it has no say in the interval.
-    low, high = np.nanquantile(found, [0.025, 0.975]) if np.isfinite(found).any() else (np.nan, np.nan)
+    low, high = np.nanquantile(found, [0.025, 0.975])
     return Estimate(value, float(low), float(high), n_prompts)
 
 

@@ -25,7 +25,7 @@ def study_of(model: Any, n: int = 4, length: int = 24, **options: Any) -> sl.Stu
 
 
 PLANTED: dict[str, Any] = {"layer": 0, "super_neurons": [SUPER], "outlier_dims": [OUTLIER]}
-NAMES = ("variance_decay",)
+NAMES = ("variance_decay", "w_o_alignment", "head_imbalance")
 
 
 def run(name: str, study: sl.Study, **options: Any) -> Any:
@@ -61,13 +61,15 @@ def test_numbers_do_not_depend_on_the_batch_size(name, tiny_llama):
     np.testing.assert_allclose(numbers_of(one_by_one), numbers_of(together), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "olmo2"])
-def test_every_family_is_measured_and_drawn(name, arch):
-    result = sl.run_analysis(sl.analysis.load_analysis(name), study_of(tiny_model(arch)))
-    assert result.findings.verdict.outcome != "not measurable"
-    assert np.isfinite(numbers_of(result.findings)).all()
-    assert result.figure is not None
+def test_every_family_is_measured_and_drawn(arch, monkeypatch):
+    monkeypatch.setattr(statistics.bootstrap_estimate, "__defaults__", (20,))  # intervals are not asked for here
+    study = study_of(tiny_model(arch))
+    for name in NAMES:
+        result = sl.run_analysis(sl.analysis.load_analysis(name), study)
+        assert result.findings.verdict.outcome != "not measurable"
+        assert np.isfinite(numbers_of(result.findings)).all()
+        assert result.figure is not None
 
 
 @pytest.mark.parametrize("average", ["mean", "median"])
@@ -94,17 +96,18 @@ def test_a_vectorized_bootstrap_draws_the_same_prompts():
     assert (one.value, one.low, one.high) == pytest.approx((many.value, many.low, many.high))
 
 
-def test_a_centred_interval_holds_a_value_that_repeated_prompts_pull_away():
-    """The number of distinct prompts is lower in every draw: that shift says nothing about the number itself."""
+def test_the_interval_of_a_correlation_holds_it_though_repeated_prompts_weaken_it():
+    """The share of distinct prompts is lower in every draw: that shift says nothing about the number itself."""
 
-    def distinct(drawn: np.ndarray) -> float:
-        return float(len(set(drawn.tolist())))
+    def weakened(drawn: np.ndarray) -> float:
+        return -0.95 * len(set(drawn.tolist())) / len(drawn)
 
-    plain = statistics.bootstrap_estimate(distinct, 20, seed=0)
-    centred = statistics.bootstrap_estimate(distinct, 20, seed=0, centred=True)
-    assert plain.high < plain.value == 20
-    assert centred.low < centred.value == 20 < centred.high
-    assert centred.high - centred.low == pytest.approx(plain.high - plain.low)
+    plain = statistics.bootstrap_estimate(weakened, 20, seed=0)
+    shifted = statistics.bootstrap_estimate(weakened, 20, seed=0, correlation=True)
+    assert plain.low > plain.value == pytest.approx(-0.95)
+    assert -1 < shifted.low < shifted.value == plain.value < shifted.high < -0.9
+    width = np.arctanh(plain.high) - np.arctanh(plain.low)
+    assert np.arctanh(shifted.high) - np.arctanh(shifted.low) == pytest.approx(width)
 
 
 def test_the_sink_comes_first_and_the_others_keep_their_order(tiny_llama):
@@ -165,3 +168,139 @@ def test_variance_decay_takes_both_an_outlier_and_a_decay():
     assert flat.verdict.outcome == "does not hold"
     table = flat.table.pivot(index=["source", "position"], columns="values", values="variance")
     np.testing.assert_allclose(table["aggregated"], table["not aggregated"], rtol=1e-5)  # nothing was averaged
+
+
+def test_w_o_alignment_is_that_of_a_plain_run(tiny_llama):
+    study = study_of(tiny_llama)
+    findings = run("w_o_alignment", study, layers=(1, 3))
+    _, cache = tiny_llama.run_with_cache(study.batch.tokens)
+    sinks, taus, highest = study.formation.sink_positions, [], []
+    for layer in (1, 3):
+        z, out = cache["z", layer].numpy(), cache["attn_out", layer].numpy()
+        variance = np.stack([z[i, p].ravel() for i, p in enumerate(sinks)]).var(0)
+        weights = np.abs(tiny_llama.W_O[layer].detach().numpy().reshape(-1, 32))
+        taus += [scipy.stats.kendalltau(variance, column)[0] for column in weights.T]
+        others = np.stack([np.delete(out[i], p, axis=0) for i, p in enumerate(sinks)]).var(0, ddof=1).mean(-1)
+        at_sink = np.stack([out[i, p] for i, p in enumerate(sinks)]).var(0, ddof=1).mean()
+        highest.append(at_sink > others.max())
+        ratio = findings.numbers[f"variance after W_O over the median in block {layer}"]
+        assert ratio == pytest.approx(at_sink / np.median(others), rel=1e-4)
+    assert findings.verdict.estimate.value == pytest.approx(np.mean(taus), abs=1e-5)
+    found = findings.table.query("quantity == 'tau' and token == 'sink'").sort_values(["layer", "index"]).value
+    np.testing.assert_allclose(found, taus, atol=1e-5)
+    share = findings.numbers["share of blocks in which the sink has the highest variance after W_O"]
+    assert share.value == np.mean(highest)
+
+
+def aligned_study(sign: int) -> sl.Study:
+    """Values have a scale of their own in every dimension; W_O weighs dimensions in that order, or in the opposite."""
+    model = tiny_model("llama")
+    scale = torch.linspace(0.1, 2, 32).view(4, 8)[[0, 2]].repeat_interleave(2, 0)
+    order = scale if sign > 0 else 2.1 - scale
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.W_O.copy_(order[..., None] ** 3 * block.attn.W_O.sign())
+    for layer in range(4):
+        model.add_hook(f"blocks.{layer}.attn.hook_z", scaled_values(scale), is_permanent=True)
+    return sl.Study(model, from_tokens(model, tiny_tokens(24, 16)), given=GIVEN)
+
+
+def scaled_values(scale: torch.Tensor) -> Any:
+    """Puts noise of these scales in the place of the values, four times as large at the first token."""
+
+    def hook(z: torch.Tensor, hook: object) -> torch.Tensor:  # noqa: ARG001
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+        first = torch.where(torch.arange(z.shape[1]) == 0, 4.0, 1.0)
+        return noise * scale * first[:, None, None]
+
+    return hook
+
+
+def test_w_o_alignment_holds_where_w_o_weighs_what_varies_and_not_where_it_weighs_the_rest(monkeypatch):
+    # Where attention goes does not matter here: the sink is the first token by decree.
+    monkeypatch.setattr(sl.Study, "sinks", property(lambda study: torch.zeros(study.batch.n, dtype=torch.long)))
+    aligned, opposed = run("w_o_alignment", aligned_study(1)), run("w_o_alignment", aligned_study(-1))
+    assert aligned.verdict.outcome == "holds"
+    assert aligned.verdict.estimate.value > 0.6
+    assert aligned.numbers["share of blocks in which the sink has the highest variance after W_O"].value == 1
+    assert opposed.verdict.outcome == "does not hold"
+    assert opposed.verdict.estimate.value < -0.6
+    assert abs(opposed.verdict.control_estimate.value) < 0.05
+    signed = run("w_o_alignment", aligned_study(1), weights="signed")
+    assert signed.verdict.outcome == "does not hold"
+    assert abs(signed.verdict.estimate.value) < 0.2
+
+
+def test_w_o_alignment_cannot_be_asked_of_a_token_that_is_always_the_same():
+    tokens = coin_tosses(4, 16)
+    tokens[:, 0] = PLUS
+    result = sl.run_analysis(sl.analysis.load_analysis("w_o_alignment"), planted_study(tokens))
+    assert result.findings.verdict.outcome == "not measurable"
+    assert "the same in all prompts" in result.findings.verdict.reason
+
+
+def test_permuted_variances_stay_together_where_heads_share_values(tiny_llama):
+    permuted = sl.analysis.load_analysis("w_o_alignment").run.__globals__["permuted"]
+    shared = torch.arange(16.0).view(2, 1, 8) + torch.tensor([0, 0.25]).view(1, 2, 1)  # [kv_head, group, d_head]
+    (found,) = permuted([shared.flatten()[None]], 50, study_of(tiny_llama))
+    found = found.view(50, 2, 2, 8)
+    torch.testing.assert_close(found[:, :, 1], found[:, :, 0] + 0.25)
+    assert (found.flatten(1).sort().values == shared.flatten().sort().values).all()
+    assert len(found.unique(dim=0)) == 50
+
+
+def test_head_imbalance_is_that_of_a_plain_run(tiny_llama):
+    study = study_of(tiny_llama)
+    findings = run("head_imbalance", study)
+    _, cache = tiny_llama.run_with_cache(study.batch.tokens)
+    taus = []
+    for layer in range(4):
+        pattern, z = cache["pattern", layer].numpy(), cache["z", layer].numpy()
+        entropy = -(pattern * np.log(np.where(pattern > 0, pattern, 1))).sum(-1)[:, :, 1:].mean((0, 2))
+        variance = z[:, 1:].var(0, ddof=1).mean((0, 2))
+        taus.append(scipy.stats.kendalltau(entropy, variance)[0])
+        table = findings.table[findings.table.layer == layer]
+        np.testing.assert_allclose(table.entropy, entropy, rtol=1e-4)
+        np.testing.assert_allclose(table.variance, variance, rtol=1e-4)
+    assert findings.verdict.estimate.value == pytest.approx(np.mean(taus[:2]), abs=1e-6)
+    assert findings.numbers["tau after formation"].value == pytest.approx(np.mean(taus[2:]), abs=1e-6)
+    assert findings.numbers["tau in all blocks"].value == pytest.approx(np.mean(taus), abs=1e-6)
+
+
+def sharpened(scales: tuple[float, float]) -> sl.Study:
+    """Heads attend from uniformly to themselves alone; both value heads have the same noise, of these scales."""
+
+    def pattern_hook(pattern: torch.Tensor, hook: object) -> torch.Tensor:  # noqa: ARG001
+        length = pattern.shape[-1]
+        uniform = torch.ones(length, length).tril() / torch.arange(1, length + 1)[:, None]
+        share = torch.linspace(0, 1, pattern.shape[1])[:, None, None]
+        return (share * torch.eye(length) + (1 - share) * uniform).expand_as(pattern).clone()
+
+    def value_hook(v: torch.Tensor, hook: object) -> torch.Tensor:  # noqa: ARG001
+        noise = torch.randn(*v.shape[:2], 1, v.shape[3], generator=torch.Generator().manual_seed(0))
+        return noise * torch.tensor(scales)[:, None]
+
+    study = study_of(tiny_model("llama"), n=16)
+    for layer in range(4):
+        study.model.add_hook(f"blocks.{layer}.attn.hook_pattern", pattern_hook, is_permanent=True)
+        study.model.add_hook(f"blocks.{layer}.attn.hook_v", value_hook, is_permanent=True)
+    return study
+
+
+def test_heads_that_average_less_vary_more_unless_their_values_vary_less():
+    before = "tau up to formation with the variance of the values before averaging"
+    alike = run("head_imbalance", sharpened((1.0, 1.0)))
+    assert alike.verdict.outcome == "holds"
+    assert alike.verdict.estimate.value == pytest.approx(-1)
+    assert np.isnan(alike.numbers[before].value)  # all values are alike: the order is made by averaging
+    # Of six pairs of heads, the two that share values stay in order, and the four others are turned round.
+    turned = run("head_imbalance", sharpened((100.0, 1.0)))
+    assert turned.verdict.outcome == "does not hold"
+    assert turned.verdict.estimate.value == pytest.approx(2 / 6)
+    assert turned.numbers[before].above(0)
+
+
+def test_one_head_has_no_imbalance():
+    result = sl.run_analysis(sl.analysis.load_analysis("head_imbalance"), planted_study(coin_tosses(4, 16)))
+    assert result.findings.verdict.outcome == "not measurable"
+    assert "one head" in result.findings.verdict.reason
