@@ -18,6 +18,12 @@ def effective_rank(x: Float[Tensor, "... n d"]) -> Float[Tensor, "..."]:
     wide = x.double()  # beside a massive one, the many small singular values would drown in float32's rounding
     finite = wide.isfinite().flatten(-2).all(-1)
     # LAPACK stops at a NaN, which would take the rest of the batch with it.
-    values = torch.linalg.svdvals(wide.masked_fill(~finite[..., None, None], 0))
+    wide = wide.masked_fill(~finite[..., None, None], 0)
+    # By the smaller Gram matrix: far quicker than a decomposition of the whole, above all on a GPU.
+    gram = wide @ wide.mT if wide.shape[-2] <= wide.shape[-1] else wide.mT @ wide
+    squares = torch.linalg.eigvalsh(gram)
+    noise = squares[..., -1:] * gram.shape[-1] * torch.finfo(gram.dtype).eps
+    values = squares.masked_fill(squares <= noise, 0).sqrt()
     share = values / values.sum(-1, keepdim=True)  # 0 / 0 is NaN for a zero matrix
+    share = share.masked_fill(~finite[..., None], torch.nan)
     return torch.special.entr(share).sum(-1).exp().float()
