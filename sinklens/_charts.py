@@ -217,6 +217,7 @@ def _common(series: str | None, facet: str | None, names: dict[str, str]) -> dic
         "color": series,
         "facet_col": facet,
         "facet_col_wrap": 2 if facet else 0,
+        "facet_col_spacing": 0.08 if facet else None,  # room for the tick labels of a panel on the right
         "labels": names,
         "color_discrete_sequence": list(COLOURS),
     }

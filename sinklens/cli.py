@@ -1,4 +1,4 @@
-"""The command line: ``sinklens chain``, ``find``, ``analyse`` and ``models``.
+"""The command line: ``sinklens chain``, ``find``, ``analyse``, ``report`` and ``models``.
 
 Exit codes: 0 done; 2 a mistake in arguments or input, told in one sentence; 1 anything else. Results go to stdout,
 progress and remarks to stderr. torch and transformers are imported inside the commands, so that ``--help`` is quick.
@@ -223,6 +223,21 @@ def everything(
             lambda step: load(step, model, device, dtype, backend, prompts, n, length, bos, seed),
             out, target=target, only=chosen, seed=seed, memory_budget=allowed, given=given, as_json=as_json,
         )  # fmt: skip
+
+
+@app.command()
+def report(
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a chain, of an analysis, or of a run that holds such folders.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="File to write; `report.html` in that folder by default.")] = None,
+) -> None:
+    """Write one HTML page of a run: verdicts, figures, views. It works offline and can be sent as it is."""
+    with errors():
+        from sinklens.report_page import report as write
+
+        page = write(run, out)
+        print(page)  # noqa: T201  (the command's output)
 
 
 @app.command()

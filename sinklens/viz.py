@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sinklens._attention_view import attention_html, attention_view
+from sinklens._attention_view import attention_html, attention_view, sink_heads, token_values, token_view
 from sinklens._charts import INK, bars, heatmap, histogram, line, mark, points, styled
+from sinklens._diagram import chain_diagram
 from sinklens._format import heading, pretty
 from sinklens._optional import need_plotly
 from sinklens.errors import InputError
@@ -31,6 +32,7 @@ __all__ = [
     "attention_html",
     "attention_view",
     "bars",
+    "chain_diagram",
     "chain_matrix",
     "heatmap",
     "histogram",
@@ -42,7 +44,10 @@ __all__ = [
     "points",
     "score_rows",
     "scores_figure",
+    "sink_heads",
     "styled",
+    "token_values",
+    "token_view",
 ]
 
 TRANSPLANT, MECHANISM, CONTROL = "#2f7fbc", "#d9661f", "#8a8a8a"

@@ -1,12 +1,18 @@
-"""A small made-up result of a chain, for the tests of figures and reports: no model is run."""
+"""Small made-up results of a chain and of analyses, for the tests of figures and reports: no model is run."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import torch
 
+from sinklens.analysis import AnalysisResult, Findings, Verdict
 from sinklens.formation import Formation, FormationEvent, OutlierDim, SuperNeuron
 from sinklens.results import ChainResult
+from sinklens.statistics import Estimate
 
 HOSTILE = [
     "</script><script>window.hacked=1</script>",
@@ -19,6 +25,7 @@ HOSTILE = [
     "<!--<script>",
 ]
 """Tokens that try to be more than text."""
+LONG = "x" * 10_000
 N_BLOCKS = 4
 
 _SCORES = [
@@ -33,7 +40,9 @@ _SCORES = [
 ]
 
 
-def made_result(*, natural: bool = False, name: str = "tiny", source: str = "passages") -> ChainResult:
+def made_result(
+    *, natural: bool = False, name: str = "tiny", source: str = "passages", tokens: Sequence[str] = tuple(HOSTILE)
+) -> ChainResult:
     """A result with two stages in a model of four blocks."""
     directions = ("noise",) if natural else ("denoise", "noise")
     runs = ("natural",) if natural else ("base", "anchored")
@@ -53,14 +62,16 @@ def made_result(*, natural: bool = False, name: str = "tiny", source: str = "pas
             "target": "natural" if natural else 2, "pair": "natural" if natural else "block_aggregation",
             "strength": None, "pair_layers": [] if natural else [0, 1], "stages": ["value_aggregation", "qk_locking"],
             "readout_layers": [2, 3], "control_draws": 1, "min_gap": 0.01, "seed": 0, "n_prompts": 2,
-            "length": len(HOSTILE), "prompts": source, "n_skipped": 0,
+            "length": len(tokens), "prompts": source, "n_skipped": 0,
         },
         provenance={"versions": {"python": "3"}, "model": name, "dtype": "float32", "device": "cpu",
                     "git_commit": None, "weight_digest": "aa", "prompts_digest": "bb"},
         engine={"n_patches": 14, "n_rows": 28, "n_forwards": 3, "max_rows": 8, "n_halvings": 0, "seconds": 0.5,
                 "peak_bytes": None},
-        tokens=[list(HOSTILE)],
-        attention={run: torch.rand(1, 2, len(HOSTILE), len(HOSTILE)).tril().half() for run in runs},
+        tokens=[list(tokens)],
+        attention={run: torch.rand(1, 2, len(tokens), len(tokens)).tril().half() for run in runs},
+        received={run: torch.tensor([[*range(1, len(tokens)), float("nan")]]) / len(tokens) for run in runs},
+        neurons={run: torch.arange(len(tokens)).view(1, -1, 1) * (100.0 if run == "anchored" else 1.0) for run in runs},
     )  # fmt: skip
 
 
@@ -106,3 +117,44 @@ def _formation() -> Formation:
         events=(FormationEvent(1, 2.0, 900.0, 1.0, 300.0, 898.0, 3.0),),
         profile=profile,
     )
+
+
+def made_analysis(
+    name: str = "onset",
+    outcome: Any = "holds",
+    *,
+    text: str = "",
+    figure: dict[str, Any] | None = None,
+    prompts: str = "passages",
+) -> AnalysisResult:
+    """An analysis of two points; ``text`` is put into everything that is text."""
+    measured = outcome != "not measurable"
+    verdict = Verdict(
+        outcome,
+        claim=f"The claim of {name}. {text}",
+        statistic=f"share of prompts {text}",
+        estimate=Estimate(0.75, 0.61, 0.88, 16) if measured else None,
+        control=f"an ordinary position {text}",
+        control_estimate=Estimate(0.03, 0.01, 0.052, 16) if measured else None,
+        p_value=0.0123 if measured else None,
+        rule=f"holds above one half {text}",
+        reason="" if measured else f"it has no such part {text}",
+    )
+    table = pd.DataFrame({"x": [0, 1], "y": [0.25, 0.5], "series": [f"a {text}", "b"]})
+    if figure is None:
+        from sinklens import viz
+
+        drawn = viz.points(table, "x", "y", series="series")
+        figure = json.loads(drawn.to_json() or "")
+    return AnalysisResult(
+        name=name,
+        title=f"Title of {name} {text}".strip(),
+        paper="figure 3",
+        findings=Findings(verdict, table, f"Caption. {text}", {f"a number {text}": 2.5}),
+        figure=figure if measured else None,
+        config={"options": {"lengths": [8, 16]}, "seed": 0, "given": {}, "prompts": prompts, "n_prompts": 2,
+                "length": 8},
+        provenance={"versions": {"python": "3"}, "model": f"tiny{text}", "dtype": "float32", "device": "cpu",
+                    "git_commit": None, "weight_digest": "aa", "prompts_digest": "bb"},
+        seconds=1.5,
+    )  # fmt: skip

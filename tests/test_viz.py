@@ -125,7 +125,10 @@ def test_attention_view_holds_hostile_tokens_as_text():
         assert source.count("</script>") == 1
         assert "window.hacked=1</script>" not in source
     props = _props(view.local_src)
-    assert props["tokens"] == [*HOSTILE[:6], "\\n", HOSTILE[7]]
+    assert props["tokens"] == [
+        "</script><script>window…", "<img src=x onerror=wind…", "\"'`${window.hacked=1}", "🙂", "שלום", "\\u202eabc",
+        "\\n", "<!--<script>",
+    ]  # fmt: skip
     assert len(props["attention"]) == 2
 
 
@@ -142,10 +145,10 @@ def test_attention_html_carries_the_script_once_and_is_offline():
     result = made_result()
     page = viz.attention_html({run: viz.attention_view(result, run) for run in result.attention})
     assert page.count("var CircuitsVis=") == 1
-    assert page.count("CircuitsVis.render(") == 2
+    assert page.count('"component":"AttentionHeads"') == 2
     assert not re.search(r"(?:src=|from |import\()\s*[\"']https?:", page), "a script from the network"
     assert "sourceMappingURL" not in page
-    assert page.count("</script>") == 2
+    assert page.count("</script>") == 3
 
 
 @pytest.mark.parametrize(
@@ -154,6 +157,46 @@ def test_attention_html_carries_the_script_once_and_is_offline():
 def test_attention_view_says_what_there_is(run, heads, word):
     with pytest.raises(InputError, match=word):
         viz.attention_view(made_result(), run, heads)
+
+
+def test_tokens_are_coloured_by_what_they_receive_and_the_last_is_left_out():
+    result = made_result()
+    source = viz.token_view(result, "base").local_src
+    props = json.JSONDecoder().raw_decode(source[source.index("{", source.rindex("CircuitsVis.ColoredTokens,")) :])[0]
+    n = len(HOSTILE)
+    assert props["values"] == pytest.approx([i / n for i in range(1, n)], rel=1e-3)
+    assert len(props["tokens"]) == n - 1
+    assert (props["minValue"], props["maxValue"]) == (0, pytest.approx((n - 1) / n))
+
+
+def test_runs_share_the_scale_of_the_super_neurons():
+    result = made_result()
+    for run, top in (("base", len(HOSTILE) - 1), ("anchored", 100 * (len(HOSTILE) - 1))):
+        assert viz.token_values(result, run, "neurons").max() == top
+        source = viz.token_view(result, run, "neurons").local_src
+        assert f'"maxValue": {100.0 * (len(HOSTILE) - 1)}' in source
+
+
+def test_coloured_tokens_hold_no_markup():
+    """CircuitsVis sets them as HTML: behind a word joiner neither ``<`` nor ``&`` begins anything."""
+    result = made_result(tokens=[*HOSTILE, "&lt;img&gt;", "&amp"])
+    source = viz.token_view(result, "base", "neurons").local_src
+    props = json.JSONDecoder().raw_decode(source[source.index("{", source.rindex("CircuitsVis.ColoredTokens,")) :])[0]
+    assert not any(re.search("[<&](?!\u2060)", token) for token in props["tokens"])
+    assert props["tokens"][1].replace("\u2060", "") == HOSTILE[1]
+
+
+def test_heads_that_attend_most_to_the_target():
+    result = made_result()
+    for pattern in result.attention.values():
+        pattern[:] = 0
+        pattern[0, 1, :, 2] = 0.9
+    assert viz.sink_heads(result, 1) == [1] and viz.sink_heads(result) == [0, 1]
+
+
+def test_a_result_of_an_earlier_version_says_that_it_has_no_tokens():
+    with pytest.raises(InputError, match="no attention received of a run 'base': this result has none"):
+        viz.token_view(replace(made_result(), received={}), "base")
 
 
 @pytest.mark.parametrize("package", ["plotly", "circuitsvis"])

@@ -1,4 +1,4 @@
-"""What the report's tables say: plain rows of text, which the template escapes and lays out."""
+"""What a report's tables say of a chain: plain rows of text, which the template escapes and lays out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sinklens._format import NONE, bytes_text, effect_text, heading, interval_text, number, pretty, seconds_text, spans
-from sinklens._verdicts import CLOSE, HALF, Finding, findings
+from sinklens._format import NONE, effect_text, heading, interval_text, number, pretty, spans
+from sinklens._verdicts import Finding, findings, groups, overall
 from sinklens.formation import Formation
 from sinklens.results import ChainResult
-from sinklens.viz import directions
+from sinklens.viz import chain_matrix, directions
 
 MARKS = {"agrees": "✓", "beyond": "↑", "partly": "≈", "unclear": "?", "against": "✗"}
 """A sign for each verdict, so that colour is never the only difference."""
@@ -29,35 +29,68 @@ class Table:
 
 
 def sections(result: ChainResult) -> dict[str, Any]:
-    """Everything but the figures and the summary, by the names that the template uses."""
-    config, model = result.config, str(result.provenance.get("model", "model"))
-    natural = config["pair"] == "natural"
+    """Everything but the figures, the views and the summary, by the names that the template uses."""
     return {
-        "title": f"{model}, {'natural sink' if natural else 'target ' + str(config['target'])}",
-        "subtitle": _subtitle(result),
-        "natural": natural,
-        "directions": directions(result.scores),
-        "close": f"{CLOSE:g}",
-        "half": f"{HALF:g}",
+        "natural": result.config["pair"] == "natural",
         "stages": stages(result),
+        "claims": claims(result),
+        "matrices": [matrix(result, direction) for direction in directions(result.matrix)],
         "matrix_directions": directions(result.matrix),
         "formation": formation(result),
         "checks": checks(result),
-        "cost": cost(result),
-        "provenance": provenance(result),
-        "versions": [(name, str(text)) for name, text in result.provenance.get("versions", {}).items()],
-        "config": [(name, _setting(value)) for name, value in config.items() if name != "command"],
-        "reproduce": reproduce(result),
     }
 
 
-def _subtitle(result: ChainResult) -> str:
+def subtitle(result: ChainResult) -> str:
+    """How the sink came about, in a line."""
     config = result.config
-    made = "the sink that the data has" if config["pair"] == "natural" else pretty(config["pair"])
-    return (
-        f"{made[:1].upper()}{made[1:]}; formation block {result.formation.layer}; {config['n_prompts']} prompts of "
-        f"{config['length']} tokens from {config['prompts']}; {result.provenance.get('dtype', '')}"
-    )
+    made = "the sink that the data has" if config["pair"] == "natural" else f"a sink at position {config['target']}"
+    how = "" if config["pair"] == "natural" else f", made by {pretty(config['pair'])}"
+    return f"{made[:1].upper()}{made[1:]}{how}; formation block {result.formation.layer}"
+
+
+def claims(result: ChainResult) -> list[dict[str, Any]]:
+    """A row for every stage: its claim, and what its transplant, its mechanism edits and its controls say of it."""
+    found, rows = findings(result), []
+    for number_, stage in enumerate(dict.fromkeys(result.scores.stage), start=1):
+        own = [item for item in found if item.stage == stage and not item.control]
+        controls = [item for item in found if item.stage == stage and item.control]
+        rows.append(
+            {
+                "name": f"{number_} {heading(stage)}",
+                "claim": result.config.get("claims", {}).get(str(stage), ""),
+                "transplant": [
+                    _answer(edit, items) for (_, edit), items in groups(own).items() if edit == "transplant"
+                ],
+                "mechanisms": [
+                    _answer(edit, items) for (_, edit), items in groups(own).items() if edit != "transplant"
+                ],
+                "n_controls": len(controls),
+                "off": [
+                    f"{pretty(c.control)}, {c.direction} {effect_text(c.effect)}"
+                    for c in controls
+                    if c.verdict != "agrees"
+                ],
+            }
+        )
+    return rows
+
+
+def _answer(edit: str, items: list[Finding]) -> dict[str, Any]:
+    """One edit's verdict over its directions, with their effects."""
+    said = overall(items)
+    numbers = [(item.direction, effect_text(item.effect), interval_text(item.low, item.high)) for item in items]
+    return {"name": pretty(edit), "verdict": said, "mark": MARKS.get(said, ""), "numbers": numbers}
+
+
+def matrix(result: ChainResult, direction: str) -> Table:
+    """The chain matrix in one direction, as a table."""
+    wide = chain_matrix(result, direction)
+    rows = [
+        [pretty(stage), *map(effect_text, values)] for stage, values in zip(wide.index, wide.to_numpy(), strict=True)
+    ]
+    caption = "Effect of each row's transplant on each column's readout, mean over prompts."
+    return Table(f"Chain matrix, {direction}", caption, ["Edited stage", *map(pretty, wide.columns)], rows)
 
 
 def stages(result: ChainResult) -> list[dict[str, Any]]:
@@ -169,58 +202,3 @@ def checks(result: ChainResult) -> dict[str, Any]:
         values = [number(found[place][run]) if place in found else NONE for place in places for run in runs]
         rows.append([heading(quantity), spans(group.iloc[0].layers), *values])
     return {"runs": [pretty(run) for run in runs], "places": [heading(place) for place in places], "rows": rows}
-
-
-def cost(result: ChainResult) -> list[tuple[str, str]]:
-    """What the run took."""
-    engine = result.engine
-    seconds = float(engine["seconds"])
-    rate = f"{number(engine['n_rows'] / seconds)} rows per second" if seconds > 0 else NONE
-    return [
-        ("Patches", f"{engine['n_patches']:,}"),
-        ("Patched rows", f"{engine['n_rows']:,}"),
-        ("Forward passes", f"{engine['n_forwards']:,}"),
-        ("Time", f"{seconds_text(seconds)} ({rate})"),
-        ("Peak memory", bytes_text(engine.get("peak_bytes"))),
-    ]
-
-
-def provenance(result: ChainResult) -> list[tuple[str, str]]:
-    """Where the numbers come from."""
-    named = {
-        "model": "Model", "weight_digest": "Digest of the weights", "prompts_digest": "Digest of the prompts",
-        "device": "Device", "dtype": "Dtype", "git_commit": "Commit of sinklens",
-    }  # fmt: skip
-    return [(text, str(result.provenance.get(key) or NONE)) for key, text in named.items()]
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        numbers = all(isinstance(item, int) for item in value)
-        return spans(value) if numbers else ", ".join(str(item) for item in value)
-    return NONE if value is None else str(value)
-
-
-def reproduce(result: ChainResult) -> str:
-    """The command that made the run, or the same in Python when it was not made by a command."""
-    config = result.config
-    if config.get("command"):
-        return str(config["command"])
-    source, model = str(config["prompts"]), result.provenance.get("model", "")
-    makers = {
-        "passages": f"sl.prompts.natural(model, n={config['n_prompts']}, length={config['length']})",
-    }
-    batch = makers.get(source, f"...  # {config['n_prompts']} prompts of {config['length']} tokens: {source!r}")
-    names = ["control_draws", "min_gap", "seed"]
-    given = {"target": config["target"]}
-    if config["pair"] != "natural":
-        given |= {"pair": config["pair"], "pair_layers": config["pair_layers"]}
-        given |= {"strength": config["strength"]} if config["strength"] is not None else {}
-    given |= {"readout_blocks": len(config["readout_layers"])} | {name: config[name] for name in names}
-    arguments = "".join(f"    {name}={value!r},\n" for name, value in given.items())
-    return (
-        "import sinklens as sl\n\n"
-        f"model = sl.load_model({str(model)!r}, dtype={result.provenance.get('dtype', 'float32')!r})\n"
-        f"batch = {batch}\n"
-        f"result = sl.run_chain(\n    model,\n    batch,\n{arguments})"
-    )
