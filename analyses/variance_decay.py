@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from scipy.stats import gmean
 from torch import Tensor
 
 import sinklens as sl
@@ -55,18 +56,20 @@ def run(
 ) -> sl.Findings:
     blocks, rng = study.blocks(layers), study.generator("variance_decay/shuffled")
     shuffled = torch.rand(permutations, study.batch.length - 1, generator=rng)
+    axes = {"layer": blocks, "position": range(study.batch.length)}
     found, numbers, tables = {}, {}, []
     for source, here in {"given prompts": study, "random tokens": study.random}.items():
-        for values, site in SITES.items():
+        for quantity, site in SITES.items():
             each = [statistics.resampled_variance(x, average) for x in here.activations(site, blocks).values()]
             item, curves = decay(study, lambda drawn, each=each: torch.stack([f(drawn) for f in each]), shuffled)
-            found[source, values] = item
-            numbers |= {f"{RATIO}, {values}, {source}": item.ratio, f"{TAU}, {values}, {source}": item.tau}
-            tables.append(tidy(curves, blocks).assign(source=source, values=values))
+            found[source, quantity] = item
+            numbers |= {f"{RATIO}, {quantity}, {source}": item.ratio, f"{TAU}, {quantity}, {source}": item.tau}
+            columns = {"source": source, "quantity": quantity, "relative": relative(curves).flatten().numpy()}
+            tables.append(sl.analysis.tidy(curves, axes, **columns))
     caption = (
-        "Variance across prompts at every position, in units of the median over later positions (geometric mean over "
-        f"blocks {', '.join(map(str, blocks))}; {average} over dimensions): of the values that attention has averaged, "
-        "and of the values before."
+        "Variance across prompts at every position over the median of later positions (geometric mean over blocks "
+        f"{', '.join(map(str, blocks))}; {average} over dimensions): of the values that attention has averaged, and of "
+        "the values before."
     )
     return sl.Findings(judged(found), pd.concat(tables, ignore_index=True), caption, numbers)
 
@@ -121,19 +124,11 @@ def judged(found: dict[tuple[str, str], Decay]) -> sl.Verdict:
     )
 
 
-def tidy(curves: Curves, blocks: tuple[int, ...]) -> pd.DataFrame:
-    layer, position = np.repeat(blocks, curves.shape[1]), np.tile(np.arange(curves.shape[1]), len(blocks))
-    both = {"variance": curves.flatten().numpy(), "relative": relative(curves).flatten().numpy()}
-    return pd.DataFrame({"layer": layer, "position": position} | both)
-
-
 def draw(findings: sl.Findings):
-    table = findings.table[findings.table.relative > 0]  # a logarithmic axis has no 0
-    table = table.assign(mean=np.log(table.relative))
-    shown = table.pivot_table("mean", ["source", "values", "position"], sort=False).reset_index()
-    shown["mean"] = np.exp(shown["mean"])
-    titles = {"mean": "variance / median of later positions"}
-    figure = sl.viz.line(shown, "position", "mean", series="values", facet="source", titles=titles, log_y=True)
+    by = ["source", "quantity", "position"]
+    mean = findings.table.pivot_table("relative", by, aggfunc=gmean, sort=False).reset_index()
+    titles = {"relative": "variance / median of later positions"}
+    figure = sl.viz.line(mean, "position", "relative", series="quantity", facet="source", titles=titles, log_y=True)
     return figure.update_yaxes(dtick=np.log10(2))
 
 

@@ -39,6 +39,8 @@ def run(
     outputs: Annotated[int, "how many output neurons to draw, where there are more"] = 512,
     permutations: Annotated[int, "draws of permuted variances"] = 200,
 ) -> sl.Findings:
+    if min(outputs, permutations) < 1:
+        raise sl.InputError(f"outputs={outputs} and permutations={permutations} must be at least 1")
     if not study.sinks.any() and len(study.batch.tokens[:, 0].unique()) == 1:
         raise sl.NotApplicableError("the sink is the first token and the same in all prompts: it has no variance")
     blocks, everyone = study.blocks(layers), np.arange(study.batch.n)
@@ -59,8 +61,10 @@ def run(
     found["permuted"] = null[:, index % permutations, index]
 
     spread = after(everyone)
-    rows = [tidy("tau", who, blocks, values, chosen.tolist()) for who, values in found.items()]
-    rows.append(tidy("variance after W_O", "sink first", blocks, spread))
+    axes = {"layer": blocks, "index": chosen.tolist()}  # of the output neuron, or the position
+    rows = [sl.analysis.tidy(values, axes, quantity="tau", token=who) for who, values in found.items()]
+    axes["index"] = range(study.batch.length)
+    rows.append(sl.analysis.tidy(spread, axes, quantity="variance after W_O", token="sink first"))
     numbers: dict[str, sl.Estimate | float] = {
         "the same tau at an ordinary position": tau["ordinary position"],
         "share of blocks in which the sink has the highest variance after W_O": share,
@@ -71,7 +75,9 @@ def run(
     caption = (
         "Kendall's tau of output neurons' weights with the variances they read at the sink, and with these permuted."
     )
-    return sl.Findings(judged(tau["sink"], null.mean((0, 2)), share), pd.concat(rows), caption, numbers)
+    return sl.Findings(
+        judged(tau["sink"], null.mean((0, 2)), share), pd.concat(rows, ignore_index=True), caption, numbers
+    )
 
 
 def judged(tau: sl.Estimate, null: Float[Tensor, " draw"], share: sl.Estimate) -> sl.Verdict:
@@ -122,12 +128,6 @@ def curves(written: list[Tensor]) -> Callable[[np.ndarray], Float[Tensor, "block
 def sink_is_highest(variance: Float[Tensor, "block pos"]) -> float:
     """Share of blocks in which no other position varies as much."""
     return float((variance[:, 0] > variance[:, 1:].amax(-1)).float().mean())
-
-
-def tidy(quantity: str, token: str, blocks: tuple[int, ...], values: Float[Tensor, "block index"], index=None):
-    wide = pd.DataFrame(values.numpy(), index=pd.Index(blocks, name="layer"), columns=index)
-    long = wide.reset_index().melt("layer", var_name="index")
-    return long.astype({"index": int}).assign(quantity=quantity, token=token)
 
 
 def draw(findings: sl.Findings):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -312,6 +313,7 @@ def load_analysis(name: str | Path) -> Analysis:
     spec = importlib.util.spec_from_file_location(f"sinklens_analysis_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up the module that they are defined in
     spec.loader.exec_module(module)
     found = getattr(module, "ANALYSIS", None)
     if not isinstance(found, Analysis):

@@ -25,7 +25,7 @@ def study_of(model: Any, n: int = 4, length: int = 24, **options: Any) -> sl.Stu
 
 
 PLANTED: dict[str, Any] = {"layer": 0, "super_neurons": [SUPER], "outlier_dims": [OUTLIER]}
-NAMES = ("variance_decay", "w_o_alignment", "head_imbalance")
+NAMES = ("variance_decay", "w_o_alignment", "head_imbalance", "output_gate")
 
 
 def run(name: str, study: sl.Study, **options: Any) -> Any:
@@ -147,7 +147,7 @@ def test_variance_decay_is_that_of_a_plain_run(tiny_llama):
 def test_variance_of_averaged_coin_tosses_falls_with_their_number():
     """Under a uniform average of t + 1 tosses the variance is that of one, over t + 1."""
     findings = run("variance_decay", planted_study(coin_tosses(128)), layers=(0,))
-    table = findings.table.set_index(["source", "values", "position"]).variance
+    table = findings.table.set_index(["source", "quantity", "position"]).value
     first = table["given prompts", "aggregated", 0]
     for position in (1, 3, 7, 15):
         assert table["given prompts", "aggregated", position] * (position + 1) / first == pytest.approx(1, rel=0.4)
@@ -166,7 +166,7 @@ def test_variance_decay_takes_both_an_outlier_and_a_decay():
     model.add_hook("blocks.0.attn.hook_pattern", attend_to_oneself, is_permanent=True)
     flat = run("variance_decay", planted_study(coin_tosses(), model), layers=(0,))
     assert flat.verdict.outcome == "does not hold"
-    table = flat.table.pivot(index=["source", "position"], columns="values", values="variance")
+    table = flat.table.pivot(index=["source", "position"], columns="quantity", values="value")
     np.testing.assert_allclose(table["aggregated"], table["not aggregated"], rtol=1e-5)  # nothing was averaged
 
 
@@ -239,6 +239,13 @@ def test_w_o_alignment_cannot_be_asked_of_a_token_that_is_always_the_same():
     assert "the same in all prompts" in result.findings.verdict.reason
 
 
+def test_w_o_alignment_draws_at_least_one_of_each(tiny_llama):
+    assert len(run("w_o_alignment", study_of(tiny_llama), outputs=5).table.query("token == 'sink'")) == 10
+    for option in ("outputs", "permutations"):
+        with pytest.raises(sl.InputError, match="at least 1"):
+            run("w_o_alignment", study_of(tiny_llama), **{option: 0})
+
+
 def test_permuted_variances_stay_together_where_heads_share_values(tiny_llama):
     permuted = sl.analysis.load_analysis("w_o_alignment").run.__globals__["permuted"]
     shared = torch.arange(16.0).view(2, 1, 8) + torch.tensor([0, 0.25]).view(1, 2, 1)  # [kv_head, group, d_head]
@@ -304,3 +311,87 @@ def test_one_head_has_no_imbalance():
     result = sl.run_analysis(sl.analysis.load_analysis("head_imbalance"), planted_study(coin_tosses(4, 16)))
     assert result.findings.verdict.outcome == "not measurable"
     assert "one head" in result.findings.verdict.reason
+
+
+def test_output_gate_is_that_of_a_plain_run(tiny_llama):
+    study = study_of(tiny_llama)
+    findings = run("output_gate", study, scale=2.0, bias=-0.5)
+    gate = sl.analysis.load_analysis("output_gate").run.__globals__["projections"](study)
+    assert study.onset == (0, 1)
+
+    def hook_for(layer: int) -> Any:
+        inputs = {}
+
+        def read(x: torch.Tensor, hook: object) -> None:  # noqa: ARG001
+            inputs["x"] = x
+
+        def write(z: torch.Tensor, hook: object) -> torch.Tensor:  # noqa: ARG001
+            return z * torch.sigmoid(2 * (inputs["x"] @ gate[layer]).view(z.shape) - 0.5)
+
+        return [(f"blocks.{layer}.ln1.hook_normalized", read), (f"blocks.{layer}.attn.hook_z", write)]
+
+    sinks = study.formation.sink_positions
+    ratios = {}
+    for name, hooks in (("no gate", []), ("sigmoid gate", hook_for(0) + hook_for(1))):
+        with tiny_llama.hooks(fwd_hooks=hooks):
+            _, cache = tiny_llama.run_with_cache(study.batch.tokens)
+        logs = []
+        for layer in (0, 1):
+            z = cache["z", layer].numpy().reshape(4, 24, -1)
+            at_sink = np.stack([z[i, p] for i, p in enumerate(sinks)]).var(0, ddof=1).mean()
+            others = np.stack([np.delete(z[i], p, axis=0) for i, p in enumerate(sinks)]).var(0, ddof=1).mean(-1)
+            logs.append(np.log(at_sink / np.median(others)))
+        ratios[name] = np.exp(np.mean(logs))
+        found = findings.numbers[f"variance of the sink over the median of others, {name}"].value
+        assert found == pytest.approx(ratios[name], rel=1e-4)
+        fired = np.mean([np.abs(cache["post", 1][i, p, [3, 7]].numpy()) for i, p in enumerate(sinks)])
+        assert findings.numbers[f"magnitude of the super neurons at the sink, {name}"].value == pytest.approx(
+            fired, rel=1e-4
+        )
+        seen = [cache["pattern", layer][i, :, p + 1 :, p].mean() for layer in (2, 3) for i, p in enumerate(sinks)]
+        attention = findings.numbers[f"attention to the sink after formation, {name}"].value
+        assert attention == pytest.approx(float(np.mean(seen)), rel=1e-4)
+    assert findings.verdict.estimate.value == pytest.approx(ratios["sigmoid gate"] / ratios["no gate"], rel=1e-4)
+    assert ratios["sigmoid gate"] != pytest.approx(ratios["no gate"], rel=1e-2)
+
+
+@pytest.mark.parametrize("gate", ["input", "value"])
+def test_a_constant_gate_leaves_the_ratio_of_its_block_exactly(tiny_llama, gate):
+    study = sl.Study(tiny_llama, from_tokens(tiny_llama, tiny_tokens(6, 24)), given=GIVEN | {"layer": 0})
+    assert study.onset == (0,)
+    findings = run("output_gate", study, gate=gate, bias=1.0)
+    control = findings.verdict.control_estimate
+    assert (control.value, control.low, control.high) == pytest.approx((1, 1, 1), abs=1e-5)
+    assert findings.verdict.estimate.value != pytest.approx(1, abs=1e-3)
+    alone = findings.numbers["the same factor in the first block, where a constant gate's is 1"]
+    assert alone == findings.verdict.estimate
+    assert findings.numbers["attention to the sink after formation, constant gate"].value != pytest.approx(
+        findings.numbers["attention to the sink after formation, no gate"].value, abs=1e-4
+    )
+    # Without a scale the sigmoid gate is a constant too, and the claim falls.
+    still = run("output_gate", study, gate=gate, scale=0.0)
+    assert still.verdict.estimate.value == pytest.approx(1, abs=1e-5)
+    assert still.verdict.outcome == "does not hold"
+
+
+def test_a_gate_that_adds_noise_where_there_is_little_lessens_the_ratio(monkeypatch):
+    """Values with a large mean that all prompts share: a gate that depends on the prompt makes the mean vary."""
+    monkeypatch.setattr(sl.Study, "sinks", property(lambda study: torch.zeros(study.batch.n, dtype=torch.long)))
+    outcomes = {}
+    for mean in (0.0, 3.0):
+        model = tiny_model("llama")
+        model.add_hook("blocks.0.attn.hook_z", values_about(mean), is_permanent=True)
+        study = sl.Study(model, from_tokens(model, tiny_tokens(24, 16)), given=GIVEN | {"layer": 0})
+        outcomes[mean] = run("output_gate", study).verdict
+    assert outcomes[3.0].outcome == "holds"
+    assert outcomes[3.0].estimate.value < 0.5
+    assert outcomes[0.0].outcome == "does not hold"
+    assert outcomes[0.0].estimate.value == pytest.approx(1, abs=0.15)
+
+
+def values_about(mean: float) -> Any:
+    def hook(z: torch.Tensor, hook: object) -> torch.Tensor:  # noqa: ARG001
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+        return mean + noise * torch.where(torch.arange(z.shape[1]) == 0, 4.0, 1.0)[:, None, None]
+
+    return hook

@@ -1,0 +1,149 @@
+"""Would a sigmoid gate on attention's output lessen the first token's variance: the same model with and without one.
+
+    python analyses/output_gate.py
+
+Every aggregated value is multiplied by a gate of its own, ``z * sigmoid(scale * logits + bias)``, at all positions of
+the blocks up to the first formation blocks. The paper trains models with such a gate; this one was trained without, so
+the gate is a choice, and shows what gating does by its form, not what a model would learn: ``input`` makes logits of
+the block's normalised input by a random Gaussian projection, ``value`` of z over its RMS at that position.
+The control, a constant gate of the same mean, scales all variances of a block alike and leaves their ratio as it is,
+exactly in the first block; later blocks read a smaller attention output, which can change theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import gmean
+from torch import Tensor
+
+import sinklens as sl
+from sinklens import readouts, sites, statistics
+
+CLAIM = "A sigmoid output gate lessens the variance discrepancy between the first token and the others."
+
+
+@dataclass(frozen=True, eq=False)
+class OutputGate(sl.Edit):
+    """``z * sigmoid(scale * logits + bias)``."""
+
+    projections: Mapping[int, Float[Tensor, "d_model input"]] = field(default_factory=dict)
+    """Per block, what makes the logits of its normalised input; without any they are made of z."""
+    scale: float = 1.0
+    """Factor on the logits."""
+    bias: float = 0.0
+    """Offset of the logits."""
+
+    @property
+    def reads(self) -> tuple[sl.HookSite, ...]:
+        return (sites.LN1_NORMALIZED,) if self.projections else ()
+
+    def __call__(self, x: Tensor, source: Tensor | None, at: sl.EditSite) -> Tensor:  # noqa: ARG002
+        if self.projections:
+            block_input = at.live[sites.LN1_NORMALIZED.template].float()
+            logits = (block_input @ self.projections[at.layer].to(x.device)).view_as(x)
+        else:
+            logits = x / x.float().pow(2).mean((1, 2), keepdim=True).sqrt().clamp_min(1e-30)
+        return x * torch.sigmoid(self.scale * logits + self.bias)
+
+
+def run(
+    study: sl.Study,
+    *,
+    gate: Annotated[Literal["input", "value"], "what the gate's logits are made of"] = "input",
+    scale: Annotated[float, "factor on the logits, which have a variance of one"] = 1.0,
+    bias: Annotated[float, "offset of the logits; with 0 the gates are one half on average"] = 0.0,
+) -> sl.Findings:
+    if not study.sinks.any() and len(study.batch.tokens[:, 0].unique()) == 1:
+        raise sl.NotApplicableError("the sink is the first token and the same in all prompts: it has no variance")
+    sigmoid = OutputGate("sigmoid gate", projections(study) if gate == "input" else {}, scale, bias)
+    constant = OutputGate("constant gate", scale=0.0, bias=mean_logit(scale, bias))
+    gates = {"no gate": None, "constant gate": constant, "sigmoid gate": sigmoid}
+    found = {name: measured(study, edit) for name, edit in gates.items()}
+    curves = {name: resampled_curves(study, item["z"]) for name, item in found.items()}
+    ratios = {name: lambda drawn, of=of: discrepancy(of(drawn)) for name, of in curves.items()}
+    estimate = partial(statistics.bootstrap_estimate, n_prompts=study.batch.n, seed=study.seed)
+    change = estimate(lambda drawn: ratios["sigmoid gate"](drawn) / ratios["no gate"](drawn))
+    control = estimate(lambda drawn: ratios["constant gate"](drawn) / ratios["no gate"](drawn))
+    verdict = sl.verdict(
+        CLAIM, "factor by which the gate changes the variance of the sink's aggregated value over the median of others",
+        change, "the same of a constant gate with the same mean", control,
+        "holds when the interval of this factor lies below 1 and below the control's",
+        holds=change.below(min(1.0, control.low)),
+    )  # fmt: skip
+    axes, everyone = {"layer": study.onset, "position": range(study.batch.length)}, np.arange(study.batch.n)
+    first = estimate(lambda on: discrepancy(curves["sigmoid gate"](on)[:1]) / discrepancy(curves["no gate"](on)[:1]))
+    numbers, tables = {"the same factor in the first block, where a constant gate's is 1": first}, []
+    for name, item in found.items():
+        numbers[f"variance of the sink over the median of others, {name}"] = estimate(ratios[name])
+        numbers[f"magnitude of the super neurons at the sink, {name}"] = study.mean(item["fired"][0])
+        numbers[f"attention to the sink after formation, {name}"] = study.mean(item["seen"].mean(0))
+        variance = curves[name](everyone)
+        tables.append(sl.analysis.tidy(variance, axes, gate=name, relative=relative(variance).flatten().numpy()))
+    caption = "Variance of z by position, the sink first, over the median of the others (geometric mean over blocks)."
+    return sl.Findings(verdict, pd.concat(tables, ignore_index=True), caption, numbers)
+
+
+def projections(study: sl.Study) -> dict[int, Tensor]:
+    """Gaussian, and scaled so that the logits of a normalised input have a variance of one."""
+    size, rng = (study.shape.d_model, study.shape.n_heads * study.shape.d_head), study.generator("output_gate/logits")
+    return {layer: torch.randn(size, generator=rng) / size[0] ** 0.5 for layer in study.onset}
+
+
+def mean_logit(scale: float, bias: float) -> float:
+    """The logit of the mean of the sigmoid gate over normal logits."""
+    normal = torch.special.ndtri((torch.arange(1000) + 0.5) / 1000)
+    return float(torch.sigmoid(scale * normal + bias).mean().logit())
+
+
+def measured(study: sl.Study, gate: sl.Edit | None) -> dict[str, Tensor]:
+    """Aggregated values under a gate, and what becomes of the sink downstream."""
+    own, n, block = list(study.formation.neurons), study.batch.n, (study.formation.layer,)
+    values = sl.Readout("z", sites.Z, study.onset, lambda z, _: z)
+    fired = readouts.vector_readout("fired", sites.MLP_POST, block, study.sink, n, lambda x, _: x[:, own].abs().mean(1))
+    seen = readouts.attention_received("seen", study.after_formation(), study.sink, n)
+    patches = [sl.Patch(sites.Z, study.onset, tuple(range(study.batch.length)), gate)] if gate else []
+    return study.measure([values, fired, seen], patches)
+
+
+def resampled_curves(study: sl.Study, z: Tensor) -> Callable[[np.ndarray], Float[Tensor, "block pos"]]:
+    """Variance by position, the sink first, as a function of the prompts drawn."""
+    each = [statistics.resampled_variance(study.sink_first(x)) for x in z]
+    return lambda drawn: torch.stack([variance(drawn) for variance in each])
+
+
+def relative(curves: Float[Tensor, "block pos"]) -> Float[Tensor, "block pos"]:
+    """In units of the median over the positions behind the sink."""
+    return curves / curves[:, 1:].quantile(0.5, dim=1, keepdim=True)
+
+
+def discrepancy(curves: Float[Tensor, "block pos"]) -> float:
+    """Variance of the sink over the median of others, geometric mean over blocks."""
+    return float(relative(curves)[:, 0].log().mean().exp())
+
+
+def draw(findings: sl.Findings):
+    mean = findings.table.pivot_table("relative", ["gate", "position"], aggfunc=gmean, sort=False).reset_index()
+    titles = {"position": "position, the sink first", "relative": "variance / median of others"}
+    figure = sl.viz.line(mean, "position", "relative", series="gate", titles=titles, log_y=True)
+    return figure.update_yaxes(dtick=np.log10(2))
+
+
+ANALYSIS = sl.Analysis(
+    name="output_gate",
+    title="A sigmoid gate on attention's output",
+    claim=CLAIM,
+    run=run,
+    draw=draw,
+    paper="figure 23",
+)
+
+if __name__ == "__main__":
+    sl.analysis.main(ANALYSIS)
