@@ -111,8 +111,18 @@ def to_bridge(
             f"TransformerLens cannot bridge the architecture {architecture} ({_reason(error)})."
         ) from error
     _attach_tokenizer(model, tokenizer)
+    _give_weights_to_norms(model)
     model.eval()
     return model
+
+
+def _give_weights_to_norms(model: Any) -> None:
+    """Let norms without a weight (OLMo's) be edited: what a bridge makes of an edit is multiplied by a weight."""
+    from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
+
+    for module in model.modules():
+        if isinstance(module, NormalizationBridge) and getattr(module.original_component, "weight", None) is None:
+            module.weight = 1.0
 
 
 def _convert(hf_model: PreTrainedModel, dtype: torch.dtype) -> Any:
