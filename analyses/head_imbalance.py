@@ -32,7 +32,7 @@ CLAIM = "Heads with low attention entropy have outputs of high variance."
 FIRST_QUERY = 1  # the first with two keys to choose from
 NAMES = {"up_to_formation": "up to formation", "after_formation": "after formation", "all": "in all blocks"}
 
-ByHead = Callable[[np.ndarray], Float[Tensor, "block head"]]
+ByHead = Callable[[np.ndarray, Sequence[int]], Float[Tensor, "block head"]]
 
 
 def run(
@@ -51,12 +51,12 @@ def run(
 
     def tau(what: ByHead, within: Sequence[int]) -> sl.Estimate:
         def statistic(drawn: np.ndarray) -> float:
-            return float(taus(entropy(drawn), what(drawn))[list(within)].nanmean())
+            return float(taus(entropy(drawn, within), what(drawn, within)).nanmean())
 
         return statistics.bootstrap_estimate(statistic, study.batch.n, study.seed, correlation=True)
 
     found = tau(output, blocks)
-    null = permuted(entropy(everyone)[list(blocks)], output(everyone)[list(blocks)], permutations, study)
+    null = permuted(entropy(everyone, blocks), output(everyone, blocks), permutations, study)
     p_value = statistics.permutation_p(found.value, null, "less")
     verdict = sl.verdict(
         CLAIM,
@@ -75,12 +75,12 @@ def run(
         "Every head's attention entropy and the variance of its output across prompts, in units of its block's median, "
         "in the blocks up to formation and after it."
     )
-    table = tidy(entropy(everyone), output(everyone), values(everyone), study.formation.layer)
+    table = tidy(*(what(everyone, every) for what in (entropy, output, values)), formation=study.formation.layer)
     return sl.Findings(verdict, table, caption, numbers)
 
 
 def by_head(study: sl.Study, blocks: tuple[int, ...]) -> tuple[ByHead, ByHead, ByHead]:
-    """Entropy, variance of the output and variance of the values, as functions of the prompts drawn."""
+    """Entropy, variance of the output and variance of the values, as functions of the prompts drawn and the blocks."""
     found = study.measure(
         [
             sl.Readout("entropy", sites.PATTERN, blocks, lambda a, _: entropy_of(a)),
@@ -91,9 +91,9 @@ def by_head(study: sl.Study, blocks: tuple[int, ...]) -> tuple[ByHead, ByHead, B
     z, v = ([statistics.resampled_variance(x.movedim(2, 1)) for x in found[name]] for name in ("z", "v"))
     group = study.shape.n_heads // found["v"].shape[3]  # query heads that share a key/value head
     return (
-        lambda drawn: found["entropy"][:, drawn].mean(1),
-        lambda drawn: torch.stack([variance(drawn) for variance in z]),
-        lambda drawn: torch.stack([variance(drawn) for variance in v]).repeat_interleave(group, dim=1),
+        lambda drawn, within: found["entropy"][list(within)][:, drawn].mean(1),
+        lambda drawn, within: torch.stack([z[layer](drawn) for layer in within]),
+        lambda drawn, within: torch.stack([v[layer](drawn) for layer in within]).repeat_interleave(group, dim=1),
     )
 
 

@@ -110,6 +110,13 @@ def test_the_interval_of_a_correlation_holds_it_though_repeated_prompts_weaken_i
     assert np.arctanh(shifted.high) - np.arctanh(shifted.low) == pytest.approx(width)
 
 
+def test_draws_that_tie_with_the_statistic_count_whatever_their_rounding():
+    draws = [0.1, 0.3, np.float32(0.1) + np.float32(0.2), 0.30001]  # the sum is 0.3 but for 1e-8
+    assert statistics.permutation_p(0.3, draws) == pytest.approx(4 / 5)
+    assert statistics.permutation_p(float(draws[2]), draws) == pytest.approx(4 / 5)
+    assert statistics.permutation_p(0.3, draws, "less") == pytest.approx(4 / 5)
+
+
 def test_the_sink_comes_first_and_the_others_keep_their_order(tiny_llama):
     study = study_of(tiny_llama)
     sinks = study.formation.sink_positions
