@@ -124,9 +124,9 @@ def relative(curves: Float[Tensor, "block pos"]) -> Float[Tensor, "block pos"]:
     return curves / curves[:, 1:].quantile(0.5, dim=1, keepdim=True)
 
 
-def discrepancy(curves: Float[Tensor, "block pos"]) -> float:
+def discrepancy(curves: Float[Tensor, "block pos"]) -> Float[Tensor, ""]:
     """Variance of the sink over the median of others, geometric mean over blocks."""
-    return float(relative(curves)[:, 0].log().mean().exp())
+    return relative(curves)[:, 0].log().mean().exp()
 
 
 def draw(findings: sl.Findings):

@@ -396,6 +396,20 @@ def test_a_gate_that_adds_noise_where_there_is_little_lessens_the_ratio(monkeypa
     assert outcomes[0.0].estimate.value == pytest.approx(1, abs=0.15)
 
 
+def test_a_gate_on_a_token_that_rarely_varies_is_measured_and_on_one_that_never_does_is_not(monkeypatch, tiny_llama):
+    monkeypatch.setattr(sl.Study, "sinks", property(lambda study: torch.zeros(study.batch.n, dtype=torch.long)))
+    tokens = tiny_tokens(4, 24)
+    tokens[:3, 0] = 1  # many draws hold only prompts that begin alike
+    analysis = sl.analysis.load_analysis("output_gate")
+    rarely = sl.run_analysis(analysis, sl.Study(tiny_llama, from_tokens(tiny_llama, tokens), given=GIVEN))
+    assert rarely.findings.verdict.outcome != "not measurable"
+    assert np.isfinite(numbers_of(rarely.findings)).all()
+    tokens[:, 0] = 1
+    never = sl.run_analysis(analysis, sl.Study(tiny_llama, from_tokens(tiny_llama, tokens), given=GIVEN))
+    assert never.findings.verdict.outcome == "not measurable"
+    assert "the same in all prompts" in never.findings.verdict.reason
+
+
 def values_about(mean: float) -> Any:
     def hook(z: torch.Tensor, hook: object) -> torch.Tensor:  # noqa: ARG001
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
