@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import types
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -145,6 +146,21 @@ def test_targets_and_lengths_fit_the_prompts_or_are_refused():
     assert here.lengths() == (4, 8, 16)
     with pytest.raises(InputError, match="must be in 2..16"):
         here.lengths((8, 17))
+
+
+@pytest.mark.parametrize("led", [False, True])
+def test_random_prompts_begin_with_a_bos_when_the_given_ones_do(led):
+    here = study()
+    here.model.tokenizer = types.SimpleNamespace(
+        bos_token_id=1, all_special_ids=[1], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(101)},
+        decode=lambda ids, **_: str(ids[0]),
+    )  # fmt: skip
+    if led:
+        here.batch.tokens[:, 0] = 1
+    random = here.random.batch
+    assert (random.n, random.length) == (3, 16)
+    assert bool((random.tokens[:, 0] == 1).all()) is led
+    assert not (random.tokens[:, 1:] == 1).any()
 
 
 def test_controls_are_as_many_others():
