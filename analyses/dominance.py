@@ -41,17 +41,21 @@ def run(
     layers, after = tuple(range(study.shape.n_layers)), list(study.after_formation(blocks))
     weights = {layer: study.weights(layer).ln1_w.detach().float() for layer in layers}
 
-    def describe(x: Tensor, rows: sl.Rows) -> Tensor:
-        massive = metrics.massive_activations(x).sum(-1).float()
+    def describe(x: Tensor, rows: sl.Rows, massive: Tensor) -> Tensor:
         values = [metrics.dominance_ratio(x), metrics.top_energy_share(x, k), metrics.gini(x), massive]
         return sink_and_ordinary(torch.stack(values, -1), study.sinks, study.ordinary, rows)
 
+    def before_norm(x: Tensor, rows: sl.Rows) -> Tensor:
+        return describe(x, rows, metrics.massive_activations(x).sum(-1).float())
+
     def after_norm(x: Tensor, rows: sl.Rows) -> Tensor:
-        return describe(x * weights[rows.layer] if weighted else x, rows)
+        # Massive activations are a notion of the residual stream: there is no number of them here.
+        x = x.float() * weights[rows.layer] if weighted else x.float()
+        return describe(x, rows, torch.full(x.shape[:2], torch.nan, device=x.device))
 
     found = study.measure(
         [
-            sl.Readout("before", sites.RESID_PRE, layers, describe),
+            sl.Readout("before", sites.RESID_PRE, layers, before_norm),
             sl.Readout("after", sites.LN1_NORMALIZED, layers, after_norm),
         ]
     )  # [layer, prompt, token, quantity]
