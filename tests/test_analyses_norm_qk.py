@@ -53,9 +53,13 @@ def first_is_sink(model: Any, n: int = 4) -> Study:
     return study
 
 
+def planted() -> Any:
+    pytest.importorskip("transformer_lens.HookedTransformer")
+    return planted_model()
+
+
 def planted_study(model: Any, **changes: Any) -> Study:
     """Every prompt's first token is its sink: it fires neuron 0, and no later average does."""
-    pytest.importorskip("transformer_lens.HookedTransformer")
     starts = [[PLUS, MINUS, PLUS, MINUS], [SMALL_PLUS, MINUS, PLUS, MINUS], [PLUS, MINUS, MINUS, PLUS]]
     tokens = torch.tensor([start * 4 for start in starts])
     given = {"layer": 0, "super_neurons": (SUPER,), "outlier_dims": (OUTLIER,)}
@@ -126,7 +130,7 @@ def test_rmsnorm_alone_leaves_the_ratio_as_it_was_and_centring_does_not():
 
 
 def test_the_planted_sink_is_a_constant_and_its_outlier_is_all_that_attention_needs():
-    result = run("rmsnorm_filter", planted_study(planted_model()))
+    result = run("rmsnorm_filter", planted_study(planted()))
     share, control = estimates(result)
     assert share.value == pytest.approx(1, abs=1e-4)
     # Without the outlier the key is zero, as all keys are: attention is uniform, 1 / (i + 1) of each later query.
@@ -143,7 +147,7 @@ def test_the_planted_sink_is_a_constant_and_its_outlier_is_all_that_attention_ne
 
 def test_a_sink_by_what_it_lacks_needs_no_outlier():
     """The key reads the constant, and repels: the sink has least of it, because its norm divides it away."""
-    model = planted_model()
+    model = planted()
     with torch.no_grad():
         model.blocks[1].attn.W_K.zero_()
         model.blocks[1].attn.W_K[0, 3, 0] = -8.0
@@ -157,7 +161,7 @@ def test_a_sink_by_what_it_lacks_needs_no_outlier():
 
 def test_sinks_that_differ_between_prompts_are_no_constant():
     """The outlier's sign follows the token: half of the pairs are opposite."""
-    study = planted_study(planted_model())
+    study = planted_study(planted())
     with torch.no_grad():
         study.model.blocks[0].mlp.W_out[SUPER, 5] = 100.0
         study.model.embed.W_E[SMALL_PLUS, 6] = 1.0
@@ -224,7 +228,7 @@ def test_a_norm_without_a_weight_can_be_edited():
 
 
 def test_the_planted_key_lies_on_the_queries():
-    result = run("qk_locking", planted_study(planted_model()))
+    result = run("qk_locking", planted_study(planted()))
     aligned, control = estimates(result)
     assert aligned.value == pytest.approx(1, abs=1e-5) and control.value == 0  # an ordinary key is the zero vector
     assert number(result, "positive share of the sink's scores in these heads") == 1
@@ -234,7 +238,7 @@ def test_the_planted_key_lies_on_the_queries():
 
 def test_a_key_that_is_opposite_or_across_is_not_aligned():
     for entry, expected in (((0, OUTLIER, 0), -1.0), ((0, OUTLIER, 1), 0.0)):
-        model = planted_model()
+        model = planted()
         with torch.no_grad():
             model.blocks[1].attn.W_K.zero_()
             model.blocks[1].attn.W_K[entry] = -8.0
@@ -288,8 +292,7 @@ def test_rotated_queries_need_a_rotary_embedding():
 
 def of_full_rank() -> Any:
     """The planted model, with something of its own at every position after the first, where nothing else is."""
-    pytest.importorskip("transformer_lens.HookedTransformer")
-    model = planted_model()
+    model = planted()
     with torch.no_grad():
         model.pos_embed.W_pos[1:, 5:] = 2 * torch.randn(63, 3, generator=torch.Generator().manual_seed(0))
     return model
