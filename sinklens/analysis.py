@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sinklens._discovery import folder, list_analyses
 from sinklens._files import atomic_folder
+from sinklens.engine import PatchResult
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
 from sinklens.provenance import code_digest
 from sinklens.results import to_plain
@@ -46,6 +47,7 @@ __all__ = [
     "list_analyses",
     "load_analysis",
     "main",
+    "patch_table",
     "run_analysis",
     "tidy",
     "verdict",
@@ -107,6 +109,27 @@ def tidy(values: Tensor, axes: Mapping[str, Sequence[Any]], **columns: Any) -> p
     places = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
     table = pd.DataFrame({"value": values.detach().cpu().double().flatten().numpy()}, index=places)
     return table.dropna().reset_index().assign(**columns)
+
+
+def patch_table(
+    result: PatchResult, patches: Sequence[Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]
+) -> pd.DataFrame:
+    """A tidy table of what patches do: a row for each prompt of each run and each patch, a column for each readout.
+
+    Args:
+        result: what :meth:`sinklens.Study.run` gave.
+        patches: for every patch in order, further columns: which one it is.
+        runs: the same for those runs that are to be in the table.
+    """
+    entries = [(columns, result.runs[run]) for run, columns in runs.items()]
+    for i, columns in enumerate(patches):
+        entries.append((columns, {name: values[i] for name, values in result.values.items()}))
+    tables = []
+    for columns, readings in entries:
+        numbers = {name: values.numpy() for name, values in readings.items()}
+        n = len(next(iter(numbers.values())))
+        tables.append(pd.DataFrame({"prompt": range(n), **columns, **numbers}))
+    return pd.concat(tables, ignore_index=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from sinklens.formation import Formation, find_formation
 from sinklens.memory import row_budget
 from sinklens.models import BlockWeights, Model, ModelShape, block_weights, model_shape
 from sinklens.pairs import ordinary_positions
-from sinklens.patches import CLEAN, Patch, Positions, Readout, Runs
+from sinklens.patches import CLEAN, Patch, Readout, Runs
 from sinklens.prompts import PromptBatch
 from sinklens.provenance import provenance
 from sinklens.sites import HookSite
@@ -71,7 +71,9 @@ class Study:
     @cached_property
     def random(self) -> Study:
         """The same study on as many random-token prompts of the same length (no BOS unless these have one)."""
-        batch = prompts.random_tokens(self.model, self.batch.n, self.batch.length, seed=self.seed)
+        bos = getattr(getattr(self.model, "tokenizer", None), "bos_token_id", None)
+        led = bos is not None and bool((self.batch.tokens[:, 0] == bos).all())
+        batch = prompts.random_tokens(self.model, self.batch.n, self.batch.length, seed=self.seed, prepend_bos=led)
         return replace(self, batch=batch, given=dict(self.given))
 
     def first(self, n: int) -> Study:
@@ -92,7 +94,7 @@ class Study:
         return torch.tensor(self.formation.sink_positions)
 
     @property
-    def sink(self) -> Positions:
+    def sink(self) -> tuple[tuple[int, ...], ...]:
         """The same, as the positions of a patch."""
         return tuple((position,) for position in self.formation.sink_positions)
 
