@@ -165,7 +165,7 @@ class _Sheet:
     def bar(self, x: float, y: float, width: float, height: float, text: str) -> str:
         middle = f"{x + width / 2} {y + height / 2}"
         turn = " rotate(-90)" if height > width else ""
-        letters = int(max(width, height) / 6.2)
+        letters = int(max(width, height) / 7)
         return (
             f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="currentColor" fill-opacity="0.12" '
             f'stroke="currentColor" stroke-opacity="0.35"/><g transform="translate({middle}){turn}">'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -26,6 +27,26 @@ HOSTILE = [
 ]
 """Tokens that try to be more than text."""
 LONG = "x" * 10_000
+HOSTILE_FIGURE: dict[str, Any] = {
+    "data": [
+        {
+            "type": "scattergl",
+            "name": '<a href="javascript:window.hacked=1">click</a>',
+            "x": ["</script><script>window.hacked=1</script>", "<b>bold</b>", LONG, LONG + "y"],
+            "y": [1, 2, float("nan"), float("inf")],
+            "text": ['<A HREF="https://example.org">x</A>', "a<br>b", "<img src=x onerror=window.hacked=1>", "שלום"],
+            "hovertemplate": '%{x}<a href="data:text/html,x">y</a><extra></extra>',
+        }
+    ],
+    "layout": {
+        "template": {"layout": {"paper_bgcolor": "red"}},
+        "title": {"text": '<a href="javascript:window.hacked=1">title</a> <b onclick="window.hacked=1">x</b>'},
+        "images": [{"source": "https://example.org/a.png"}, {"source": "data:image/png;base64,AAAA"}],
+        "annotations": [{"text": "<a href='//example.org' target='_top'>note</a>", "x": 0, "y": 1}],
+        "xaxis": {"title": {"text": "</script>"}},
+    },
+}
+"""A figure that tries to be more than a figure."""
 N_BLOCKS = 4
 
 _SCORES = [
@@ -158,3 +179,10 @@ def made_analysis(
                     "git_commit": None, "weight_digest": "aa", "prompts_digest": "bb"},
         seconds=1.5,
     )  # fmt: skip
+
+
+def put(folder: Path, **parts: Any) -> Path:
+    """Save results in folders of a run."""
+    for name, result in parts.items():
+        result.save(folder / name)
+    return folder

@@ -26,6 +26,10 @@
   ];
   for (let i = 0; i < scales.length; i += 2) scales[i].forEach((colour, at) => { inDark[colour] = scales[i + 1][at]; });
 
+  // Before printing the style sheet still answers for the screen.
+  const onPaper = { "--line": "#d9dee4", "--ink": "#1b1f24", "--soft": "#59626d", "--raised": "#f6f7f9" };
+  const paperWidth = 700;
+
   const recoloured = (value) => {
     if (Array.isArray(value)) return value.map(recoloured);
     if (value && typeof value === "object")
@@ -35,7 +39,7 @@
 
   const template = () => {
     const css = getComputedStyle(document.documentElement);
-    const colour = (name) => css.getPropertyValue(name).trim();
+    const colour = (name) => (printing ? onPaper[name] : css.getPropertyValue(name).trim());
     const axis = { gridcolor: colour("--line"), linecolor: colour("--line"), zerolinecolor: colour("--line"), tickcolor: colour("--line"), zeroline: false, automargin: true };
     return {
       layout: {
@@ -51,11 +55,15 @@
   };
 
   // Panels that stand beside one another go below one another, where a screen is narrow.
-  const stacked = (layout) => {
-    const panels = Object.keys(layout).filter((key) => /^xaxis\d*$/.test(key)).map((key) => {
+  const stacked = ({ data, layout }) => {
+    const used = new Set(data.map((trace) => "xaxis" + (trace.xaxis || "x").slice(1)));
+    const panels = [];
+    for (const key of Object.keys(layout).filter((name) => /^xaxis\d*$/.test(name))) {
       const x = layout[key];
-      return { x, y: layout["yaxis" + (x.anchor || "y").slice(1)] };
-    });
+      const y = layout["yaxis" + (x.anchor || "y").slice(1)];
+      if (used.has(key)) panels.push({ x, y });
+      else if (y) x.visible = y.visible = false; // the empty place of an odd number of panels
+    }
     const beside = panels.every(({ x, y }) => x.domain && y && y.domain && !x.overlaying && !y.overlaying)
       && panels.some(({ x }) => x.domain[1] - x.domain[0] < 0.8);
     if (panels.length < 2 || !beside) return;
@@ -105,10 +113,11 @@
       if (small) trace.showscale = false;
       if (night && trace.colorscale) trace.textfont = { color: "#ffffff" };
     }
-    if (small) stacked(figure.layout);
+    if (small) stacked(figure);
     placed(figure, place.clientWidth);
     const layout = { ...figure.layout, template: template(), dragmode: false, autosize: true };
-    if (printing) layout.width = place.clientWidth;
+    if (printing)
+      layout.width = Math.floor((paperWidth * place.clientWidth) / document.querySelector("main").clientWidth);
     const config = { responsive: true, displaylogo: false, scrollZoom: false, modeBarButtons: [["toImage"]] };
     return Plotly.react(place, figure.data, layout, config);
   };
