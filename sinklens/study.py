@@ -29,7 +29,7 @@ from sinklens.prompts import PromptBatch
 from sinklens.provenance import provenance
 from sinklens.sites import HookSite
 from sinklens.stages import others
-from sinklens.statistics import Estimate, generator, mean_estimate
+from sinklens.statistics import Estimate, Values, generator, mean_estimate
 
 
 @dataclass(eq=False)
@@ -118,7 +118,10 @@ class Study:
 
         Raises:
             NotApplicableError: the formation block is the last.
+            InputError: fewer than one block is asked for.
         """
+        if blocks is not None and blocks < 1:
+            raise InputError(f"attention has to be read in at least 1 block, not {blocks}")
         first, n_layers = self.formation.layer + 1, self.shape.n_layers
         if first >= n_layers:
             raise NotApplicableError(f"block {first - 1} is the model's last: no later block attends to the sink there")
@@ -132,7 +135,7 @@ class Study:
         """A generator for the draw called ``name``."""
         return generator(self.seed, name)
 
-    def mean(self, values: Sequence[float] | Tensor) -> Estimate:
+    def mean(self, values: Values) -> Estimate:
         """Mean over prompts of one number for each, with its bootstrap interval."""
         return mean_estimate(values, self.seed)
 
