@@ -34,6 +34,7 @@ def sections(result: ChainResult) -> dict[str, Any]:
         "natural": result.config["pair"] == "natural",
         "stages": stages(result),
         "claims": claims(result),
+        "left_out": left_out(result),
         "matrices": [matrix(result, direction) for direction in directions(result.matrix)],
         "matrix_directions": directions(result.matrix),
         "formation": formation(result),
@@ -74,6 +75,12 @@ def claims(result: ChainResult) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def left_out(result: ChainResult) -> list[tuple[str, str]]:
+    """Experiments that the model does not allow, and why."""
+    told = result.config.get("not_applicable", {})
+    return [(", ".join(map(pretty, name.split("/", 1))), str(why)) for name, why in told.items()]
 
 
 def _answer(edit: str, items: list[Finding]) -> dict[str, Any]:

@@ -112,7 +112,9 @@ def _inside(path: Path, missing: list[Missing]) -> list[Part]:
         return []
     files = [name for name in (CHAIN_FILE, ANALYSIS_FILE) if name in found]
     parts = [part for name in files for part in _load(path, name, path.name, missing)]
-    if not found & {CHAIN_FILE, ANALYSIS_FILE} and found & set(_LEFT_OVER):
+    if not files and RECORD_FILE in found:
+        missing.append(Missing(path.name, "left out", "it holds a run of its own: report that folder by itself"))
+    elif not files and found & set(_LEFT_OVER):
         names = ", ".join(sorted(found & set(_LEFT_OVER)))
         missing.append(Missing(path.name, "unfinished", f"its folder has {names}, but no summary: run it again"))
     return parts

@@ -9,6 +9,7 @@ from typing import Any
 from sinklens._discovery import list_analyses
 from sinklens._format import NONE, bytes_text, number, seconds_text, spans
 from sinklens._report_gather import Gathered, Part, mapping
+from sinklens._report_text import isolated
 from sinklens.analysis import AnalysisResult
 from sinklens.formation import Formation
 from sinklens.models import REGISTRY
@@ -91,27 +92,29 @@ def _distinct(values: Sequence[tuple[str, object]]) -> list[str]:
             groups.setdefault(str(value), []).append(who)
     if len(groups) < 2:
         return list(groups)
-    return [f"{value} ({', '.join(who)})" for value, who in groups.items()]
+    return [f"{value} ({', '.join(map(isolated, who))})" for value, who in groups.items()]
 
 
 def _formations(gathered: Gathered) -> list[str]:
-    found = [(part.name, _formation(chain.formation)) for part, chain in gathered.chains]
+    found: list[tuple[str, object]] = [(part.name, _formed(chain.formation)) for part, chain in gathered.chains]
     if gathered.formation is not None:
-        found.append(("formation", _formation(gathered.formation)))
-    given = [(part.name, mapping(item.config.get("given")).get("layer")) for part, item in gathered.analyses]
-    if not found:
-        found = [(name, None if layer is None else f"block {layer}, as given") for name, layer in given]
+        found.append(("formation", _formed(gathered.formation)))
+    for part, item in gathered.analyses:
+        told = mapping(item.provenance.get("formation"))
+        if told:
+            lists = [told.get(name) or [] for name in ("sink_positions", "super_neurons", "outlier_dims")]
+            found.append((part.name, _place(told.get("layer"), *lists)))
     return _distinct(found)
 
 
-def _formation(formation: Formation) -> str:
-    where = spans(sorted(set(formation.sink_positions)))
-    neurons, dims = (", ".join(map(str, items[:6])) for items in (formation.neurons, formation.dims))
-    more = ", …" if len(formation.dims) > 6 else ""
-    return (
-        f"block {formation.layer}; sink at position {where}; super neurons {neurons or NONE}; "
-        f"outlier dimensions {dims or NONE}{more}"
-    )
+def _formed(formation: Formation) -> str:
+    return _place(formation.layer, formation.sink_positions, formation.neurons, formation.dims)
+
+
+def _place(block: object, positions: Sequence[int], neurons: Sequence[int], dims: Sequence[int]) -> str:
+    named = [", ".join(map(str, items[:6])) + (", …" if len(items) > 6 else "") or NONE for items in (neurons, dims)]
+    where = spans(sorted(set(positions)))
+    return f"block {block}; sink at position {where}; super neurons {named[0]}; outlier dimensions {named[1]}"
 
 
 def _seconds(part: Part) -> float:

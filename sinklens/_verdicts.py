@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sinklens._format import effect_text, join, number, pretty, spans
+from sinklens._report_text import isolated
 from sinklens.results import ChainResult
 
 CLOSE, HALF = 0.25, 0.5
@@ -161,7 +162,7 @@ def _setup(result: ChainResult) -> str:
     means = ", ".join(f"{number(values['sink'])} in the {run} run" for run, values in mean.items() if "sink" in values)
     blocks = f" in blocks {spans(config['pair_layers'])}" if config.get("pair_layers") else ""
     return (
-        f"A sink was made at position {config['target']} by {pretty(config['pair'])}{blocks}. Attention that it "
+        f"A sink was made at position {config['target']} by {_name(config['pair'])}{blocks}. Attention that it "
         f"receives from later queries in {after}: {means} (mean over {size})."
     )
 
@@ -169,7 +170,7 @@ def _setup(result: ChainResult) -> str:
 def _transplants(grouped: Groups, exact: Sequence[str]) -> list[str]:
     if not grouped:
         return []
-    carried = [pretty(stage) for (stage, _), items in grouped.items() if overall(items) in GOOD]
+    carried = [_name(stage) for (stage, _), items in grouped.items() if overall(items) in GOOD]
     short = [item for items in grouped.values() for item in items if item.verdict not in GOOD]
     beyond = [item for items in grouped.values() for item in items if item.verdict == "beyond"]
     texts = ["Through no stage does the effect pass as predicted."]
@@ -181,7 +182,7 @@ def _transplants(grouped: Groups, exact: Sequence[str]) -> list[str]:
         texts.append(f"More than the whole: {_listed(beyond)}.")
     if exact:
         texts.append(
-            f"In {join([pretty(stage) for stage in exact])} it is exactly 1 because the intervention that makes the "
+            f"In {join([_name(stage) for stage in exact])} it is exactly 1 because the intervention that makes the "
             "sink acts there or just before: that checks the machinery, and is no evidence for the claim."
         )
     return texts
@@ -204,7 +205,7 @@ def _mechanisms(grouped: Groups) -> list[str]:
         (("not measured", "no prediction"), "Not tested"),
     ):
         chosen = [(key, items) for key, items in grouped.items() if overall(items) in wanted]
-        named = [f"{pretty(edit)} of {pretty(stage)} ({_numbers(items)})" for (stage, edit), items in chosen]
+        named = [f"{_name(edit)} of {_name(stage)} ({_numbers(items)})" for (stage, edit), items in chosen]
         if named:
             texts.append(f"{lead}: {join(named, '; ')}.")
     return texts
@@ -216,16 +217,20 @@ def _controls(found: Sequence[Finding]) -> list[str]:
     off = [item for item in found if item.verdict != "agrees"]
     text = f"{len(found) - len(off)} of {len(found)} controls came out as they should."
     if off:
-        named = [f"{pretty(i.control)} for {pretty(i.edit)} of {pretty(i.stage)} ({_numbers([i])})" for i in off]
+        named = [f"{_name(i.control)} for {_name(i.edit)} of {_name(i.stage)} ({_numbers([i])})" for i in off]
         text += f" Not so: {join(named, '; ')}. Read the effects that they belong to with that in mind."
     return [text]
 
 
 def _listed(found: Sequence[Finding]) -> str:
-    return join([f"{pretty(item.stage)} ({_numbers([item])})" for item in found], "; ")
+    return join([f"{_name(item.stage)} ({_numbers([item])})" for item in found], "; ")
 
 
 def _numbers(found: Sequence[Finding]) -> str:
     effects = ", ".join(f"{item.direction} {effect_text(item.effect)}" for item in found)
     predicted = [number(item.predicted) for item in found if np.isfinite(item.predicted)]
     return f"{effects}; predicted {' and '.join(predicted)}" if predicted else effects
+
+
+def _name(name: object) -> str:
+    return isolated(pretty(name))

@@ -293,9 +293,19 @@ def run_analysis(analysis: Analysis, study: Study, **options: Any) -> AnalysisRe
         findings=findings,
         figure=figure,
         config=config_of(analysis, study, options),
-        provenance=study.provenance,
+        provenance={**study.provenance, **_formation(study)},
         seconds=time.perf_counter() - began,
     )
+
+
+def _formation(study: Study) -> dict[str, Any]:
+    """Where the sink forms, if the analysis asked for it."""
+    found = vars(study).get("formation")
+    if found is None:
+        return {}
+    positions = sorted(set(found.sink_positions))
+    named = {"layer": found.layer, "super_neurons": list(found.neurons), "outlier_dims": list(found.dims)}
+    return {"formation": {**named, "sink_positions": positions}}
 
 
 def config_of(analysis: Analysis, study: Study, options: Mapping[str, Any]) -> dict[str, Any]:

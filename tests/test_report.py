@@ -157,6 +157,19 @@ def test_numbers_read_well():
     assert [seconds_text(x) for x in (0.5, 134.5, 7300)] == ["0.500 s", "2 min 14 s", "2 h 1 min"]
 
 
+def test_what_a_model_does_not_allow_is_said():
+    result = made_result()
+    result.config["not_applicable"] = {"w_o_alignment/reading_subspace": "a norm stands behind the MLP"}
+    assert "W_O alignment, reading subspace: a norm stands behind the MLP" in Parsed(render(result)).text
+
+
+def test_names_from_right_to_left_do_not_carry_a_sentence_along():
+    result = made_result()
+    result.scores["stage"] = [stage.replace("qk_locking", "שלום") for stage in result.scores.stage]
+    said = " ".join(sentence for _, sentences in summary(result)[1] for sentence in sentences)
+    assert "\u2068שלום\u2069 (denoise 1.370" in said
+
+
 def test_command_is_shown_as_it_was_given():
     result = made_result()
     assert "sl.run_chain(" in render(result)

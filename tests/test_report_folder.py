@@ -20,6 +20,7 @@ from sinklens.errors import InputError
 from sinklens.report_page import report
 from tests.made_results import made_analysis, made_result, put
 from tests.parsed import Parsed
+from tests.tiny import tiny_model
 
 pytest.importorskip("plotly")
 pytest.importorskip("circuitsvis")
@@ -152,6 +153,42 @@ def test_a_part_of_the_wrong_shape_is_listed_or_shown(tmp_path, file, change):
     text = Parsed(report(tmp_path).read_text(encoding="utf-8")).text
     assert "Title of fine" in text
     assert "damaged" in text or "verdict" in change
+
+
+def test_a_run_inside_a_run_is_left_out_and_said(tmp_path):
+    put(tmp_path, fine=made_analysis("fine"))
+    put(tmp_path / "inner", deep=made_analysis("deep"))
+    (tmp_path / "inner" / "run.json").write_text("{}")
+    assert told(tmp_path) == {"inner": ("left out", "it holds a run of its own: report that folder by itself")}
+
+
+def test_the_formation_comes_from_whatever_part_has_it(tmp_path):
+    made = made_analysis("a")
+    found = {"layer": 7, "super_neurons": [3], "outlier_dims": list(range(8)), "sink_positions": [0, 2]}
+    made.provenance["formation"] = found
+    put(tmp_path, a=made, b=made_analysis("b"))
+    text = "block 7; sink at position 0, 2; super neurons 3; outlier dimensions 0, 1, 2, 3, 4, 5, …"
+    assert text in Parsed(report(tmp_path).read_text(encoding="utf-8")).text
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_an_analysis_keeps_the_formation_that_it_asked_for(asks):
+    model = tiny_model("llama")
+    batch = sl.prompts.from_tokens(model, [[5, 6, 7, 8, 9, 10, 11, 12]] * 2)
+    study = sl.Study(model, batch, given={"layer": 1, "super_neurons": [3, 7], "outlier_dims": [2]})
+    holds = made_analysis().findings
+
+    def run(study: sl.Study) -> sl.Findings:
+        return holds if not asks or study.formation else holds
+
+    result = sl.run_analysis(
+        sl.Analysis("a", "A", "It is.", run, lambda _: sl.viz.points(holds.table, "x", "y")), study
+    )
+    expected = {"layer": 1, "super_neurons": [3, 7], "outlier_dims": [2], "sink_positions": [0]}
+    found = result.provenance.get("formation", {})
+    assert {**found, "super_neurons": sorted(found.get("super_neurons", [])), "sink_positions": [0]} == (
+        expected if asks else {"super_neurons": [], "sink_positions": [0]}
+    )
 
 
 def test_mixed_set_ups_are_told_apart(tmp_path):
