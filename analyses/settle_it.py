@@ -5,8 +5,9 @@
 What would settle the dispute: at the sink's own position the super neurons are silenced (set to zero, or to their mean
 over ordinary positions), or write as much as before but in a random direction (their rows of W_out rotated: norms and
 mutual angles stay, sparsity goes); nothing else is touched. "Removed" is how much of the sink's attention above that of
-ordinary positions is lost. The least effective of these edits decides and must remove more than half, while the same
-edits of as many random neurons remove less than a tenth. The strongest other neurons at the sink are a harder control.
+ordinary positions is lost. Every one of these edits must remove more than half, and the same edits of as many random
+neurons less than a tenth; the strongest other neurons at the sink are a harder control. One rotation differs from the
+next by more than one prompt does, so the interval of the dense rows is over rotations.
 
 The natural sink decides. A sink that is induced by masking a token is treated alike; and all later blocks are read too,
 because a sink that comes back is not removed.
@@ -29,84 +30,80 @@ SUPER, RANDOM, STRONGEST = "super neurons", "random neurons", "strongest other n
 EDITS = ZERO, MEAN, DENSE = "zero", "mean", "densified"
 NATURAL, LATER, INDUCED = "natural sink", "natural sink, all later blocks", "induced sink"
 KEYS = ["sink", "neurons", "edit"]
-Where = tuple[tuple[int, ...], ...]
-Cases = list[tuple[dict[str, Any], sl.Patch]]
+Case = tuple[dict[str, Any], sl.HookSite, edits.Edit, tuple[int, ...] | None]
 
 
 def run(
     study: sl.Study,
     *,
     scales: Annotated[tuple[float, ...], "factors on the super neurons' activations"] = (0, 0.25, 0.5, 0.75),
-    draws: Annotated[int, "rotations, and sets of random neurons"] = 3,
+    rotations: Annotated[int, "random rotations of the super neurons' rows"] = 10,
+    draws: Annotated[int, "sets of random neurons"] = 3,
     positions: Annotated[tuple[int, ...], "positions for the induced sink: the last that fits is taken"] = (5, 10),
+    few_prompts: Annotated[int, "prompts for the induced sink, and for all later blocks"] = 8,
 ) -> sl.Findings:
-    near, far, kinds, note = study.after_formation(), study.after_formation(None), EDITS, ""
+    layer, near, kinds, note = study.formation.layer, study.after_formation(), EDITS, ""
     try:
-        sl.models.check_writes_directly(study.model, study.formation.layer)
+        sl.models.check_writes_directly(study.model, layer)
     except sl.NotApplicableError:
         kinds, note = (ZERO, MEAN), " The model normalises what its MLPs write, so rows cannot be made dense."
-    post = study.activations(sites.MLP_POST, (study.formation.layer,))[study.formation.layer].float().cpu()
-    every = cases(study, study.sink, post, kinds, scales, draws)
-    few = [x for x in every if x[0]["draw"] == 0 and x[0]["edit"] in kinds and x[0]["neurons"] != STRONGEST]
+    every, few = cases(study, kinds, scales, rotations, draws), study.first(few_prompts)
+    own = [case for case in every if case[0]["neurons"] == SUPER]
     tables = [measure(study, study.sink, every, near).assign(sink=NATURAL)]
-    tables.append(measure(study, study.sink, few, far).assign(sink=LATER))
+    tables += [measure(few, few.sink, own, study.after_formation(None)).assign(sink=LATER)]
     try:
-        where = ((study.targets(positions)[-1],),) * study.batch.n
+        where = ((study.targets(positions)[-1],),) * few.batch.n
         mask = sl.Patch(sites.PATTERN, study.up_to_formation, where, edits.AttendSelf())
-        few = cases(study, where, post, kinds, (), 1)
-        tables.append(measure(study, where, few, near, mask).assign(sink=INDUCED))
+        tables.append(measure(few, where, every, near, mask).assign(sink=INDUCED))
     except sl.InputError as error:
         note += f" The induced sink is left out: {error}."
     table: Any = pd.concat(tables, ignore_index=True)
-    found = {key: study.mean(by_prompt(rows, "removed")) for key, rows in table.groupby(KEYS)}
-    removed = min((found[NATURAL, SUPER, edit] for edit in kinds), key=lambda x: x.value)
-    control = max((found[NATURAL, RANDOM, edit] for edit in kinds), key=lambda x: x.value)
+    found = {key: estimate(rows, "removed", study.seed) for key, rows in table.groupby(KEYS)}
+    removed = [found[NATURAL, SUPER, edit] for edit in kinds]
+    control = max((found[NATURAL, RANDOM, edit] for edit in kinds), key=lambda x: x.high)
     verdict = sl.verdict(
         CLAIM,
-        f"share of the natural sink's attention removed by the least effective of: {', '.join(kinds)}",
-        removed,
-        "the most effective of the same edits, of as many random neurons",
+        f"share of the natural sink's attention removed, by the edit whose interval reaches lowest: {', '.join(kinds)}",
+        min(removed, key=lambda x: x.low),
+        "the same for as many random neurons, by the edit whose interval reaches highest",
         control,
-        f"holds when the interval lies above {MOST} and the control's below {LITTLE}",
-        holds=removed.above(MOST) and control.below(LITTLE),
+        f"holds when the intervals of all edits lie above {MOST} and the control's below {LITTLE}",
+        holds=all(x.above(MOST) for x in removed) and control.below(LITTLE),
     )
     numbers = {f"removed, {', '.join(key)}": x for key, x in found.items() if key[1] in (SUPER, STRONGEST)}
     for column in ("residual norm", "massive activations"):
         for edit in ("none", *kinds):
             rows = table[(table.sink == NATURAL) & table.neurons.isin(("none", SUPER)) & (table.edit == edit)]
-            numbers[f"{column} of the natural sink, {edit}"] = study.mean(by_prompt(rows, column))
-    caption = "What each edit removes of the sink's attention (mean over prompts, with its 95% interval)." + note
+            numbers[f"{column} of the natural sink, {edit}"] = estimate(rows, column, study.seed)
+    caption = "What each edit removes of the sink's attention (means with 95% intervals)." + note
     return sl.Findings(verdict, table, caption, numbers)
 
 
-def cases(study: sl.Study, where: Where, post: Tensor, kinds: tuple, scales: tuple, draws: int) -> Cases:
-    """Every edit at ``where``; ``post`` is the clean run's activations, ``[prompt, pos, d_mlp]``."""
+def cases(study: sl.Study, kinds: tuple, scales: tuple, rotations: int, draws: int) -> list[Case]:
+    """Every edit of every set of neurons, as (labels, site, edit, units)."""
     layer, neurons = study.formation.layer, study.formation.neurons
-    at_sink = post[range(study.batch.n), study.sinks].abs().mean(0).index_fill(0, torch.tensor(neurons), -1)
-    sets = [(SUPER, i, neurons) for i in range(draws)]
+    post = study.activations(sites.MLP_POST, (layer,))[layer].float().cpu()  # [prompt, pos, d_mlp]
+    usual, at_sink = post[study.ordinary].mean(0), post[range(study.batch.n), study.sinks].abs().mean(0)
+    strongest = at_sink.index_fill(0, torch.tensor(neurons), -1).topk(len(neurons)).indices.tolist()
+    sets = [(SUPER, i, neurons) for i in range(rotations)] + [(STRONGEST, 0, tuple(strongest))]
     sets += [(RANDOM, i, units) for i, units in enumerate(study.other_neurons("settle_it/random", draws))]
-    sets += [(STRONGEST, 0, tuple(at_sink.topk(len(neurons)).indices.tolist()))]
-    mean, origin = post[study.ordinary].mean(0), torch.zeros_like(at_sink)
-    found: Cases = []
-
-    def add(who: str, draw: int, units: tuple[int, ...] | None, edit: edits.Edit, site: sl.HookSite) -> None:
-        labels = {"neurons": who, "edit": edit.name, "draw": draw}
-        found.append((labels, sl.Patch(site, (layer,), where, edit, units, allow_unchanged=True)))
-
+    found: list[Case] = []
     for who, draw, units in sets:
         rows = study.weights(layer).W_out.detach()[list(units)].float()
+        silent = [edits.Constant(ZERO), edits.Constant(MEAN, {layer: usual})]
+        if who != SUPER or draw == 0:  # of the super neurons only the rotation is drawn
+            found += [({"neurons": who, "edit": e.name, "draw": draw}, sites.MLP_POST, e, units) for e in silent]
         if DENSE in kinds:
             turned = edits.rotate_rows(rows, study.generator(f"settle_it/{who}/{draw}"))
-            add(who, draw, None, edits.DensifyRows(DENSE, units, rows, turned), sites.MLP_OUT)
-        if who != SUPER or draw == 0:  # of the super neurons only the rotation is drawn
-            add(who, draw, units, edits.Constant(ZERO), sites.MLP_POST)
-            add(who, draw, units, edits.Constant(MEAN, {layer: mean}), sites.MLP_POST)
+            edit = edits.DensifyRows(DENSE, units, rows, turned)
+            found.append(({"neurons": who, "edit": DENSE, "draw": draw}, sites.MLP_OUT, edit, None))
     for s in sorted(set(scales) - {0}):
-        add(SUPER, 0, neurons, edits.Rescale(f"times {s:g}", {layer: origin}, {layer: torch.tensor(s)}), sites.MLP_POST)
+        edit = edits.Rescale(f"times {s:g}", {layer: torch.zeros_like(usual)}, {layer: torch.tensor(float(s))})
+        found.append(({"neurons": SUPER, "edit": edit.name, "draw": 0}, sites.MLP_POST, edit, neurons))
     return found
 
 
-def measure(study: sl.Study, where: Where, cases: Cases, layers: tuple[int, ...], *roots: sl.Patch) -> pd.DataFrame:
+def measure(study: sl.Study, where: tuple, cases: list[Case], layers: tuple[int, ...], *roots: sl.Patch) -> Any:
     """Attention to the sink and to ordinary tokens, and the sink's residual after formation, in every case."""
     n, block, at, resid = study.batch.n, (study.formation.layer,), torch.tensor(where)[:, 0], sites.RESID_POST
     ordinary = study.ordinary.float().scatter(1, at[:, None], 0)
@@ -120,25 +117,29 @@ def measure(study: sl.Study, where: Where, cases: Cases, layers: tuple[int, ...]
         readouts.vector_readout("residual norm", resid, block, where, n, lambda x, _: metrics.vector_norm(x)),
         sl.Readout("massive activations", resid, block, massive),
     ]
-    found = study.run([patch for _, patch in cases], measured, {"base": roots})
+    patches = [sl.Patch(site, block, where, edit, units, allow_unchanged=True) for _, site, edit, units in cases]
+    found = study.run(patches, measured, {"base": roots})
     untouched = {"base": {"neurons": "none", "edit": "none", "draw": 0}}
-    table = sl.analysis.patch_table(found, [labels for labels, _ in cases], untouched)
+    table = sl.analysis.patch_table(found, [case[0] for case in cases], untouched)
     before, usual = (found.runs["base"][name].numpy()[table.prompt] for name in ("attention", "ordinary"))
     return table.assign(removed=(before - table.attention) / (before - usual))
 
 
-def by_prompt(rows: Any, column: str) -> list[float]:
-    return rows.groupby("prompt")[column].mean().tolist()
+def estimate(rows: Any, column: str, seed: int) -> sl.Estimate:
+    """Mean with its interval over prompts; over rotations where these are what differs."""
+    rotated = set(rows.edit) == {DENSE} and set(rows.neurons) == {SUPER}
+    return sl.statistics.mean_estimate(rows.groupby("draw" if rotated else "prompt")[column].mean().tolist(), seed)
 
 
 def draw(findings: sl.Findings):
     table: Any = findings.table.query("neurons != 'none'")
-    means = {key: sl.statistics.mean_estimate(by_prompt(rows, "removed"), 0) for key, rows in table.groupby(KEYS)}
-    rows = [(*key, x.value, x.low, x.high) for key, x in means.items()]
-    shown = pd.DataFrame(rows, columns=[*KEYS, "share removed", "low", "high"])
-    y = "share removed"
+    means = {key: estimate(rows, "removed", 0) for key, rows in table.groupby(KEYS, sort=False)}
+    ends = [(*key, x.value, x.low, x.high) for key, x in means.items()]
+    shown, y = pd.DataFrame(ends, columns=[*KEYS, "share removed", "low", "high"]), "share removed"
     figure = sl.viz.bars(shown, "edit", y, series="neurons", low="low", high="high", facet="sink", titles={"edit": ""})
-    return figure.update_xaxes(categoryorder="array", categoryarray=[*sorted(set(shown.edit) - set(EDITS)), *EDITS])
+    order = [*sorted(set(shown.edit) - set(EDITS), reverse=True), *EDITS]
+    figure.update_xaxes(categoryorder="array", categoryarray=order, showticklabels=True)
+    return sl.viz.mark(figure, y=MOST)
 
 
 ANALYSIS = sl.Analysis(

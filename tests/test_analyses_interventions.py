@@ -375,7 +375,7 @@ def test_the_planted_sink_goes_with_its_neuron(monkeypatch):
     assert found.verdict.outcome == "holds"
     assert found.verdict.estimate.value == pytest.approx(1 - left, abs=1e-5)
     assert found.verdict.control_estimate.value == pytest.approx(0, abs=1e-5)
-    assert found.verdict.statistic.endswith("zero, mean") and "cannot be made dense" in found.caption
+    assert found.verdict.statistic.endswith("lowest: zero, mean") and "cannot be made dense" in found.caption
     numbers = found.numbers
     assert numbers["removed, natural sink, all later blocks, super neurons, zero"].value == pytest.approx(1 - left)
     # As a query the induced sink still spreads its own attention, on ordinary tokens too: so a little more than all.
@@ -406,7 +406,7 @@ def test_the_sink_stays_when_the_wrong_neuron_goes():
 def test_settling_it_by_another_way(tiny_llama):
     """Plain hooks and caches, for the natural and the induced sink, every edit and every set of neurons."""
     study, k, draws = tiny(tiny_llama), 10, 2
-    table = findings("settle_it", study, positions=(k,), draws=draws, scales=(0, 0.5)).table
+    table = findings("settle_it", study, positions=(k,), draws=draws, rotations=draws, scales=(0, 0.5)).table
     names = {f"blocks.{b}.attn.hook_pattern" for b in AFTER} | {"blocks.1.mlp.hook_post", "blocks.1.hook_resid_post"}
     clean = cache_of(tiny_llama, study.batch.tokens, [], names)
     post, every = clean["blocks.1.mlp.hook_post"], torch.arange(4)
@@ -444,7 +444,7 @@ def test_settling_it_by_another_way(tiny_llama):
             removed = (base["attention"] - found["attention"]) / (base["attention"] - base["ordinary"])
             np.testing.assert_allclose(rows.sort_values("prompt").removed, removed, rtol=1e-3, atol=1e-3)
             checked += 1
-    assert checked == (1 + 5 + 6 + 3) + (1 + 3 + 3) + (1 + 9)
+    assert checked == (1 + 5 + 6 + 3) + (1 + 5) + (1 + 5 + 6 + 3)
 
 
 def changed(edit: str, units: list[int], where: Tensor, mean: Tensor, turned: Tensor) -> list:
@@ -469,14 +469,29 @@ def changed(edit: str, units: list[int], where: Tensor, mean: Tensor, turned: Te
     return hooks + ([("blocks.1.hook_mlp_out", at_out)] if edit == "densified" else [])
 
 
-def test_the_verdict_is_of_the_least_effective_edit(tiny_llama):
+def test_every_edit_must_remove_most_of_the_sink(tiny_llama):
+    """The verdict shows the edit whose interval reaches lowest, and of the control the one that reaches highest."""
     found = findings("settle_it", tiny(tiny_llama))
     edits = ("zero", "mean", "densified")
-    values = [found.numbers[f"removed, natural sink, super neurons, {edit}"].value for edit in edits]
-    assert found.verdict.estimate.value == min(values) < max(values)
+    removed = [found.numbers[f"removed, natural sink, super neurons, {edit}"] for edit in edits]
+    assert found.verdict.estimate.low == min(x.low for x in removed) < max(x.low for x in removed)
     natural = found.table[(found.table.sink == "natural sink") & (found.table.neurons == "random neurons")]
-    most = natural.groupby("edit").removed.mean().max()
-    assert found.verdict.control_estimate.value == pytest.approx(most, abs=1e-6)
+    means = natural.groupby(["edit", "prompt"]).removed.mean()
+    highs = [sl.statistics.mean_estimate(means[edit].tolist(), 0).high for edit in edits]
+    assert found.verdict.control_estimate.high == pytest.approx(max(highs))
+
+
+def test_the_interval_of_dense_rows_is_over_rotations(tiny_llama):
+    """One rotation has none, so that it cannot settle anything; the ablations have one over prompts."""
+    for rotations in (1, 6):
+        found = findings("settle_it", tiny(tiny_llama), rotations=rotations)
+        dense = found.numbers["removed, natural sink, super neurons, densified"]
+        assert dense.n == rotations and np.isnan(dense.low) == (rotations == 1)
+        assert found.numbers["removed, natural sink, super neurons, zero"].n == 4
+    rows = found.table[(found.table.sink == "natural sink") & (found.table.neurons == "super neurons")]
+    rows = rows[rows.edit == "densified"]
+    assert rows.groupby("draw").removed.mean().std() > 0.01
+    assert dense.value == pytest.approx(rows.removed.mean(), abs=1e-6)
 
 
 def test_rows_are_not_made_dense_where_a_norm_stands_behind_the_mlp():
