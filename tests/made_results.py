@@ -24,6 +24,7 @@ HOSTILE = [
     "‮abc",
     "\n",
     "<!--<script>",
+    "<img/src=x/onerror=window.hacked=1>",  # CircuitsVis spoils the one with spaces
 ]
 """Tokens that try to be more than text."""
 LONG = "x" * 10_000

@@ -188,7 +188,7 @@ def test_a_token_shows_its_value_when_it_is_pointed_at(show, page):
     assert len(set(colours)) > 20  # the more, the stronger
     ActionChains(shown.driver).move_to_element(tokens[3]).perform()
     tip = shown.wait(lambda: shown.all("[data-popper-placement]"))[0]
-    assert tip.text.split() == ["🙂", "0.129"]  # 4 of 31
+    assert tip.text.split() == ["🙂", "0.125"]  # 4 of 32
 
 
 def test_dark_is_dark_and_readable(show, page):
@@ -207,6 +207,11 @@ def test_dark_is_dark_and_readable(show, page):
             assert found is None or contrast(*found) > 4.5, (kind, dark)
         ticks = shown.run("return [...document.querySelectorAll('.xtick text')].map(t => getComputedStyle(t).fill)")
         assert ticks and all(contrast(colour, ground) > 4.5 for colour in set(ticks))
+        marks = shown.run(
+            "return [...document.querySelectorAll('[data-figure=chain-scores] .scatterlayer .point')]"
+            ".map(p => getComputedStyle(p).stroke)"
+        )
+        assert marks and all(contrast(colour, ground) > 4.5 for colour in set(marks))  # what the claim predicts
         box = shown.run("return getComputedStyle(document.querySelector('.diagram svg text')).fill")
         assert contrast(box, ground) > 4.5
 
