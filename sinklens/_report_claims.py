@@ -110,10 +110,6 @@ def counted(claims: Sequence[Claim]) -> str:
     counts = {outcome: sum(item.outcome == outcome for item in claims) for outcome in OUTCOMES}
     if not claims:
         return ""
-    if len(claims) == 1:
-        return {"holds": "The claim holds.", "does not hold": "The claim does not hold."}.get(
-            claims[0].outcome, "The claim could not be measured."
-        )
     failed, unknown = counts["does not hold"], counts["not measurable"]
     said = [f"{counts['holds']} hold" + ("s" if counts["holds"] == 1 else "")]
     said += [f"{failed} {'does' if failed == 1 else 'do'} not hold"]

@@ -81,7 +81,7 @@ def _sources(gathered: Gathered) -> list[tuple[str, Mapping[str, Any], Mapping[s
 def _prompts(config: Mapping[str, Any], _provenance: Mapping[str, Any]) -> str | None:
     if "prompts" not in config:
         return None
-    return f"{config.get('n_prompts')} of {config.get('length')} tokens: {config['prompts']}"
+    return f"{config.get('n_prompts')} prompts of {config.get('length')} tokens: {config['prompts']}"
 
 
 def _distinct(values: Sequence[tuple[str, object]]) -> list[str]:

@@ -62,17 +62,21 @@ def test_a_verdict_that_is_none_of_the_three_is_damage(tmp_path):
     assert "none of holds, does not hold and not measurable" in Parsed(page).text
 
 
-@pytest.mark.parametrize("number", [1, 3])
-def test_claims_are_counted(number):
+def test_claims_are_counted():
     part, result = of_result(made_analysis()).analyses[0]
-    claims = [claim(part, result, "a")] * number
-    assert counted(claims) in ("The claim holds.", "Of 3 claims put to the test by analyses, 3 hold and 0 do not hold.")
+    holds = claim(part, result, "a")
+    fails, unknown = replace(holds, outcome="does not hold"), replace(holds, outcome="not measurable")
+    start = "claims put to the test by analyses"
+    assert counted([holds] * 3) == f"Of 3 {start}, 3 hold and 0 do not hold."
+    assert counted([holds, fails, unknown]) == f"Of 3 {start}, 1 holds, 1 does not hold and 1 could not be measured."
+    assert counted([]) == ""
 
 
 def test_an_analysis_s_own_folder_has_no_chain(tmp_path):
     made_analysis().save(tmp_path / "onset")
     parsed = Parsed(report(tmp_path / "onset").read_text(encoding="utf-8"))
     assert "Title of onset" in parsed.text and "Where the sink sets in" not in parsed.text
+    assert "2 prompts of 8 tokens: passages" in parsed.text
     assert not any(tag in ("iframe", "svg") for tag, _ in parsed.tags)
     assert [a["data-figure"] for _, a in parsed.tags if "data-figure" in a] == ["analysis-onset"]
     assert "circuitsvis" not in parsed.text.lower()
