@@ -29,7 +29,8 @@ FOLDER = Path(__file__).parents[1] / "analyses"
 
 def study(**changes: Any) -> Study:
     model = tiny_model("llama")
-    return Study(model, from_tokens(model, tiny_tokens(3, 16)), **({"given": dict(GIVEN)} | changes))
+    settings: dict[str, Any] = {"given": dict(GIVEN)} | changes
+    return Study(model, from_tokens(model, tiny_tokens(3, 16)), **settings)
 
 
 def simple(

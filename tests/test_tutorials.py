@@ -1,6 +1,7 @@
 """What is committed of the tutorials can be read without running them. `pytest --nbmake tutorials` runs them.
 
-`python -m tests.test_tutorials [NAME ...]` runs them and writes their outputs back in the form that these tests ask for.
+`python -m tests.test_tutorials [NAME ...]` runs them and writes their outputs back in the form that these tests ask
+for.
 """
 
 from __future__ import annotations
