@@ -184,9 +184,9 @@ def check_folder(out: Path) -> None:
     Raises:
         InputError: it is a file, holds something else, or cannot be written.
     """
-    check_out(out, force=True)
     if out.is_dir() and any(out.iterdir()) and not (out / "run.json").is_file():
         raise InputError(f"{out} is not the folder of an earlier run: choose another --out")
+    check_out(out, force=True)
 
 
 def _earlier(out: Path) -> dict[str, Part]:
