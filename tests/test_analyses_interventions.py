@@ -481,6 +481,33 @@ def test_every_edit_must_remove_most_of_the_sink(tiny_llama):
     assert found.verdict.control_estimate.high == pytest.approx(max(highs))
 
 
+@pytest.mark.parametrize(
+    ("zero", "dense", "control", "holds", "shown"),
+    [
+        ((0.6, 0.55, 0.65), (0.7, 0.4, 0.9), (0.0, -0.01, 0.01), False, "dense"),  # larger, and less sure
+        ((0.6, 0.45, 0.65), (0.9, 0.8, 1.0), (0.0, -0.01, 0.01), False, "zero"),
+        ((0.6, 0.55, 0.65), (0.9, 0.8, 1.0), (0.0, -0.01, 0.01), True, "zero"),
+        ((0.6, 0.55, 0.65), (0.9, 0.8, 1.0), (0.05, 0.0, 0.11), False, "zero"),
+    ],
+)
+def test_the_rule(tiny_llama: Any, zero: Any, dense: Any, control: Any, holds: bool, shown: str):
+    analysis = load_analysis("settle_it")
+    ends = {"zero": sl.Estimate(*zero), "mean": sl.Estimate(0.99, 0.98, 1.0), "densified": sl.Estimate(*dense)}
+
+    def estimate(rows: Any, _column: str, _seed: int) -> sl.Estimate:
+        row = rows.iloc[0]
+        usual = sl.Estimate(0.0, 0.0, 0.0)
+        if row.neurons == "random neurons" and row.edit == "mean":
+            return sl.Estimate(*control)
+        return ends.get(row.edit, usual) if row.neurons == "super neurons" else usual
+
+    analysis.run.__globals__["estimate"] = estimate  # the analysis is loaded anew for every test
+    found = sl.run_analysis(analysis, tiny(tiny_llama), rotations=1, draws=1).findings.verdict
+    assert found.outcome == ("holds" if holds else "does not hold")
+    assert found.estimate == (ends["zero"] if shown == "zero" else ends["densified"])
+    assert found.control_estimate is not None and found.control_estimate.value == control[0]
+
+
 def test_the_interval_of_dense_rows_is_over_rotations(tiny_llama):
     """One rotation has none, so that it cannot settle anything; the ablations have one over prompts."""
     for rotations in (1, 6):
