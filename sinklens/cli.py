@@ -243,7 +243,10 @@ def report(
 @app.command()
 def models(
     capabilities: Annotated[
-        str | None, typer.Option(help="Try every stage and analysis on a model, or on a family: llama, qwen2, gpt2, gpt_neox, gemma2, ...")
+        str | None,
+        typer.Option(
+            help="Try every stage and analysis on a model, or on a family: llama, qwen2, gpt2, gpt_neox, gemma2, ..."
+        ),
     ] = None,
     backend: BackendOption = Backend.auto,
     as_json: JsonOption = False,
