@@ -29,9 +29,7 @@ CLAIM = (
     "The sink's key is aligned with the queries' principal direction, and heads with high alignment give it a positive "
     "score almost always."
 )
-ROT_Q = sl.HookSite("blocks.{layer}.attn.hook_rot_q", sites.Q.axes)
-ROT_K = sl.HookSite("blocks.{layer}.attn.hook_rot_k", sites.K.axes)
-SITES = {"before": (sites.Q, sites.K), "after": (ROT_Q, ROT_K)}
+SITES = {"before": (sites.Q, sites.K), "after": (sites.ROT_Q, sites.ROT_K)}
 QUANTITIES = ("alignment", "positive share", "attention received")
 ALIGNED, ALMOST_ALWAYS, N_PERMUTATIONS = 0.5, 0.9, 2000
 

@@ -25,7 +25,6 @@ import sinklens as sl
 from sinklens import sites
 
 CLAIM = "Of all tokens the sink alone is high on both factors of the super neurons, the gate and the linear branch."
-LN2_NORMALIZED = sl.HookSite("blocks.{layer}.ln2.hook_normalized", ("batch", "pos", "d_model"))
 
 
 def run(
@@ -77,8 +76,8 @@ def factors(study: sl.Study, layer: int, neurons: list[int]) -> tuple[Tensor, Te
         linear = x @ w_up
         return torch.stack([cosine, linear.abs() if gated else linear])
 
-    own_norm = sl.models.has_hook(study.model, LN2_NORMALIZED.at(layer))
-    site = LN2_NORMALIZED if own_norm else sites.LN1_NORMALIZED
+    own_norm = sl.models.has_hook(study.model, sites.LN2_NORMALIZED.at(layer))
+    site = sites.LN2_NORMALIZED if own_norm else sites.LN1_NORMALIZED
     readout = sl.Readout("factors", site, (layer,), lambda x, rows: reduce(x, rows).movedim(0, -1))
     cosine, linear = study.measure([readout])["factors"][0].unbind(-1)
     return cosine, linear

@@ -14,7 +14,6 @@ from torch import Tensor
 from sinklens import edits, readouts, sites
 from sinklens.engine import PatchRunner, run_patches
 from sinklens.packed import PackedJob, unpackable
-from sinklens.packed.forward import ROT_K
 from sinklens.packed.points import SITES
 from sinklens.patches import Patch, Readout, Source
 from sinklens.sites import HookSite
@@ -216,7 +215,7 @@ def test_a_transplanted_key_after_rotation() -> None:
     """The keys that rows take from the prefix are those after rotation, and can be edited there."""
     model = model_of("llama")
     tokens, wanted = tokens_for(model), [readouts.attention_received("r", (2, 3), (4,), N)]
-    patches = [Patch(ROT_K, (2,), (4,), TRANSPLANT, source=Source("other"))]
+    patches = [Patch(sites.ROT_K, (2,), (4,), TRANSPLANT, source=Source("other"))]
     result = run_patches(model, tokens, patches, wanted, runs=RUNS)
     slow = OneAtATime(model, tokens, wanted, RUNS)
     expected = [slow(patches[0], prompt)[0] for prompt in range(N)]

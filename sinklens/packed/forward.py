@@ -10,9 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention, softmax
 from sinklens.packed.layout import Layout
 from sinklens.packed.points import PATTERN, SCORES, SITES, Points
 from sinklens.packed.weights import Norm, PackedBlock, PackedModel
-from sinklens.sites import LOGITS, RESID_PRE, HookSite, K, V
-
-ROT_K = HookSite("blocks.{layer}.attn.hook_rot_k", K.axes)
+from sinklens.sites import LOGITS, RESID_PRE, ROT_K, HookSite, K, V
 
 
 def keys_site(model: PackedModel) -> HookSite:
