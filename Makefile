@@ -1,7 +1,8 @@
 # Everything runs from .venv, which is made on first use and touched again only when a requirement changes.
 #
-#   make chain   the main job on the default model     make check   what CI runs: lint, types, tests
-#   make test    the tests                             make clean   remove the environments
+#   make chain   the main job on the default model     make check      what CI runs: lint, types, tests
+#   make test    the tests                             make benchmark  time a sweep beside other libraries
+#   make clean   remove the environments
 #
 # PYTHON=python3.12 picks another interpreter; ARGS="--length 32" adds options to the main job or to pytest.
 
@@ -15,11 +16,11 @@ REQUIREMENTS := pyproject.toml constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help chain test lint types check format clean
+.PHONY: help chain test lint types check format benchmark clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,6s/^# *//p' Makefile
+	@sed -n '3,7s/^# *//p' Makefile
 
 chain: $(VENV)/.installed
 	$(BIN)/sinklens chain --model smollm2 --target 10 --length 64 --out $(OUT) --force $(ARGS)
@@ -30,6 +31,7 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 types: $(VENV)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -39,6 +41,9 @@ check: lint types test
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmark $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-tl4

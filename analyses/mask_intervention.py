@@ -22,7 +22,7 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens import edits, metrics, sites
-from sinklens.analysis import tidy
+from sinklens.analysis.base import tidy
 
 CLAIM = "A token that may attend only to itself up to the formation block becomes a sink."
 BAR, NOTHING = 0.25, 0.05

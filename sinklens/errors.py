@@ -6,7 +6,10 @@ without a traceback and exits with status 2. `EngineError` is ours, or a hook's:
 
 from __future__ import annotations
 
-__all__ = ["EngineError", "InputError", "NoSinkError", "NotApplicableError"]
+import importlib
+from types import ModuleType
+
+__all__ = ["EngineError", "InputError", "NoSinkError", "NotApplicableError", "need"]
 
 
 class InputError(ValueError):
@@ -23,3 +26,18 @@ class NotApplicableError(InputError):
 
 class EngineError(RuntimeError):
     """A run broke a promise of the engine: an unknown hook name, a hook that never fired, a value not finite."""
+
+
+def need(name: str, extra: str = "viz") -> ModuleType:
+    """Import an optional module, which the extra ``extra`` installs.
+
+    Raises:
+        InputError: when its package is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise  # it is installed, but broken: that is not for us to explain
+        raise InputError(f"{package} is not installed: pip install 'sinklens[{extra}]'") from error

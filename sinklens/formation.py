@@ -21,21 +21,24 @@ verdict.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens import metrics
-from sinklens.capture import ActivationStore, Want, capture_runs
+from sinklens.engine.capture import ActivationStore, Want, capture_runs
+from sinklens.engine.memory import row_budget
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
-from sinklens.memory import row_budget
-from sinklens.models import Model, block_weights, check_writes_directly, model_shape
-from sinklens.patches import CLEAN, Readout
+from sinklens.models.view import Model, block_weights, check_writes_directly, model_shape
+from sinklens.patches import CLEAN
 from sinklens.prompts import PromptBatch
+from sinklens.readouts.base import Readout
 from sinklens.sites import ATTN_OUT, MLP_OUT, MLP_POST, PATTERN, RESID_POST, RESID_PRE
 
 
@@ -334,3 +337,39 @@ def _outlier_dims(model, layer, post, added, sinks, neurons, dim_z, given) -> tu
         given = (z >= dim_z).nonzero().flatten().tolist() or [int(z.argmax())]
     dims = [OutlierDim(int(i), float(written[i]), float(z[i])) for i in given]
     return tuple(sorted(dims, key=lambda dim: -abs(dim.written)))
+
+
+def formation_to_json(formation: Formation) -> dict[str, Any]:
+    """A formation as plain lists and dictionaries."""
+    return {**asdict(formation), "profile": formation.profile.to_dict("records")}
+
+
+def formation_from_json(data: Mapping[str, Any]) -> Formation:
+    """The inverse of :func:`formation_to_json`, also of what :func:`to_plain` made of it.
+
+    Raises:
+        LookupError, TypeError: something is missing.
+    """
+    return Formation(
+        layer=data["layer"],
+        sink_positions=tuple(data["sink_positions"]),
+        super_neurons=tuple(_from_plain(SuperNeuron, item) for item in data["super_neurons"]),
+        outlier_dims=tuple(_from_plain(OutlierDim, item) for item in data["outlier_dims"]),
+        events=tuple(_from_plain(FormationEvent, item) for item in data["events"]),
+        profile=_frame(data["profile"]),
+    )
+
+
+_Item = TypeVar("_Item", SuperNeuron, OutlierDim, FormationEvent)
+
+
+def _from_plain(kind: type[_Item], item: Mapping[str, Any]) -> _Item:
+    """The inverse of :func:`to_plain`: a number that JSON could not hold is NaN again."""
+    missing = {f.name: np.nan for f in fields(kind) if f.type == "float" and item[f.name] is None}
+    return kind(**{**item, **missing})
+
+
+def _frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    frame = pd.DataFrame(records)
+    empty = frame.columns[frame.isna().all()]  # a column of nulls alone would hold objects
+    return frame.astype(dict.fromkeys(empty, float))

@@ -10,6 +10,7 @@ nothing about other models.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from scipy import stats
 from torch import Tensor
 
 from sinklens.metrics import position_variance
+from sinklens.records.text import number
 
 N_RESAMPLES = 2000
 """Bootstrap resamples for the interval of a mean."""
@@ -174,3 +176,11 @@ def _finite(values: Values) -> np.ndarray:
     plain = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
     array = np.asarray(plain, dtype=float).ravel()
     return array[np.isfinite(array)]
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """``0.52 [0.48, 0.55], n = 16``."""
+    text = number(estimate.value)
+    if math.isfinite(estimate.low) and math.isfinite(estimate.high):
+        text += f" [{number(estimate.low)}, {number(estimate.high)}]"
+    return f"{text}, n = {estimate.n}"

@@ -17,18 +17,28 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from sinklens import prompts
-from sinklens.capture import Want, capture_runs
-from sinklens.engine import PatchResult, Progress, run_patches
+from sinklens.edits.draws import others
+from sinklens.engine.capture import Want, capture_runs
+from sinklens.engine.memory import row_budget
+from sinklens.engine.run import PatchResult, Progress, run_patches
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation, find_formation
-from sinklens.memory import row_budget
-from sinklens.models import BlockWeights, Model, ModelShape, block_weights, model_shape
-from sinklens.pairs import ordinary_positions
-from sinklens.patches import CLEAN, Patch, Readout, Runs
+from sinklens.models.view import (
+    BlockWeights,
+    Model,
+    ModelShape,
+    block_weights,
+    device_of,
+    model_id,
+    model_shape,
+    weight_digest,
+)
+from sinklens.pairs.pair import ordinary_positions
+from sinklens.patches import CLEAN, Patch, Runs
 from sinklens.prompts import PromptBatch
-from sinklens.provenance import provenance
+from sinklens.readouts.base import Readout
+from sinklens.records.provenance import git_commit, versions
 from sinklens.sites import HookSite
-from sinklens.stages import others
 from sinklens.statistics import Estimate, Values, generator, mean_estimate
 
 
@@ -231,3 +241,18 @@ class Study:
         runs = {"base": tuple(patches)}
         store = capture_runs(self.model, self.batch.tokens, runs, wants, max_rows=self.max_rows)
         return {layer: store.tensor("base", site, layer) for layer in layers}
+
+
+def provenance(model: Model, batch: PromptBatch) -> dict[str, Any]:
+    """Versions, git commit, device, dtype, and digests of the model and the prompts."""
+    device = device_of(model)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "device": name,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "model": model_id(model),
+        "weight_digest": weight_digest(model),
+        "prompts_digest": batch.digest(),
+    }

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
     """The real model, on the default backend."""
-    from sinklens.models import load_model
+    from sinklens.models.load import load_model
 
     return load_model("smollm2", device="cpu")
 

@@ -6,11 +6,11 @@ import re
 
 import pytest
 
-from sinklens._discovery import list_analyses
-from sinklens.analysis import load_analysis, run_analysis
+from sinklens.analysis.discovery import list_analyses
+from sinklens.analysis.run import load_analysis, run_analysis
 from sinklens.prompts import natural
 from sinklens.study import Study
-from tests.readme import HEAD, README
+from tests.helpers.readme import HEAD, README
 
 TEXT = README.read_text(encoding="utf-8")
 ROWS = {

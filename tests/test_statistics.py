@@ -9,14 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from sinklens.statistics import (
-    Estimate,
-    bootstrap_estimate,
-    generator,
-    mean_estimate,
-    null_estimate,
-    permutation_p,
-)
+from sinklens.statistics import Estimate, bootstrap_estimate, generator, mean_estimate, null_estimate, permutation_p
 
 pytestmark = pytest.mark.backend
 

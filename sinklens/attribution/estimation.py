@@ -28,9 +28,10 @@ from sinklens.attribution.passes import Estimation, Needs
 from sinklens.attribution.trace import Trace, without
 from sinklens.edits import Edit, Transplant
 from sinklens.errors import InputError
-from sinklens.models import Model
-from sinklens.patches import CLEAN, Patch, Readout, Runs, Source
+from sinklens.models.view import Model
+from sinklens.patches import CLEAN, Patch, Runs, Source
 from sinklens.prompts import PromptBatch
+from sinklens.readouts.base import Readout
 from sinklens.sites import HookSite
 
 
@@ -66,7 +67,7 @@ def estimate(
         prompts: equal-length prompts, ``[prompt pos]``.
         patches: any sequence, also one that builds its patches when they are asked for.
         readouts: what to estimate; ``reduce`` and ``combine`` must pass gradients on.
-        runs: root patches of every run, as for :func:`~sinklens.engine.run_patches`.
+        runs: root patches of every run, as for :func:`~sinklens.engine.run.run_patches`.
         qk_fix: recompute the softmax for patches of queries and keys; False: plain attribution patching.
         memory_budget: bytes that one pass's activations may take (as for the engine by default).
         max_rows: prompts for one pass, in place of the memory budget.

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.errors import InputError
-from sinklens.models import ModelShape
+from sinklens.models.view import ModelShape
 from sinklens.patches import Patch, Positions
 from sinklens.sites import HookSite
 

@@ -14,13 +14,14 @@ from sinklens.attribution.groups import Group, Pairs, check_places, group_patche
 from sinklens.attribution.qk import Attention, attention, nodes_for_fix
 from sinklens.attribution.trace import Node, Trace, trace_run, without
 from sinklens.edits import EditSite
+from sinklens.engine.hooks import gather
+from sinklens.engine.memory import is_out_of_memory, release_cached, row_budget
+from sinklens.engine.validation import validate
 from sinklens.errors import EngineError
-from sinklens.forward import gather
-from sinklens.memory import device_of, is_out_of_memory, release_cached, row_budget
-from sinklens.models import Model, model_shape
-from sinklens.patches import Patch, Readout, Runs
+from sinklens.models.view import Model, device_of, model_shape
+from sinklens.patches import Patch, Runs
+from sinklens.readouts.base import Readout
 from sinklens.sites import LOGITS, HookSite, K, Q
-from sinklens.validation import validate
 
 SLAB = 1 << 16
 """Patches that are held as objects at once, where they are built as they are asked for."""

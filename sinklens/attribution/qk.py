@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sinklens.attribution.trace import Node, Trace
 from sinklens.errors import NotApplicableError
-from sinklens.models import Model, is_bridge, model_id
+from sinklens.models.view import Model, is_bridge, model_id
 from sinklens.sites import PATTERN, K, Q
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}

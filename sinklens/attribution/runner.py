@@ -12,14 +12,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.attribution.estimation import Attributor
-from sinklens.engine import EngineStats, PatchResult, PatchRunner, Progress
-from sinklens.models import Model
-from sinklens.patches import CLEAN, Patch, Readout, Runs
+from sinklens.engine.run import EngineStats, PatchResult, PatchRunner, Progress
+from sinklens.models.view import Model
+from sinklens.patches import CLEAN, Patch, Runs
 from sinklens.prompts import PromptBatch
+from sinklens.readouts.base import Readout
 
 
 class AttributionRunner:
-    """In place of a :class:`~sinklens.engine.PatchRunner`: values are the run's own plus the estimated change.
+    """In place of a :class:`~sinklens.engine.run.PatchRunner`: values are the run's own plus the estimated change.
 
     The arguments are the same. Runs are measured, not estimated.
     """

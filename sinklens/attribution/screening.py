@@ -19,11 +19,12 @@ from scipy import stats
 from torch import Tensor
 
 from sinklens.attribution.estimation import estimate, grad_drop
-from sinklens.engine import Progress, run_patches
+from sinklens.engine.run import Progress, run_patches
 from sinklens.errors import InputError
-from sinklens.models import Model
-from sinklens.patches import CLEAN, Patch, Readout, Runs
+from sinklens.models.view import Model
+from sinklens.patches import CLEAN, Patch, Runs
 from sinklens.prompts import PromptBatch
+from sinklens.readouts.base import Readout
 from sinklens.statistics import Estimate, bootstrap_estimate
 
 KINDS = ("estimate", "sample", "top")
@@ -125,7 +126,7 @@ def screen(
 
     Raises:
         InputError: a number of patches that is not positive, or what :func:`~sinklens.attribution.estimate` refuses.
-        EngineError: what it, or :func:`~sinklens.engine.run_patches`, cannot trust.
+        EngineError: what it, or :func:`~sinklens.engine.run.run_patches`, cannot trust.
     """
     if top < 1 or sample < 3:
         raise InputError("top must be at least 1, and the random sample at least 3")

@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinklens.capture import place_patch
+from sinklens.engine.capture import place_patch
+from sinklens.engine.hooks import Op, Program, _check_fired, _hook_points, readouts_in
 from sinklens.errors import EngineError, InputError
-from sinklens.forward import Op, Program, _check_fired, _hook_points, readouts_in
-from sinklens.memory import device_of
-from sinklens.models import Model, check_hook_name, forward, model_shape
-from sinklens.patches import Patch, Readout, Rows
+from sinklens.models.view import Model, check_hook_name, device_of, forward, model_shape
+from sinklens.patches import Patch
+from sinklens.readouts.base import Readout, Rows
 from sinklens.sites import ATTN_OUT, LOGITS, MLP_OUT, HookSite
 
 Hook = Callable[[Tensor, object], Tensor | None]

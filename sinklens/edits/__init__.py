@@ -17,6 +17,7 @@ There are two families, and the score they give is read differently:
 """
 
 from sinklens.edits.base import Edit, EditSite, SourceEdit
+from sinklens.edits.draws import random_orthonormal, random_permutations, rotate_rows
 from sinklens.edits.general import (
     Constant,
     Function,
@@ -37,7 +38,6 @@ from sinklens.edits.mechanism import (
     NeuronContribution,
     amplification,
 )
-from sinklens.edits.random import random_orthonormal, random_permutations, rotate_rows
 
 __all__ = [
     "AttendSelf",

@@ -13,22 +13,9 @@ The weight counterfactuals (permuted z, rotated W_out rows) are written as activ
 
 from __future__ import annotations
 
-from sinklens.stages.base import (
-    ELSEWHERE,
-    ISOLATED,
-    NOTHING,
-    REMOVED,
-    SPARED,
-    STAGES,
-    TRANSPLANT,
-    Experiment,
-    Stage,
-    other_dims,
-    other_neurons,
-    other_positions,
-    others,
-    register,
-)
+from sinklens.edits.draws import others
+from sinklens.stages.base import ISOLATED, NOTHING, REMOVED, SPARED, STAGES, Experiment, Setting, Stage, register
+from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_dims, other_neurons, other_positions
 from sinklens.stages.down_projection import DOWN_PROJECTION
 from sinklens.stages.qk_locking import QK_LOCKING
 from sinklens.stages.rmsnorm_filter import RMSNORM_FILTER
@@ -55,6 +42,7 @@ __all__ = [
     "RMSNORM_FILTER",
     "SPARED",
     "SUPER_NEURONS",
+    "Setting",
     "Stage",
     "TRANSPLANT",
     "VALUE_AGGREGATION",

@@ -1,29 +1,182 @@
-"""What a stage is, and the experiments that every stage can use."""
+"""What a stage is, and what it may know.
+
+A :class:`Stage` is made of functions of a :class:`Setting`, and a Setting makes readouts of a Stage: they define each
+other. Stages are written against the Setting, so that a stage says only *where* and *what*; which run is patched and
+where the source comes from follows from the pair and the direction.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-import torch
-from torch import Generator
+from jaxtyping import Float
+from torch import Generator, Tensor
 
-from sinklens import edits
+from sinklens.edits.base import Edit
+from sinklens.edits.general import OfSource
+from sinklens.engine.capture import ActivationStore, Want, capture_runs
 from sinklens.errors import InputError
-from sinklens.pairs import Direction
-from sinklens.patches import Patch, Readout, per_prompt_index
-from sinklens.setting import Setting
+from sinklens.formation import Formation
+from sinklens.models.view import BlockWeights, Model, ModelShape, block_weights, model_shape
+from sinklens.pairs.pair import Direction, SinkPair
+from sinklens.patches import Patch, Positions, Source, per_prompt_index
+from sinklens.prompts import PromptBatch
+from sinklens.readouts.base import Readout
+from sinklens.readouts.build import vector_readout
 from sinklens.sites import HookSite
 
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a stage may know."""
+
+    model: Model
+    """The model."""
+    batch: PromptBatch
+    """The prompts."""
+    formation: Formation
+    """Formation block, super neurons, outlier dimensions, sink positions."""
+    pair: SinkPair
+    """The runs with and without the sink."""
+    readout_layers: tuple[int, ...]
+    """Blocks just after formation in which attention to the target is measured."""
+    max_rows: int
+    """Rows for one forward pass."""
+    _stores: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes of the model."""
+        return model_shape(self.model)
+
+    @property
+    def weights(self) -> BlockWeights:
+        """The weights of the formation block."""
+        return block_weights(self.model, self.formation.layer)
+
+    @property
+    def up_to_formation(self) -> tuple[int, ...]:
+        """All blocks up to the formation block, itself included."""
+        return tuple(range(self.formation.layer + 1))
+
+    @property
+    def after_formation(self) -> tuple[int, ...]:
+        """The blocks after the formation block, up to the last one in which attention is measured."""
+        return tuple(range(self.formation.layer + 1, max(self.readout_layers) + 1))
+
+    def patch(
+        self,
+        direction: Direction,
+        site: HookSite,
+        layers: Sequence[int],
+        edit: Edit,
+        *,
+        units: Sequence[int] | None = None,
+        positions: Positions | None = None,
+    ) -> Patch:
+        """A patch at the target (or at other ``positions``), from the run and source that the direction implies."""
+        run, source = self.pair.ends(direction)
+        if positions is not None and source.positions is None:
+            source = Source(source.run, positions)
+        return Patch(
+            site=site,
+            layers=tuple(layers),
+            positions=self.pair.target if positions is None else positions,
+            edit=edit,
+            units=None if units is None else tuple(units),
+            run=run,
+            source=source if edit.uses_source else None,
+            # With the mechanism taken away the source may well be what is there already: that is an effect of 0.
+            allow_unchanged=isinstance(edit, OfSource),
+        )
+
+    def removal(self, direction: Direction, edit: Edit, within: Sequence[int] | None = None) -> Edit:
+        """An edit that takes the mechanism away, for either direction.
+
+        Noise: ``edit`` on the run that has the sink. Denoise: the activation of that run with the mechanism taken
+        away, put into the run without (``within``: the units that are edited while all are transplanted).
+        """
+        if direction == "noise":
+            return edit
+        return OfSource(edit.name, edit, None if within is None else tuple(within))
+
+    def readout(
+        self,
+        stage: Stage,
+        function: Callable[[Tensor, int], Tensor],
+        *,
+        layers: Sequence[int] | None = None,
+        combine: Callable[[Tensor], Tensor] | None = None,
+    ) -> Readout:
+        """A stage's readout: ``function(vector [row, unit, ...], block)`` of its activation at the target.
+
+        Averaged over ``layers`` (the stage's own by default), unless ``combine`` makes one number of them otherwise.
+        """
+        layers = stage.layers(self) if layers is None else layers
+        return vector_readout(stage.name, stage.site, layers, self.pair.target, self.batch.n, function, combine)
+
+    def activations(self, run: str, site: HookSite, layers: Sequence[int]) -> ActivationStore:
+        """A run's activations at all positions in some blocks, captured once and kept.
+
+        Use ``.tensor(run, site, layer)`` (``[prompt, pos, unit, ...]``) or ``.at(run, site, layer, positions)``.
+        """
+        key = (run, site, tuple(layers))
+        if key not in self._stores:
+            wants = [Want(run, site, layer) for layer in layers]
+            runs = {run: self.pair.runs[run]}
+            self._stores[key] = capture_runs(self.model, self.batch.tokens, runs, wants, max_rows=self.max_rows)
+        return self._stores[key]
+
+    def spread(
+        self, source: Source, site: HookSite, layers: Sequence[int], positions: Positions | None = None
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Mean and standard deviation over prompts, per unit and dimension, at one position of every prompt.
+
+        Raises:
+            InputError: with fewer than two prompts.
+        """
+        if self.batch.n < 2:
+            raise InputError(f"a variance over prompts needs at least 2 prompts, there is {self.batch.n}")
+        where = source.positions or positions or self.pair.target
+        index = per_prompt_index(where, self.batch.n)
+        store = self.activations(source.run, site, layers)
+        found = {layer: store.at(source.run, site, layer, index).float() for layer in layers}
+        return {layer: (x.mean(0), x.std(0)) for layer, x in found.items()}
+
+    def ordinary_moments(self, site: HookSite, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Per block, the mean activation at ordinary positions and the mean squared deviation from it (a scalar)."""
+        found = {}
+        for layer in layers:
+            x = self.ordinary(site, layer, layers).flatten(1)
+            found[layer] = (x.mean(0), (x - x.mean(0)).pow(2).mean())
+        return found
+
+    def ordinary(self, site: HookSite, layer: int, layers: Sequence[int]) -> Float[Tensor, "place unit *rest"]:
+        """Activations of the run without the sink at all ordinary positions of all prompts."""
+        run = self.pair.without.run
+        tensor = self.activations(run, site, layers).tensor(run, site, layer)
+        return tensor[self.pair.ordinary.bool().to(tensor.device)].float()
+
+
 Build = Callable[[Setting, "Stage", Direction, Generator], Patch]
+
+
 Prediction = tuple[float, float]
+
 
 ISOLATED: Prediction = (1.0, 1.0)
 """Effects (denoise, noise) that the claim predicts when only the mechanism is carried over."""
+
+
 REMOVED: Prediction = (0.0, 1.0)
 """And when only the mechanism is taken away."""
+
+
 NOTHING: Prediction = (0.0, 0.0)
 """Control of an isolating edit: what is carried over is beside the point."""
+
+
 SPARED: Prediction = (1.0, 0.0)
 """Control of a removing edit: what is taken away is beside the point."""
 
@@ -78,58 +231,3 @@ def register(stage: Stage) -> Stage:
         raise ValueError(f"a stage named {stage.name!r} is already registered")
     STAGES[stage.name] = stage
     return stage
-
-
-def _transplant(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
-    return setting.patch(direction, stage.site, stage.layers(setting), edits.Transplant(), units=stage.units(setting))
-
-
-def _elsewhere(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
-    positions = other_positions(setting, generator)
-    layers = stage.layers(setting)
-    edit = edits.Transplant()
-    patch = setting.patch(direction, stage.site, layers, edit, units=stage.units(setting), positions=positions)
-    # The pair may not reach other positions by this block at all: then there is nothing to exchange, and no effect.
-    return replace(patch, allow_unchanged=True)
-
-
-def other_positions(setting: Setting, generator: Generator) -> tuple[tuple[int, ...], ...]:
-    """An ordinary position of every prompt, after the target where there is one: earlier ones cannot differ."""
-    marks = setting.pair.ordinary.clone()
-    target = per_prompt_index(setting.pair.target, setting.batch.n)
-    later = marks * (torch.arange(marks.shape[1]) > target[:, None])
-    later[torch.arange(len(later)), per_prompt_index(setting.pair.reference, setting.batch.n)] = 0
-    marks = torch.where(later.sum(-1, keepdim=True) > 0, later, marks)
-    return tuple((p,) for p in torch.multinomial(marks, 1, generator=generator).flatten().tolist())
-
-
-TRANSPLANT = Experiment("transplant", _transplant, ISOLATED)
-"""Exchange the stage's activation at the target with the other run's."""
-ELSEWHERE = Experiment("transplant", _elsewhere, NOTHING, control="other_position")
-"""The same exchange at an ordinary position, another one in every prompt."""
-
-
-def others(n: int, chosen: tuple[int, ...], generator: Generator, size: int | None = None) -> tuple[int, ...]:
-    """Indices below ``n`` that are not ``chosen``: all, or ``size`` of them drawn at random.
-
-    Raises:
-        InputError: when there are not as many.
-    """
-    left = torch.tensor([i for i in range(n) if i not in set(chosen)])
-    if size is None:
-        return tuple(left.tolist())
-    if size > len(left):
-        raise InputError(f"a control of {size} other units was asked for, but only {len(left)} of {n} are left")
-    return tuple(sorted(left[torch.randperm(len(left), generator=generator)[:size]].tolist()))
-
-
-def other_neurons(setting: Setting, generator: Generator) -> tuple[int, ...]:
-    """As many neurons of the formation block as there are super neurons, drawn from the others."""
-    neurons = setting.formation.neurons
-    return others(setting.shape.d_mlp, neurons, generator, len(neurons))
-
-
-def other_dims(setting: Setting, generator: Generator) -> tuple[int, ...]:
-    """As many residual dimensions as there are outlier dimensions, drawn from the others."""
-    dims = setting.formation.dims
-    return others(setting.shape.d_model, dims, generator, len(dims))

@@ -5,24 +5,13 @@ from __future__ import annotations
 from torch import Generator, Tensor
 
 from sinklens import edits, metrics
-from sinklens.models import check_writes_directly
-from sinklens.pairs import Direction
-from sinklens.patches import Patch, Readout
-from sinklens.setting import Setting
+from sinklens.models.view import check_writes_directly
+from sinklens.pairs.pair import Direction
+from sinklens.patches import Patch
+from sinklens.readouts.base import Readout
 from sinklens.sites import MLP_OUT
-from sinklens.stages.base import (
-    ELSEWHERE,
-    ISOLATED,
-    NOTHING,
-    REMOVED,
-    SPARED,
-    TRANSPLANT,
-    Build,
-    Experiment,
-    Stage,
-    other_dims,
-    other_neurons,
-)
+from sinklens.stages.base import ISOLATED, NOTHING, REMOVED, SPARED, Build, Experiment, Setting, Stage
+from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_dims, other_neurons
 
 
 def _super_rows(setting: Setting, neurons: tuple[int, ...]) -> Tensor:

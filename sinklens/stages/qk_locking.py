@@ -7,19 +7,12 @@ from einops import rearrange
 from torch import Generator, Tensor
 
 from sinklens import edits, metrics
-from sinklens.pairs import Direction
-from sinklens.patches import Patch, Readout
-from sinklens.setting import Setting
+from sinklens.pairs.pair import Direction
+from sinklens.patches import Patch
+from sinklens.readouts.base import Readout
 from sinklens.sites import K, Q, V
-from sinklens.stages.base import (
-    NOTHING,
-    REMOVED,
-    SPARED,
-    TRANSPLANT,
-    Build,
-    Experiment,
-    Stage,
-)
+from sinklens.stages.base import NOTHING, REMOVED, SPARED, Build, Experiment, Setting, Stage
+from sinklens.stages.controls import TRANSPLANT
 
 
 def query_directions(setting: Setting, layers: tuple[int, ...]) -> dict[int, Tensor]:

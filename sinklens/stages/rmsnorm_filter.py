@@ -5,20 +5,12 @@ from __future__ import annotations
 from torch import Generator
 
 from sinklens import edits, metrics
-from sinklens.pairs import Direction
-from sinklens.patches import Patch, Readout
-from sinklens.setting import Setting
+from sinklens.pairs.pair import Direction
+from sinklens.patches import Patch
+from sinklens.readouts.base import Readout
 from sinklens.sites import LN1_NORMALIZED
-from sinklens.stages.base import (
-    ELSEWHERE,
-    REMOVED,
-    SPARED,
-    TRANSPLANT,
-    Build,
-    Experiment,
-    Stage,
-    other_dims,
-)
+from sinklens.stages.base import REMOVED, SPARED, Build, Experiment, Setting, Stage
+from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_dims
 
 
 def _drop_dims(denominator_only: bool, random_dims: bool) -> Build:

@@ -6,21 +6,13 @@ import torch
 from torch import Generator
 
 from sinklens import edits
-from sinklens.pairs import Direction
-from sinklens.patches import Patch, Readout
-from sinklens.setting import Setting
+from sinklens.edits.draws import others
+from sinklens.pairs.pair import Direction
+from sinklens.patches import Patch
+from sinklens.readouts.base import Readout
 from sinklens.sites import MLP_POST
-from sinklens.stages.base import (
-    NOTHING,
-    REMOVED,
-    SPARED,
-    TRANSPLANT,
-    Build,
-    Experiment,
-    Stage,
-    other_neurons,
-    others,
-)
+from sinklens.stages.base import NOTHING, REMOVED, SPARED, Build, Experiment, Setting, Stage
+from sinklens.stages.controls import TRANSPLANT, other_neurons
 
 
 def _other_neurons(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:

@@ -8,18 +8,12 @@ import torch
 from torch import Generator
 
 from sinklens import edits, readouts
-from sinklens.pairs import Direction
-from sinklens.patches import Patch, Readout
-from sinklens.setting import Setting
+from sinklens.pairs.pair import Direction
+from sinklens.patches import Patch
+from sinklens.readouts.base import Readout
 from sinklens.sites import Z
-from sinklens.stages.base import (
-    ELSEWHERE,
-    ISOLATED,
-    NOTHING,
-    TRANSPLANT,
-    Experiment,
-    Stage,
-)
+from sinklens.stages.base import ISOLATED, NOTHING, Experiment, Setting, Stage
+from sinklens.stages.controls import ELSEWHERE, TRANSPLANT
 
 
 def _moment_match(setting: Setting, stage: Stage, direction: Direction) -> edits.Rescale:

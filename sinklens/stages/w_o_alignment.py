@@ -6,20 +6,12 @@ import torch
 from torch import Generator, Tensor
 
 from sinklens import edits
-from sinklens.pairs import Direction
-from sinklens.patches import Patch, Readout
-from sinklens.setting import Setting
+from sinklens.pairs.pair import Direction
+from sinklens.patches import Patch
+from sinklens.readouts.base import Readout
 from sinklens.sites import ATTN_OUT, Z
-from sinklens.stages.base import (
-    ELSEWHERE,
-    ISOLATED,
-    NOTHING,
-    REMOVED,
-    TRANSPLANT,
-    Experiment,
-    Stage,
-    other_positions,
-)
+from sinklens.stages.base import ISOLATED, NOTHING, REMOVED, Experiment, Setting, Stage
+from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_positions
 
 
 def reading_subspace(setting: Setting) -> Tensor:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from sinklens.engine import Progress
+from sinklens.engine.run import Progress
 from sinklens.errors import InputError
-from sinklens.results import to_plain
+from sinklens.records.plain import to_plain
 from sinklens.sweeps.plan import check_same
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.schema import SCHEMA

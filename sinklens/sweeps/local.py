@@ -8,8 +8,8 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 
-from sinklens.engine import Progress
-from sinklens.models import Model
+from sinklens.engine.run import Progress
+from sinklens.models.view import Model
 from sinklens.sweeps.plan import Plan
 from sinklens.sweeps.store import Sink
 from sinklens.sweeps.worker import Worker

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from sinklens import sites
 from sinklens.errors import InputError
-from sinklens.models import ModelShape
-from sinklens.setting import Setting
+from sinklens.models.view import ModelShape
+from sinklens.records.ranges import Range, numbers, short
 from sinklens.sites import HookSite
 from sinklens.stages import STAGES, Stage
+from sinklens.stages.base import Setting
 from sinklens.sweeps.grid import StageAxis
-from sinklens.sweeps.ranges import Range, numbers, short
 
 SITES: dict[str, HookSite] = {
     "resid_pre": sites.RESID_PRE,

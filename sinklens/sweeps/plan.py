@@ -11,11 +11,11 @@ from typing import Any
 from sinklens.edits import Edit
 from sinklens.errors import InputError
 from sinklens.formation import Formation
-from sinklens.models import Model
-from sinklens.pairs import PairKind, SinkPair, induced_pair, natural_pair
+from sinklens.models.view import Model
+from sinklens.pairs.pair import PairKind, SinkPair, induced_pair, natural_pair
 from sinklens.prompts import PromptBatch
+from sinklens.readouts.named import ReadoutLike
 from sinklens.sweeps.grid import Grid, Tasks
-from sinklens.sweeps.readouts import ReadoutLike
 
 ModelSpec = Mapping[str, Any] | Callable[[], Model]
 """Arguments of :func:`sinklens.load_model`, or a function that returns the model."""

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sinklens.chain import check_target
-from sinklens.engine import run_patches
+from sinklens.engine.memory import row_budget
+from sinklens.engine.run import run_patches
 from sinklens.errors import InputError, NotApplicableError
-from sinklens.formation import Formation, find_formation
-from sinklens.memory import device_of, row_budget
-from sinklens.models import Model, ModelShape, model_shape
-from sinklens.patches import Readout
+from sinklens.formation import Formation, find_formation, formation_from_json, formation_to_json
+from sinklens.models.view import Model, ModelShape, device_of, model_shape
+from sinklens.pairs.pair import check_target
 from sinklens.prompts import PromptBatch
-from sinklens.results import formation_from_json, formation_to_json
-from sinklens.setting import Setting
+from sinklens.readouts.base import Readout
+from sinklens.readouts.named import fingerprint, needs_answers
+from sinklens.records.ranges import Range, numbers, parse
 from sinklens.sites import LOGITS
 from sinklens.stages import Stage
+from sinklens.stages.base import Setting
 from sinklens.sweeps.grid import Grid, Tasks
 from sinklens.sweeps.places import Place, axis_of, check_units, window_starts
 from sinklens.sweeps.plan import FORMAT, ModelSpec, Plan, digest, formation_key, make_pair
-from sinklens.sweeps.ranges import Range, numbers, parse
-from sinklens.sweeps.readouts import fingerprint, needs_answers
 from sinklens.sweeps.request import Request, check_positions, edit_name
 
 READOUT_BLOCKS = 4

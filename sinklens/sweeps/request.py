@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from sinklens.edits import Edit
 from sinklens.errors import InputError
 from sinklens.formation import Formation
-from sinklens.sweeps.ablations import check_edit
+from sinklens.pairs.ablations import check_edit
+from sinklens.readouts.named import ReadoutLike, check_readout, readout_name
+from sinklens.records.ranges import Range, numbers, parse
 from sinklens.sweeps.places import Place, find_place, place_name
-from sinklens.sweeps.ranges import Range, numbers, parse
-from sinklens.sweeps.readouts import ReadoutLike, check_readout, readout_name
 
 Answers = tuple[Sequence[int], Sequence[int]]
 

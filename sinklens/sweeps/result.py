@@ -16,8 +16,7 @@ import pyarrow.dataset as ds
 import torch
 
 from sinklens.errors import InputError
-from sinklens.formation import Formation
-from sinklens.results import formation_from_json
+from sinklens.formation import Formation, formation_from_json
 from sinklens.sweeps.grid import Tasks
 from sinklens.sweeps.schema import CELL
 from sinklens.sweeps.shards import FileShards, FolderShards, Shards, record_of_file

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
+from sinklens.pairs.effects import effect, gaps
 from sinklens.patches import Positions, positions_of
-from sinklens.results import effect
+from sinklens.readouts.named import readout_name
 from sinklens.sweeps.grid import Cells, Task
 from sinklens.sweeps.plan import Plan
-from sinklens.sweeps.readouts import SHARES, readout_name
 from sinklens.sweeps.schema import SCHEMA, text_column
 
 
@@ -82,19 +82,6 @@ def tabulate(plan: Plan, task: Task, cells: Cells, numbers: Numbers, target: Pos
     arrays = [column if isinstance(column, pa.Array) else pa.array(column, SCHEMA.field(name).type)
               for name, column in columns.items()]  # fmt: skip
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
-
-
-def gaps(
-    names: Sequence[str], base: Float[np.ndarray, "readout prompt"], anchored: Float[np.ndarray, "readout prompt"],
-    min_gap: float,
-) -> Float[np.ndarray, "readout prompt"]:  # fmt: skip
-    """The least difference between the runs that an effect is divided by.
-
-    ``min_gap`` itself for shares; for others that part of the larger of the two values.
-    """
-    scale = np.maximum(np.abs(base), np.abs(anchored))
-    share = np.array([name in SHARES for name in names])[:, None]
-    return np.where(share, min_gap, min_gap * scale)
 
 
 def effects(

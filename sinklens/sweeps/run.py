@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from sinklens.edits import Edit
-from sinklens.engine import Progress
+from sinklens.engine.run import Progress
 from sinklens.errors import InputError
 from sinklens.formation import Formation
-from sinklens.models import Model
-from sinklens.pairs import PairKind
+from sinklens.models.view import Model
+from sinklens.pairs.pair import PairKind
 from sinklens.prompts import PromptBatch
-from sinklens.provenance import provenance
-from sinklens.sweeps.cluster import cluster_of
-from sinklens.sweeps.distributed import run_ray
+from sinklens.readouts.named import ReadoutLike
+from sinklens.records.ranges import Range
+from sinklens.study import provenance
 from sinklens.sweeps.local import Interrupted, run_local
 from sinklens.sweeps.places import Place
 from sinklens.sweeps.plan import ModelSpec, Plan, check_same
 from sinklens.sweeps.planning import choices_of, new_record, plan_from
-from sinklens.sweeps.ranges import Range
-from sinklens.sweeps.readouts import ReadoutLike
+from sinklens.sweeps.ray.cluster import cluster_of
+from sinklens.sweeps.ray.crew import run_ray
 from sinklens.sweeps.request import Answers, Request, check_request
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.screening import verify
@@ -88,7 +88,7 @@ def sweep(
 
     Stages, edits, directions and readouts are lists, or names in a text with commas. A range is ``0-29``, ``1-63:4``,
     ``3,5,7-9``, ``all``, or a sequence of ints. An effect counts from the run that is patched: 0 is that run, 1 the
-    other one of the pair (see :mod:`sinklens.results`).
+    other one of the pair (see :mod:`sinklens.chain.result`).
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge``.
@@ -100,14 +100,14 @@ def sweep(
         units: ``heads``, ``neurons``, ``dims`` or several of them: each unit of the sites that have such units by
             itself; ``all``: of every site; numbers: these, of every site. ``None``: whole activations, or all the units
             of a stage that has some of its own (the super neurons) at once.
-        edits: ``transplant``, ``zero``, ``mean``, ``resample`` (see :mod:`sinklens.sweeps.ablations`), or edits.
+        edits: ``transplant``, ``zero``, ``mean``, ``resample`` (see :mod:`sinklens.pairs.ablations`), or edits.
         directions: ``denoise``, ``noise``; all that the pair has by default (the natural sink can only be noised).
         target: position that is made a sink, or ``natural`` for the sink that the data has.
         pair: how the sink is made at ``target``: ``block_aggregation`` or ``amplify_variance``.
         strength: lambda of ``amplify_variance``.
         pair_layers: blocks of that intervention.
         formation: where the sink forms; found if not given.
-        readouts: names (see :mod:`sinklens.sweeps.readouts`), readouts, or functions ``(logits, rows) -> [row]``.
+        readouts: names (see :mod:`sinklens.readouts.named`), readouts, or functions ``(logits, rows) -> [row]``.
         readout_layers: ``formation``: the four blocks after the formation block; ``last``: the model's last four; or a
             range.
         answers: for ``logit_diff``, answer and alternative of every prompt; by default the clean model's most probable

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Int
 
 from sinklens.attribution.screening import choose, rank_correlations
-from sinklens.engine import Progress
+from sinklens.engine.run import Progress
 from sinklens.errors import InputError
-from sinklens.models import Model
+from sinklens.models.view import Model
 from sinklens.sweeps.grid import Cells, Grid, Task
 from sinklens.sweeps.plan import Plan
 from sinklens.sweeps.worker import Worker

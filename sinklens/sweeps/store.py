@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sinklens.errors import InputError
-from sinklens.results import to_plain
+from sinklens.records.plain import to_plain
 from sinklens.sweeps.schema import PARQUET
 
 RECORD = "sweep.json"

@@ -17,15 +17,15 @@ import torch
 
 from sinklens.attribution import AttributionRunner
 from sinklens.edits import Constant, Edit, Transplant
-from sinklens.engine import PatchResult, PatchRunner, Progress, run_patches
-from sinklens.memory import row_budget
-from sinklens.models import Model, model_shape
-from sinklens.pairs import Direction, SinkPair
+from sinklens.engine.memory import row_budget
+from sinklens.engine.run import PatchResult, PatchRunner, Progress, run_patches
+from sinklens.models.view import Model, model_shape
+from sinklens.pairs.ablations import ablation, for_prompts, roots_for_prompts
+from sinklens.pairs.pair import Direction, SinkPair
 from sinklens.patches import Patch, Positions, Source
-from sinklens.sweeps.ablations import ablation, for_prompts, roots_for_prompts
+from sinklens.readouts.named import Context, baseline, build, readout_name
 from sinklens.sweeps.grid import Cells, Task
 from sinklens.sweeps.plan import Plan
-from sinklens.sweeps.readouts import Context, baseline, build, readout_name
 from sinklens.sweeps.rows import Numbers, tabulate
 
 

@@ -1,0 +1,30 @@
+"""An analysis: a question about the sink, its table, its figure, and a verdict on the claim by a stated rule.
+
+An analysis is a file with an :class:`Analysis` named ``ANALYSIS``. Its ``run`` takes a :class:`~sinklens.study.Study`
+and its own options by keyword, and returns :class:`Findings`; its ``draw`` makes a plotly figure of these. What is
+measured and what is drawn stay apart, so that numbers can be had without a plotting library.
+
+The verdict is one of three words. *holds* and *does not hold* follow from the rule that the analysis states, which
+compares an interval with a control and with a threshold; *not measurable* comes with the reason. A result against a
+claim is a result.
+"""
+
+from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict, patch_table, tidy, verdict
+from sinklens.analysis.discovery import folder, list_analyses
+from sinklens.analysis.run import config_of, load_analysis, main, run_analysis
+
+__all__ = [
+    "Analysis",
+    "AnalysisResult",
+    "Findings",
+    "Verdict",
+    "config_of",
+    "folder",
+    "list_analyses",
+    "load_analysis",
+    "main",
+    "patch_table",
+    "run_analysis",
+    "tidy",
+    "verdict",
+]

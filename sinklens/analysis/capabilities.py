@@ -1,0 +1,139 @@
+"""What runs on which model: found by running it, not by claiming it.
+
+Every stage of the chain and every analysis is run on a few prompts. For an architecture family that is a small random
+model, with a formation block, super neurons and outlier dimensions that are named, because a random model has no sink
+to find. For a model of one's own it is the model itself.
+
+    python -m sinklens.analysis.capabilities    # the table of all families, as Markdown
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sinklens import prompts
+from sinklens.analysis.discovery import list_analyses
+from sinklens.analysis.run import load_analysis, run_analysis
+from sinklens.chain.run import run_chain
+from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableError
+from sinklens.models.families import FAMILIES, random_model
+from sinklens.models.load import load_model
+from sinklens.models.view import Model, is_bridge
+from sinklens.stages import CHAIN, Stage
+from sinklens.study import Study
+
+SHOWN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "gpt_neox", "phi3", "olmo", "olmo2")
+"""The families of the README's table."""
+
+MIN_GAP = 1e-4
+"""Least difference of the metric between a pair's runs: small, because what is asked is only whether it runs."""
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Whether a stage or an analysis runs on a model."""
+
+    part: str
+    """``stage: NAME`` or the analysis's name."""
+    runs: bool
+    """Whether it gave numbers."""
+    reason: str = ""
+    """Why it did not, or which of its experiments did not."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What runs on one model."""
+
+    title: str
+    """The model or the family."""
+    backend: str
+    """HookedTransformer or TransformerBridge; empty when it cannot be loaded."""
+    found: tuple[Capability, ...]
+    """One for every stage and analysis."""
+
+
+def capabilities(model: Model | str) -> Capabilities:
+    """Run every stage and every analysis on a few prompts.
+
+    Args:
+        model: a key of :data:`sinklens.models.families.FAMILIES`, for a small random model of that family, or a model.
+    """
+    if isinstance(model, str):
+        title = FAMILIES[model].title
+        try:
+            study = _random_study(model)
+        except InputError as error:
+            return Capabilities(title, "", tuple(Capability(name, False, str(error)) for name in parts()))
+    else:
+        title = str(getattr(model.cfg, "model_name", "model"))
+        batch = prompts.random_tokens(model, 4, 24) if getattr(model, "tokenizer", None) is None else None
+        study = Study(model, batch or prompts.natural(model, 4, 32))
+    backend = "TransformerBridge" if is_bridge(study.model) else "HookedTransformer"
+    found = [_stage(study, stage) for stage in CHAIN] + [_analysis(study, name) for name in list_analyses()]
+    return Capabilities(title, backend, tuple(found))
+
+
+def parts() -> list[str]:
+    """What is tried, in order."""
+    return [f"stage: {stage.name}" for stage in CHAIN] + list(list_analyses())
+
+
+def _random_study(family: str) -> Study:
+    model = load_model(random_model(family), device="cpu")
+    tokens = torch.randint(3, model.cfg.d_vocab, (4, 24), generator=torch.Generator().manual_seed(0))
+    given = {"layer": 1, "super_neurons": (3, 7), "outlier_dims": (2, 5)}
+    return Study(model, prompts.from_tokens(model, tokens), given=given)
+
+
+def _stage(study: Study, stage: Stage) -> Capability:
+    name = f"stage: {stage.name}"
+    try:
+        result = run_chain(
+            study.model, study.batch, formation=study.formation, stages=(stage,), control_draws=1, min_gap=MIN_GAP
+        )
+    except (NotApplicableError, NoSinkError) as error:
+        return Capability(name, False, str(error))
+    by_reason: dict[str, list[str]] = {}
+    for key, why in result.config["not_applicable"].items():
+        by_reason.setdefault(why, []).append(key.partition("/")[2])
+    return Capability(name, True, "; ".join(f"without {', '.join(edits)}: {why}" for why, edits in by_reason.items()))
+
+
+def _analysis(study: Study, name: str) -> Capability:
+    analysis = load_analysis(name)
+    # A random model's pair moves the metric by next to nothing: enough to see whether everything runs.
+    options = {"min_gap": MIN_GAP} if "min_gap" in analysis.options else {}
+    try:
+        verdict = run_analysis(analysis, study, **options).findings.verdict
+    except (InputError, EngineError) as error:
+        return Capability(name, False, f"failed: {error}")
+    runs = verdict.outcome != "not measurable" or verdict.estimate is not None
+    return Capability(name, runs, verdict.reason)
+
+
+def markdown(found: Sequence[Capabilities]) -> str:
+    """A table with a column for every model, and the reasons below it."""
+    reasons: list[str] = []
+
+    def cell(item: Capability) -> str:
+        if not item.reason:
+            return "yes" if item.runs else "no"
+        if item.reason not in reasons:
+            reasons.append(item.reason)
+        return f"{'yes' if item.runs else 'no'} [{reasons.index(item.reason) + 1}]"
+
+    lines = ["| | " + " | ".join(one.title for one in found) + " |", "|---|" + "---|" * len(found)]
+    backends = [one.backend.removeprefix("Transformer").removesuffix("Transformer") or "–" for one in found]
+    lines.append("| loads as | " + " | ".join(backends) + " |")
+    for number, part in enumerate(parts()):
+        lines.append(f"| {part} | " + " | ".join(cell(one.found[number]) for one in found) + " |")
+    lines += ["", *(f"[{number}] {reason}  " for number, reason in enumerate(reasons, start=1))]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown([capabilities(family) for family in SHOWN]))  # noqa: T201

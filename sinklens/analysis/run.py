@@ -1,0 +1,115 @@
+"""Running an analysis, and finding one by its name or file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict
+from sinklens.analysis.discovery import folder, list_analyses
+from sinklens.errors import InputError, NoSinkError, NotApplicableError
+from sinklens.records.plain import to_plain
+from sinklens.records.provenance import code_digest
+from sinklens.study import Study
+
+
+def run_analysis(analysis: Analysis, study: Study, **options: Any) -> AnalysisResult:
+    """Run an analysis; a model that it does not apply to, or that has no sink, gives *not measurable* and the reason.
+
+    Raises:
+        InputError: an option that does not exist, or does not fit the model and prompts.
+        EngineError: a patch did nothing, or a readout is not finite.
+    """
+    unknown = set(options) - set(analysis.options)
+    if unknown:
+        known = ", ".join(analysis.options) or "none"
+        raise InputError(f"{analysis.name} has no option {', '.join(sorted(unknown))}: its options are {known}")
+    options = analysis.options | options
+    began = time.perf_counter()
+    figure = None
+    try:
+        findings = analysis.run(study, **options)
+    except (NoSinkError, NotApplicableError) as error:
+        findings = Findings(Verdict("not measurable", analysis.claim, reason=str(error)), pd.DataFrame())
+    else:
+        figure = _figure(analysis, findings)
+    return AnalysisResult(
+        name=analysis.name,
+        title=analysis.title,
+        paper=analysis.paper,
+        findings=findings,
+        figure=figure,
+        config=config_of(analysis, study, options),
+        provenance={**study.provenance, **_formation(study)},
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _formation(study: Study) -> dict[str, Any]:
+    """Where the sink forms, if the analysis asked for it."""
+    found = vars(study).get("formation")
+    if found is None:
+        return {}
+    positions = sorted(set(found.sink_positions))
+    named = {"layer": found.layer, "super_neurons": list(found.neurons), "outlier_dims": list(found.dims)}
+    return {"formation": {**named, "sink_positions": positions}}
+
+
+def config_of(analysis: Analysis, study: Study, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides an analysis's numbers, as JSON can hold it: equal configurations need not be run twice."""
+    batch = study.batch
+    return to_plain(
+        {
+            "options": dict(options),
+            "seed": study.seed,
+            "given": study.given,
+            "prompts": batch.source,
+            "n_prompts": batch.n,
+            "length": batch.length,
+            "code": code_digest(analysis.code or analysis.run),
+        }
+    )
+
+
+def _figure(analysis: Analysis, findings: Findings) -> dict[str, Any] | None:
+    if importlib.util.find_spec("plotly") is None:
+        return None
+    return json.loads(analysis.draw(findings).to_json() or "null")
+
+
+def load_analysis(name: str | Path) -> Analysis:
+    """The analysis of that name, or in that file.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = folder() / f"{name}.py"
+    if str(name).endswith(".py"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise InputError(f"there is no file {path}: check the path")
+    elif str(name) not in list_analyses():
+        raise InputError(f"there is no analysis {str(name)!r}: the analyses are {', '.join(list_analyses())}")
+    spec = importlib.util.spec_from_file_location(f"sinklens_analysis_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up the module that they are defined in
+    spec.loader.exec_module(module)
+    found = getattr(module, "ANALYSIS", None)
+    if not isinstance(found, Analysis):
+        raise InputError(f"{path} has no ANALYSIS: name the sinklens.Analysis in it so")
+    return found
+
+
+def main(analysis: Analysis) -> None:
+    """What ``python analyses/NAME.py`` does: the same as ``sinklens analyse NAME``."""
+    import sinklens
+
+    sinklens.main(analysis)

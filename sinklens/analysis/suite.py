@@ -1,0 +1,218 @@
+"""Everything in one go: formation, chain, every analysis, and the report, in one folder that can be taken up again.
+
+Every part writes a folder of its own, as a whole or not at all, and ``run.json`` says of each part what it was made
+with. A part is done again only when that has changed: the model's weights, the prompts, the dtype, the seed, an
+option, or the code itself. A part that fails is recorded with its reason, and the others still run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sinklens.analysis.base import Analysis, AnalysisResult
+from sinklens.analysis.discovery import list_analyses
+from sinklens.analysis.run import config_of, load_analysis, run_analysis
+from sinklens.chain.result import ChainResult
+from sinklens.chain.run import run_chain
+from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableError
+from sinklens.formation import formation_from_json, formation_to_json
+from sinklens.records.files import check_out, write_text
+from sinklens.records.plain import to_plain
+from sinklens.records.provenance import package_digest
+from sinklens.study import Study
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["done", "not measurable", "failed"]
+CHAIN, FORMATION = "chain", "formation"
+"""Names of the parts that are no analyses."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a run."""
+
+    name: str
+    """``formation``, ``chain``, or the analysis's name."""
+    status: Status
+    """Done, not measurable (with the reason), or failed (with the reason)."""
+    reason: str = ""
+    """Why it failed, or cannot be measured."""
+    seconds: float = 0.0
+    """Wall-clock time that it took when it was run."""
+    key: dict[str, Any] = field(default_factory=dict)
+    """What it was made with."""
+    reused: bool = False
+    """Whether it was there already."""
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What was run."""
+
+    folder: Path
+    """Where the results are."""
+    parts: dict[str, Part]
+    """By name, in the order in which they ran."""
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the parts that failed."""
+        return [name for name, part in self.parts.items() if part.status == "failed"]
+
+
+Watch = Callable[[str, int, int], None]
+"""``(part, number, of how many)``, called when a part begins."""
+Told = Callable[[Part], None]
+"""Called when a part ends."""
+
+
+def run_all(
+    study: Study,
+    out: str | Path,
+    *,
+    target: int = 10,
+    only: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+    begins: Watch = lambda _name, _number, _of: None,
+    ends: Told = lambda _part: None,
+) -> SuiteResult:
+    """Run the formation, the chain and every analysis into a folder; finished parts of it are kept.
+
+    Args:
+        study: model, prompts and seed.
+        out: the folder; one that an earlier run left is taken up again.
+        target: position that the chain makes a sink.
+        only: names of the parts to run (all by default).
+        config: what else to record, such as the command line.
+        begins: called when a part begins.
+        ends: called when a part ends.
+
+    Raises:
+        InputError: a part that does not exist, or a folder that is not one of an earlier run.
+    """
+    out = Path(out)
+    analyses = {name: load_analysis(name) for name in list_analyses()}
+    names = [FORMATION, CHAIN, *analyses]
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise InputError(f"there is no part {', '.join(unknown)}: the parts are {', '.join(names)}")
+    chosen = [name for name in names if not only or name in only]
+    earlier = _earlier(out)
+    keys = {name: _key(study, target, analyses.get(name)) for name in chosen}
+    suite = _Suite(study, out, target, analyses)
+    parts = {name: part for name, part in earlier.items() if name in names and name not in chosen}
+    for number, name in enumerate(chosen, start=1):
+        begins(name, number, len(chosen))
+        part = suite.part(name, keys[name], earlier.get(name))
+        parts[name] = part
+        _record(out, study, {name: parts[name] for name in names if name in parts}, config or {})
+        ends(part)
+    return SuiteResult(out, {name: parts[name] for name in names if name in parts})
+
+
+class _Suite:
+    """Runs parts of one folder."""
+
+    def __init__(self, study: Study, out: Path, target: int, analyses: Mapping[str, Analysis]) -> None:
+        self.study, self.out, self.target, self.analyses = study, out, target, analyses
+
+    def part(self, name: str, key: dict[str, Any], before: Part | None) -> Part:
+        """One part: the one that is there if it was made with ``key``, or a new one."""
+        if before is not None and before.status != "failed" and before.key == key and self._reuse(name):
+            return Part(name, before.status, before.reason, before.seconds, key, reused=True)
+        began = time.perf_counter()
+        status, reason = "done", ""
+        try:
+            status, reason = self._run(name)
+        except (NoSinkError, NotApplicableError) as error:
+            status, reason = "not measurable", str(error)
+        except (InputError, EngineError) as error:
+            status, reason = "failed", str(error)
+        except Exception as error:  # whatever an analysis does wrong, the others still run
+            logger.debug("%s failed", name, exc_info=True)
+            status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Part(name, status, reason, time.perf_counter() - began, key)
+
+    def _reuse(self, name: str) -> bool:
+        try:
+            if name == FORMATION:
+                data = json.loads((self.out / "formation.json").read_text(encoding="utf-8"))
+                # The analyses that still have to run need not look for it again.
+                self.study.__dict__["formation"] = formation_from_json(data)
+            elif name == CHAIN:
+                ChainResult.load(self.out / name)
+            else:
+                AnalysisResult.load(self.out / name)
+        except (InputError, OSError, ValueError, LookupError, TypeError):
+            return False
+        return True
+
+    def _run(self, name: str) -> tuple[Status, str]:
+        study = self.study
+        if name == FORMATION:
+            data = to_plain(formation_to_json(study.formation))
+            write_text(self.out / "formation.json", json.dumps(data, indent=1, allow_nan=False))
+            return "done", ""
+        if name == CHAIN:
+            result = run_chain(
+                study.model, study.batch, target=self.target, formation=study.formation, seed=study.seed,
+                memory_budget=study.memory_budget, progress=study.progress,
+            )  # fmt: skip
+            result.save(self.out / name, force=True)
+            return "done", ""
+        found = run_analysis(self.analyses[name], study)
+        found.save(self.out / name, force=True)
+        outcome, reason = found.findings.verdict.outcome, found.findings.verdict.reason
+        return ("not measurable", reason) if outcome == "not measurable" else ("done", "")
+
+
+def _key(study: Study, target: int, analysis: Analysis | None) -> dict[str, Any]:
+    """All that decides a part's numbers."""
+    made = {name: study.provenance[name] for name in ("weight_digest", "prompts_digest", "dtype", "device")}
+    if analysis is not None:
+        return {**made, **config_of(analysis, study, analysis.options)}
+    return to_plain({**made, "seed": study.seed, "given": study.given, "target": target, "code": package_digest()[:16]})
+
+
+def check_folder(out: Path) -> None:
+    """Make sure, before any work is done, that results can be put into ``out``.
+
+    Raises:
+        InputError: it is a file, holds something else, or cannot be written.
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / "run.json").is_file():
+        raise InputError(f"{out} is not the folder of an earlier run: choose another --out")
+    check_out(out, force=True)
+
+
+def _earlier(out: Path) -> dict[str, Part]:
+    """The parts of an earlier run in the same folder."""
+    check_folder(out)
+    record = out / "run.json"
+    if not record.is_file():
+        return {}
+    try:
+        data = json.loads(record.read_text(encoding="utf-8"))
+        return {name: Part(name, **part) for name, part in data["parts"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{record} is damaged ({error}): remove it, or choose another --out") from error
+
+
+def _record(out: Path, study: Study, parts: Mapping[str, Part], config: Mapping[str, Any]) -> None:
+    listed = {
+        name: {k: v for k, v in asdict(part).items() if k not in ("name", "reused")} for name, part in parts.items()
+    }
+    batch = study.batch
+    data = {
+        "config": {"prompts": batch.source, "n_prompts": batch.n, "length": batch.length, "seed": study.seed, **config},
+        "provenance": study.provenance,
+        "parts": listed,
+    }
+    write_text(out / "run.json", json.dumps(to_plain(data), indent=1, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,180 @@
+"""Results: effects per prompt, aggregated last, saved atomically with all that is needed to trace them.
+
+An effect is a ratio of differences, ``(M_patched - M_without) / (M_with - M_without)``, counted from the run that was
+patched: 1 means that the patch did all that the sink pair does, 0 nothing. It is never clipped. A prompt in which the
+pair itself moves the metric by less than ``min_gap`` cannot be divided by: it is excluded, and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sinklens.errors import InputError
+from sinklens.formation import Formation, _frame, formation_from_json, formation_to_json
+from sinklens.records.files import atomic_folder
+from sinklens.records.plain import to_plain
+from sinklens.statistics import bootstrap_interval
+
+SCORE_KEYS = ["stage", "edit", "direction", "control"]
+"""What one score is about."""
+OF_TOKENS = ("received", "neurons")
+"""Fields of a result with a number for every token."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChainResult:
+    """Scores, chain matrix, checks, formation and provenance of one chain."""
+
+    scores: pd.DataFrame
+    """One row per stage, edit, direction and control: effect, interval, n, n_excluded, layers, units."""
+    effects: pd.DataFrame
+    """The same per prompt and draw, with the metric's values."""
+    matrix: pd.DataFrame
+    """Edit stage i, read stage j: effect of each stage's transplant on every stage's readout and on the sink."""
+    checks: pd.DataFrame
+    """What else the pair changes: entropy, mixing, variance, activations, norms, in both runs."""
+    formation: Formation
+    """Where the sink forms."""
+    runs: dict[str, dict[str, list[float]]]
+    """Per run and readout, the value for every prompt."""
+    config: dict[str, Any]
+    """Everything that was chosen."""
+    provenance: dict[str, Any]
+    """Versions, git commit, device, dtype, model id and digests."""
+    engine: dict[str, Any]
+    """Forward passes, patches, seconds, peak memory."""
+    tokens: list[list[str]]
+    """Token strings of the prompts that have views."""
+    attention: dict[str, Tensor] = field(default_factory=dict)
+    """``{run: [prompt head query key]}``, attention of the block after the formation block, for views."""
+    received: dict[str, Tensor] = field(default_factory=dict)
+    """``{run: [prompt pos]}``, attention from later queries, mean over heads and readout blocks; NaN for the last."""
+    neurons: dict[str, Tensor] = field(default_factory=dict)
+    """``{run: [prompt pos neuron]}``, activations of the super neurons."""
+
+    def score(self, stage: str, edit: str, direction: str, control: str = "") -> pd.Series:
+        """The row of :attr:`scores` for one experiment.
+
+        Raises:
+            KeyError: when there is none.
+        """
+        wanted = dict(zip(SCORE_KEYS, (stage, edit, direction, control), strict=True))
+        rows = self.scores[(self.scores[SCORE_KEYS] == list(wanted.values())).all(axis=1)]
+        if rows.empty:
+            raise KeyError(f"no score for {wanted}")
+        return rows.iloc[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``chain.json``."""
+        return {
+            "config": self.config,
+            "provenance": self.provenance,
+            "engine": self.engine,
+            "formation": formation_to_json(self.formation),
+            "runs": self.runs,
+            "scores": _records(self.scores),
+            "chain_matrix": _records(self.matrix),
+            "checks": _records(self.checks),
+            "tokens": self.tokens,
+        }
+
+    def save(self, out: str | Path, *, force: bool = False) -> Path:
+        """Write ``chain.json``, ``scores.parquet``, ``effects.parquet``, ``attention.safetensors`` and
+        ``tokens.safetensors`` (what views of single tokens show) into a folder, as a whole or not at all.
+
+        Raises:
+            InputError: when it exists and ``force`` is not set, or cannot be written.
+        """
+        with atomic_folder(out, force=force) as folder:
+            text = json.dumps(to_plain(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
+            (folder / "chain.json").write_text(text, encoding="utf-8")
+            self.scores.to_parquet(folder / "scores.parquet", index=False)
+            self.effects.to_parquet(folder / "effects.parquet", index=False)
+            _save_tensors(self.attention, folder / "attention.safetensors")
+            of_tokens = {f"{name}/{run}": x for name in OF_TOKENS for run, x in getattr(self, name).items()}
+            _save_tensors(of_tokens, folder / "tokens.safetensors")
+        return Path(out)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ChainResult:
+        """Read back what :meth:`save` wrote.
+
+        Raises:
+            InputError: when the folder does not hold a finished run.
+        """
+        folder = Path(folder)
+        if not (folder / "chain.json").is_file():
+            raise InputError(f"{folder} holds no chain.json: give the folder that a chain was saved in")
+        try:
+            data = json.loads((folder / "chain.json").read_text(encoding="utf-8"))
+            return cls(
+                scores=_with_lists(pd.read_parquet(folder / "scores.parquet")),
+                effects=_with_lists(pd.read_parquet(folder / "effects.parquet")),
+                matrix=_frame(data["chain_matrix"]),
+                checks=_frame(data["checks"]),
+                formation=formation_from_json(data["formation"]),
+                runs=data["runs"],
+                config=data["config"],
+                provenance=data["provenance"],
+                engine=data["engine"],
+                tokens=data["tokens"],
+                attention=load_file(folder / "attention.safetensors"),
+                **_of_tokens(folder / "tokens.safetensors"),
+            )
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"the run in {folder} is damaged ({reason}): run the chain again") from error
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    os.chmod(path, 0o644)  # safetensors makes it private
+
+
+def _of_tokens(path: Path) -> dict[str, dict[str, Tensor]]:
+    found = load_file(path) if path.is_file() else {}  # runs of earlier versions have none
+    return {
+        name: {key.partition("/")[2]: x for key, x in found.items() if key.partition("/")[0] == name}
+        for name in OF_TOKENS
+    }
+
+
+def _with_lists(frame: pd.DataFrame) -> pd.DataFrame:
+    """Layers and units as the lists that they were: Parquet gives arrays."""
+    for name in frame.columns.intersection(["layers", "units"]):
+        lists = [value.tolist() if isinstance(value, np.ndarray) else value for value in frame[name]]
+        frame[name] = pd.Series(lists, index=frame.index, dtype=object)
+    return frame
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [to_plain(record) for record in frame.to_dict("records")]
+
+
+def summarise(effects: pd.DataFrame, keys: Sequence[str], seed: int) -> pd.DataFrame:
+    """Mean effect with its interval over prompts, for every combination of ``keys``; draws are averaged first."""
+    records = []
+    for key, group in effects.groupby(list(keys), sort=False, dropna=False):
+        per_prompt = group.groupby("prompt").effect.mean()
+        low, high = bootstrap_interval(per_prompt.to_numpy(), seed)
+        record = dict(zip(keys, key if isinstance(key, tuple) else (key,), strict=True))
+        record |= {
+            "effect": per_prompt.mean(),
+            "ci_low": low,
+            "ci_high": high,
+            "n": int(per_prompt.notna().sum()),
+            "n_excluded": int(per_prompt.isna().sum()),
+        }
+        records.append(record)
+    return pd.DataFrame(records)

@@ -1,0 +1,184 @@
+"""The main job: per-stage causal-effect scores of the attention-sink chain.
+
+For the metric M (attention received by the target from later queries, averaged over heads, over the blocks just after
+formation) and every prompt i,
+
+* denoise (is the stage sufficient?): ``effect_i = (M_patched - M_base) / (M_anchored - M_base)``,
+* noise (is it necessary?): ``effect_i = (M_anchored - M_patched) / (M_anchored - M_base)``.
+
+Effects are per prompt, aggregated last, never clipped. Two identities are asserted in every run, because nothing that
+is
+printed can be trusted if they fail: the transplant of the aggregated value must carry exactly all of the effect of an
+induced pair, and every stage's transplant must move its own readout by exactly 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from sinklens import readouts
+from sinklens.chain import scoring
+from sinklens.chain.checks import pair_checks
+from sinklens.chain.first_prompt import first_prompt
+from sinklens.chain.result import ChainResult
+from sinklens.chain.scoring import SINK, Trial
+from sinklens.engine.memory import row_budget
+from sinklens.engine.run import PatchResult, Progress, run_patches
+from sinklens.errors import InputError, NotApplicableError
+from sinklens.formation import Formation, find_formation
+from sinklens.models.view import Model, model_shape
+from sinklens.pairs.pair import PairKind, SinkPair, check_target, induced_pair, natural_pair
+from sinklens.prompts import PromptBatch
+from sinklens.stages import CHAIN, Stage
+from sinklens.stages.base import Setting
+from sinklens.statistics import generator
+from sinklens.study import provenance
+
+
+def run_chain(
+    model: Model,
+    batch: PromptBatch,
+    *,
+    target: int | str = 10,
+    pair: PairKind = "block_aggregation",
+    strength: float = 8.0,
+    pair_layers: Sequence[int] | None = None,
+    stages: Sequence[Stage] = CHAIN,
+    formation: Formation | None = None,
+    readout_blocks: int = 4,
+    control_draws: int = 3,
+    min_gap: float = 0.01,
+    seed: int = 0,
+    memory_budget: int | None = None,
+    max_rows: int | None = None,
+    progress: Progress | None = None,
+) -> ChainResult:
+    """Score every stage of the chain on ``batch``.
+
+    Args:
+        model: a ``HookedTransformer`` or ``TransformerBridge``.
+        batch: equal-length prompts.
+        target: position that is made a sink, or ``"natural"`` for the sink that the data has.
+        pair: how the sink is made at ``target``: ``block_aggregation`` or ``amplify_variance``.
+        strength: lambda of ``amplify_variance``.
+        pair_layers: blocks of that intervention (see :func:`~sinklens.pairs.pair.induced_pair` for the default).
+        stages: stages to score, the six of the chain by default.
+        formation: where the sink forms; found if not given.
+        readout_blocks: in how many blocks after the formation block attention is measured.
+        control_draws: repetitions of everything that is drawn at random, averaged for each prompt.
+        min_gap: least difference of the metric between the pair's runs; prompts with less are excluded.
+        seed: fixes every draw and the bootstrap.
+        memory_budget: bytes for one forward pass's activations.
+        max_rows: rows for one forward pass, in place of the budget.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        NoSinkError: the model has no sink on these prompts, or the pair makes none in any prompt.
+        InputError: a target or option that does not fit the model and prompts.
+        EngineError: an identity failed, or a patch did nothing: the numbers would not be trustworthy.
+    """
+    if control_draws < 1 or readout_blocks < 1:
+        raise InputError("control_draws and readout_blocks must be at least 1")
+    if not stages:
+        raise InputError("give at least one stage")
+    if isinstance(target, int):
+        check_target(batch, target)  # before any work
+    elif target != "natural":
+        raise InputError(f"target {target!r} must be a position, or natural")
+    formation = formation or find_formation(model, batch, memory_budget=memory_budget)
+    rows = max_rows or row_budget(model, batch.length, memory_budget)
+    layers = None if pair_layers is None else tuple(pair_layers)
+    sinks = _pair(model, batch, formation, target, pair, layers, strength, seed, rows)
+    setting = Setting(model, batch, formation, sinks, _readout_layers(model, formation, readout_blocks), rows)
+    skipped: dict[str, str] = {}
+    trials = _trials(setting, stages, control_draws, seed, skipped)
+    stages = [stage for stage in stages if any(trial.stage is stage for trial in trials)]
+    metric = readouts.attention_received(SINK, setting.readout_layers, sinks.target, batch.n)
+    measured = [metric, *(stage.readout(setting, stage) for stage in stages), *_baseline(setting)]
+    result = run_patches(
+        model, batch, [trial.patch for trial in trials], measured, runs=sinks.runs,
+        memory_budget=memory_budget, max_rows=max_rows, progress=progress,
+    )  # fmt: skip
+    effects = scoring.effects(trials, result, sinks, SINK, min_gap)
+    scoring.check_pair(effects, result, sinks, min_gap)
+    matrix = scoring.matrix(trials, result, sinks, stages, min_gap)
+    scoring.check_identities(effects, matrix, sinks, next(model.parameters()).dtype)
+    config = {
+        "target": target, "pair": sinks.kind, "strength": strength if pair == "amplify_variance" else None,
+        "pair_layers": list(_root_layers(sinks)), "stages": [stage.name for stage in stages],
+        "claims": {stage.name: stage.claim for stage in stages},
+        "readout_layers": list(setting.readout_layers), "control_draws": control_draws, "min_gap": min_gap,
+        "seed": seed, "n_prompts": batch.n, "length": batch.length, "prompts": batch.source,
+        "n_skipped": batch.n_skipped, "not_applicable": skipped,
+    }  # fmt: skip
+    return ChainResult(
+        scores=scoring.scores(effects, trials, seed),
+        effects=effects,
+        matrix=scoring.summarise_matrix(matrix, seed),
+        checks=pair_checks(setting),
+        formation=formation,
+        runs=_run_values(result),
+        config=config,
+        provenance=provenance(model, batch),
+        engine=asdict(result.stats),
+        tokens=[list(batch.labels[0])],
+        **first_prompt(setting),
+    )
+
+
+def _pair(model, batch, formation, target, kind, layers, strength, seed, rows) -> SinkPair:  # noqa: ANN001
+    if target == "natural":
+        return natural_pair(batch, formation, seed)
+    return induced_pair(
+        model, batch, formation, target, kind=kind, layers=layers, strength=strength, seed=seed, max_rows=rows
+    )
+
+
+def _root_layers(pair: SinkPair) -> tuple[int, ...]:
+    return tuple(sorted({layer for roots in pair.runs.values() for root in roots for layer in root.layers}))
+
+
+def _readout_layers(model: Model, formation: Formation, blocks: int) -> tuple[int, ...]:
+    n_layers = model_shape(model).n_layers
+    first = formation.layer + 1
+    if first >= n_layers:
+        raise NotApplicableError(
+            f"block {formation.layer} is the model's last: no later block attends to the sink it forms"
+        )
+    return tuple(range(first, min(first + blocks, n_layers)))
+
+
+def _trials(
+    setting: Setting, stages: Sequence[Stage], draws: int, seed: int, skipped: dict[str, str] | None = None
+) -> list[Trial]:
+    """Every experiment's patches; those that the model does not allow are left out, and said in ``skipped``."""
+    trials = []
+    for stage in stages:
+        for experiment in stage.experiments:
+            for direction in setting.pair.directions:
+                for draw in range(draws if experiment.drawn else 1):
+                    # Seeded by name, so that a score does not depend on which other stages run.
+                    name = f"{stage.name}/{experiment.edit}/{experiment.control}/{draw}"
+                    try:
+                        patch = experiment.build(setting, stage, direction, generator(seed, name))
+                    except NotApplicableError as error:
+                        if skipped is None:
+                            raise
+                        skipped[f"{stage.name}/{experiment.edit}"] = str(error)
+                        continue
+                    trials.append(Trial(stage, experiment, direction, draw, patch))
+    if not trials and skipped:
+        raise NotApplicableError(next(iter(skipped.values())))
+    return trials
+
+
+def _baseline(setting: Setting) -> list:
+    """For the natural sink: the same metric at ordinary positions takes the place of a run without a sink."""
+    if setting.pair.kind != "natural":
+        return []
+    return [readouts.attention_ordinary("ordinary", setting.readout_layers, setting.pair.ordinary)]
+
+
+def _run_values(result: PatchResult) -> dict[str, dict[str, list[float]]]:
+    return {run: {name: value.tolist() for name, value in found.items()} for run, found in result.runs.items()}

@@ -1,0 +1,5 @@
+"""``python -m sinklens.cli``."""
+
+from sinklens.cli import main
+
+main()

@@ -1,0 +1,279 @@
+"""What the commands have in common: options, loading, progress, and how mistakes are told.
+
+torch and transformers are imported inside functions, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+import typer.core
+
+if TYPE_CHECKING:
+    from sinklens.engine.run import Progress
+    from sinklens.prompts import PromptBatch
+
+
+class Commands(typer.core.TyperGroup):
+    """Mistakes in the arguments are told like those in the input: one sentence, exit code 2."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        """Parse the arguments."""
+        with usage_errors():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with usage_errors():
+            return super().invoke(ctx)
+
+
+class Dtype(StrEnum):
+    """Floating-point formats a model can be loaded in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Pair(StrEnum):
+    """How a sink is made at the target."""
+
+    block_aggregation = "block_aggregation"
+    amplify_variance = "amplify_variance"
+
+
+class Backend(StrEnum):
+    """TransformerLens classes."""
+
+    auto = "auto"
+    hooked = "hooked"
+    bridge = "bridge"
+
+
+ModelOption = Annotated[str, typer.Option(help="A name from `sinklens models`, a Hugging Face id, or a local folder.")]
+LengthOption = Annotated[int, typer.Option(help="Tokens in every prompt.")]
+PromptsOption = Annotated[
+    str,
+    typer.Option(help="`passages` (in the package), `random` (random tokens), or a file: one text a line, or .jsonl."),
+]
+CountOption = Annotated[int, typer.Option("--n", help="Number of prompts.")]
+BosOption = Annotated[bool, typer.Option("--bos/--no-bos", help="Put the tokenizer's BOS in front of every prompt.")]
+DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:1`.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Floating-point format of the model.")]
+BackendOption = Annotated[Backend, typer.Option(help="TransformerLens class to load the model as.")]
+SeedOption = Annotated[int, typer.Option(help="Fixes every random draw.")]
+MemoryOption = Annotated[float | None, typer.Option(help="GiB for one forward pass's activations.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier run.")]
+BlockOption = Annotated[
+    int | None, typer.Option("--block", "--layer", help="Explain this block instead of the strongest.")
+]
+NeuronsOption = Annotated[str | None, typer.Option(help="Take these super neurons, such as 3,17, and look for none.")]
+DimsOption = Annotated[str | None, typer.Option(help="Take these outlier dimensions and look for none.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def integers(option: str, text: str) -> tuple[int, ...]:
+    """``0-2,7`` as ``(0, 1, 2, 7)``, and ``1-9:4`` as ``(1, 5, 9)``; anything else is the user's mistake."""
+    found: set[int] = set()
+    try:
+        for part in text.split(","):
+            span, _, step = part.partition(":")
+            first, _, last = span.strip().partition("-")
+            found.update(range(int(first), int(last or first) + 1, int(step or 1)))
+    except ValueError:
+        found = set()
+    if not found:
+        fail(f"{option} {text!r} must be whole numbers such as 0-2 or 0,3 or 1-9:4")
+    return tuple(sorted(found))
+
+
+def floats(option: str, text: str) -> tuple[float, ...]:
+    """``1,2.5`` as ``(1.0, 2.5)``; anything else is the user's mistake."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(map(math.isfinite, found)):
+        fail(f"{option} {text!r} must be numbers such as 1,2,4")
+    return found
+
+
+def given_formation(block: int | None, super_neurons: str | None, outlier_dims: str | None) -> dict[str, Any]:
+    """What the user says of the formation, as :class:`sinklens.Study` takes it."""
+    found: dict[str, Any] = {} if block is None else {"layer": block}
+    if super_neurons is not None:
+        found["super_neurons"] = integers("--super-neurons", super_neurons)
+    if outlier_dims is not None:
+        found["outlier_dims"] = integers("--outlier-dims", outlier_dims)
+    return found
+
+
+def budget(gib: float | None) -> int | None:
+    """``--memory-budget`` in bytes."""
+    if gib is None:
+        return None
+    if not 0 < gib < math.inf:
+        fail(f"--memory-budget {gib} must be a number of GiB, more than 0")
+    return int(gib * 2**30)
+
+
+def load(
+    step, model, device, dtype, backend, prompts, n, length, bos, seed, devices=1,  # noqa: ANN001
+) -> tuple[Any, PromptBatch]:  # fmt: skip
+    """The model and the prompts that the options name."""
+    # os.path and not Path: it says no to a name that is too long instead of raising.
+    if prompts not in ("passages", "random") and not os.path.exists(os.path.expanduser(prompts)):
+        fail(f"--prompts {prompts!r} is neither passages nor random nor a file that exists: check the path")
+    step("loading torch and the model")
+    from sinklens import prompts as make
+    from sinklens.models.load import load_model
+
+    loaded = load_model(model, device=device, dtype=dtype.value, backend=backend.value, devices=devices)
+    _check_weights(loaded)
+    if prompts == "passages":
+        return loaded, make.natural(loaded, n=n, length=length, prepend_bos=bos)
+    if prompts == "random":
+        return loaded, make.random_tokens(loaded, n=n, length=length, seed=seed, prepend_bos=bos)
+    return loaded, make.from_file(loaded, prompts, n=n, length=length, prepend_bos=bos)
+
+
+def _check_weights(model: Any) -> None:
+    """Activations would not be finite either, but by then nothing says where that came from."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            name = name.replace("._original_component", "")  # a bridge's wrapping
+            fail(f"the model's weight {name} holds NaN or infinite values: get the model again, or use another")
+
+
+def command_line() -> str:
+    """The command as it was given."""
+    import shlex
+
+    return shlex.join(["sinklens", *sys.argv[1:]])
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[tuple[Any, Progress]]:
+    """A bar on stderr when that is a terminal; nothing otherwise."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    screen = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def step(text: str) -> None:
+            bar.update(task, description=text)
+
+        def rows(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield step, rows
+
+
+@contextlib.contextmanager
+def errors() -> Iterator[None]:
+    """The user's mistakes as one sentence and exit code 2, the engine's refusals as one and exit code 1."""
+    from sinklens.errors import EngineError, InputError
+
+    try:
+        with _remarks():
+            yield
+    except InputError as error:
+        fail(str(error))
+    except EngineError as error:
+        typer.echo(f"sinklens: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _remarks() -> Iterator[None]:
+    """Warnings and log records of sinklens as lines like our own; those of others as they come."""
+    logger, show = logging.getLogger("sinklens"), warnings.showwarning
+    here = str(Path(__file__).parents[1])
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            typer.echo(f"sinklens: note: {record.getMessage()}", err=True)
+
+    def ours(message: Any, category: Any, filename: str, *rest: Any) -> None:
+        if filename.startswith(here):
+            typer.echo(f"sinklens: note: {message}", err=True)
+        else:
+            show(message, category, filename, *rest)
+
+    handler = Handler(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = ours
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Typer's own mistakes as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        # Typer's own exceptions have no public base class. The one that shows the help is no mistake to explain.
+        if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        message = " ".join(error.format_message().split()).rstrip(".")  # pyright: ignore[reportAttributeAccessIssue]
+        where = getattr(getattr(error, "ctx", None), "command_path", "sinklens")
+        fail(f"{message}; see {where} --help")
+
+
+def fail(sentence: str) -> NoReturn:
+    """Tell the user's mistake, and exit with 2."""
+    typer.echo(f"sinklens: {sentence}", err=True)
+    raise typer.Exit(2)
+
+
+def write_report(out: Path) -> Path | None:
+    """Write the report of a run; None, and a remark, where what it needs is not installed."""
+    from sinklens.errors import InputError
+
+    try:
+        from sinklens.pages.page import report
+
+        return report(out)
+    except InputError as error:  # plotly or circuitsvis is not installed: the numbers are saved all the same
+        typer.echo(f"no report.html: {error}", err=True)
+        return None
+
+
+TOO_FEW = "the chain compares variances over prompts, so it needs at least 2 of them, and {}"
+
+
+def target_of(text: str, length: int) -> int | str:
+    """``--target`` as a position, or natural."""
+    if text == "natural":
+        return text
+    try:
+        target = int(text)
+    except ValueError:
+        fail(f"--target {text!r} must be a position such as 10, or natural")
+    if length < 3:
+        fail(f"--length {length} must be at least 3: a target needs earlier and later tokens")
+    if target == 0:
+        fail("--target 0 has no earlier tokens to aggregate: choose a later position, or natural")
+    if not 0 < target < length - 1:
+        fail(f"--target {target} must be in 1..{length - 2}: with --length {length} it needs later tokens")
+    return target

@@ -1,0 +1,197 @@
+"""Tables for the terminal: the scores of a chain, and where a sink forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sinklens.analysis.base import AnalysisResult
+from sinklens.analysis.capabilities import Capabilities
+from sinklens.analysis.suite import SuiteResult
+from sinklens.chain.result import ChainResult
+from sinklens.formation import Formation
+from sinklens.records.text import number
+from sinklens.statistics import Estimate, estimate_text
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """``(0, 1, 2, 5)`` as ``0-2, 5``."""
+    parts: list[list[int]] = []
+    for item in sorted(numbers):
+        if parts and item == parts[-1][1] + 1:
+            parts[-1][1] = item
+        else:
+            parts.append([item, item])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that does not wrap tables when its output goes to a file or a pipe."""
+    found = Console(stderr=stderr, highlight=False)
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+
+
+def two_decimals(x: float) -> str:
+    """``x`` with two decimals, and no minus before a zero."""
+    text = f"{x:.2f}"
+    return "0.00" if text == "-0.00" else text
+
+
+def score_text(rows: pd.DataFrame) -> str:
+    """``effect [low, high]`` and what the claim predicts; empty when there is no such row."""
+    if rows.empty:
+        return ""
+    row = rows.iloc[0]
+    if not row.n:
+        return "no prompt left"
+    interval = "" if pd.isna(row.ci_low) else f" [{two_decimals(row.ci_low)}, {two_decimals(row.ci_high)}]"
+    return f"{two_decimals(row.effect)}{interval} ({row.predicted:.0f})"
+
+
+def chain_table(result: ChainResult) -> Table:
+    """Effects of every stage, controls under the effects that they belong to."""
+    table = Table(title="Per-stage causal effects: mean over prompts [95% interval] (predicted by the claim)")
+    directions = list(dict.fromkeys(result.scores.direction))
+    for name in ("stage", "edit", "layers"):
+        table.add_column(name, no_wrap=True)
+    for direction in directions:
+        table.add_column(direction, justify="right", no_wrap=True)
+    table.add_column("n", justify="right")
+    keys = ["stage", "edit", "control"]
+    previous = ""
+    for key in result.scores[keys].drop_duplicates().itertuples(index=False):
+        stage, edit, control = (str(part) for part in key)
+        rows = result.scores[(result.scores[keys] == list(key)).all(axis=1)]
+        if stage != previous and previous:
+            table.add_section()
+        cells = [score_text(rows.loc[rows.direction == direction]) for direction in directions]
+        label = f"  control: {control}" if control else edit
+        table.add_row(
+            stage if stage != previous else "",
+            label,
+            "" if control else spans(rows.iloc[0].layers),
+            *cells,
+            str(rows.n.min()),
+            style="dim" if control else None,
+        )
+        previous = stage
+    return table
+
+
+def chain_footer(result: ChainResult) -> list[str]:
+    """What the table was computed from, and what it cost."""
+    config, engine = result.config, result.engine
+    excluded = int(result.scores.n_excluded.max())
+    left_out = [f"Not applicable: {name}: {why}" for name, why in config.get("not_applicable", {}).items()]
+    return [
+        *left_out,
+        f"{_received(result)} in blocks {spans(config['readout_layers'])}.",
+        f"{config['n_prompts']} prompts of {config['length']} tokens ({config['prompts']}; {config['n_skipped']} "
+        f"skipped as too short; {excluded} excluded: the pair moves the metric too little).",
+        f"{engine['n_patches']} patches, {engine['n_rows']} patched rows in {engine['n_forwards']} forward passes, "
+        f"{engine['seconds']:.1f} s, {engine['n_rows'] / engine['seconds']:.0f} rows per second, peak memory "
+        f"{(engine['peak_bytes'] or 0) / 2**30:.1f} GiB.",
+    ]
+
+
+def _received(result: ChainResult) -> str:
+    config = result.config
+    mean = {
+        (run, name): sum(values) / len(values) for run, found in result.runs.items() for name, values in found.items()
+    }
+    if config["pair"] == "natural":
+        return (
+            f"Attention received from later queries: {mean['natural', 'sink']:.3f} by the sink, "
+            f"{mean['natural', 'ordinary']:.3f} by an ordinary position,"
+        )
+    runs = ", ".join(f"{mean[run, 'sink']:.3f} in the {run} run" for run in result.runs)
+    return f"Attention received by the target ({config['target']}, {config['pair']}) from later queries: {runs},"
+
+
+def formation_tables(formation: Formation) -> list[Table | Text]:
+    """Formation blocks, super neurons and outlier dimensions."""
+    positions = sorted(set(formation.sink_positions))
+    events = Table(title="Formation blocks (the residual norm of the sink token jumps)")
+    for name in ("block", "norm before", "after", "others' ratio before", "after", "MLP output", "attention output"):
+        events.add_column(name, justify="right")
+    for e in formation.events:
+        mark = " (explained)" if e.layer == formation.layer else ""
+        numbers = (e.norm_before, e.norm_after, e.ratio_before, e.ratio_after, e.mlp_norm, e.attn_norm)
+        events.add_row(f"{e.layer}{mark}", *(f"{x:,.1f}" for x in numbers))
+    neurons = Table(title=f"Super neurons of block {formation.layer}")
+    for name in ("neuron", "z of |W_gate|", "z of |W_up|", "activation on the sink", "on others (95%)"):
+        neurons.add_column(name, justify="right")
+    for n in formation.super_neurons:
+        gate = "no gate" if n.gate_z is None else f"{n.gate_z:.1f}"
+        neurons.add_row(str(n.index), gate, f"{n.up_z:.1f}", f"{n.activation_sink:,.1f}", f"{n.activation_other:,.2f}")
+    dims = Table(title="Outlier dimensions that they write")
+    for name in ("dimension", "written on the sink", "robust z"):
+        dims.add_column(name, justify="right")
+    for d in formation.outlier_dims:
+        dims.add_row(str(d.index), f"{d.written:,.1f}", f"{d.z:.1f}")
+    return [Text(f"Sink position in the prompts: {spans(positions)}"), events, neurons, dims]
+
+
+def verdict_table(result: AnalysisResult) -> Table:
+    """An analysis's answer: claim, statistic, control, rule, and the other numbers."""
+    verdict = result.findings.verdict
+    table = Table(title=escape(result.title), show_header=False, box=box.SIMPLE)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = [("claim", verdict.claim), ("verdict", verdict.outcome.upper())]
+    if verdict.reason:
+        rows.append(("why", verdict.reason))
+    if verdict.estimate is not None:
+        rows.append((verdict.statistic, estimate_text(verdict.estimate)))
+    if verdict.control_estimate is not None:
+        rows.append((f"control: {verdict.control}", estimate_text(verdict.control_estimate)))
+    if verdict.p_value is not None:
+        rows.append(("p", number(verdict.p_value, 2)))
+    rows += [("rule", verdict.rule)] if verdict.rule else []
+    for name, value in result.findings.numbers.items():
+        rows.append((name, estimate_text(value) if isinstance(value, Estimate) else number(value)))
+    for name, text in rows:
+        table.add_row(escape(name), escape(text))
+    return table
+
+
+def verdicts_table(result: SuiteResult) -> Table:
+    """One row per analysis: whether its claim holds, the statistic, the control."""
+    table = Table(title="Claims on this model")
+    for name in ("analysis", "verdict", "statistic [95% interval]", "control", "claim"):
+        table.add_column(name, overflow="fold")
+    for name, part in result.parts.items():
+        if name in ("formation", "chain"):
+            continue
+        if part.status == "failed":
+            table.add_row(name, "failed", "", "", escape(part.reason))
+            continue
+        verdict = AnalysisResult.load(result.folder / name).findings.verdict
+        table.add_row(
+            name,
+            verdict.outcome,
+            escape(_short(verdict.estimate)),
+            escape(_short(verdict.control_estimate)),
+            escape(verdict.claim + (f" ({verdict.reason})" if verdict.reason else "")),
+        )
+    return table
+
+
+def capabilities_table(found: Capabilities) -> Table:
+    """What runs on a model, and why the rest does not."""
+    table = Table(title=escape(f"{found.title} ({found.backend or 'cannot be loaded'})"))
+    for name in ("part", "runs", "remark"):
+        table.add_column(name, overflow="fold")
+    for item in found.found:
+        table.add_row(item.part, "yes" if item.runs else "no", escape(item.reason))
+    return table
+
+
+def _short(estimate: Estimate | None) -> str:
+    return "" if estimate is None else estimate_text(estimate).partition(", n =")[0]

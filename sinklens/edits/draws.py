@@ -1,0 +1,39 @@
+"""Random draws for edits and controls: always from a generator, on the CPU, in float32."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
+
+from sinklens.errors import InputError
+
+
+def random_orthonormal(d: int, rank: int, generator: torch.Generator) -> Float[Tensor, "d rank"]:
+    """Orthonormal columns of a Gaussian matrix: a uniformly random subspace of R^d, on the CPU, in float32."""
+    return torch.linalg.qr(torch.randn(d, rank, generator=generator)).Q
+
+
+def rotate_rows(rows: Float[Tensor, "neuron d_model"], generator: torch.Generator) -> Float[Tensor, "neuron d_model"]:
+    """``rows`` after one random rotation of R^d: norms and mutual angles kept, sparsity gone."""
+    d = rows.shape[-1]
+    return (rows.detach().cpu().float() @ random_orthonormal(d, d, generator)).to(rows)
+
+
+def random_permutations(n: int, size: int, generator: torch.Generator) -> Int[Tensor, "n size"]:
+    """``n`` independent random permutations of ``size`` entries."""
+    return torch.stack([torch.randperm(size, generator=generator) for _ in range(n)])
+
+
+def others(n: int, chosen: tuple[int, ...], generator: Generator, size: int | None = None) -> tuple[int, ...]:
+    """Indices below ``n`` that are not ``chosen``: all, or ``size`` of them drawn at random.
+
+    Raises:
+        InputError: when there are not as many.
+    """
+    left = torch.tensor([i for i in range(n) if i not in set(chosen)])
+    if size is None:
+        return tuple(left.tolist())
+    if size > len(left):
+        raise InputError(f"a control of {size} other units was asked for, but only {len(left)} of {n} are left")
+    return tuple(sorted(left[torch.randperm(len(left), generator=generator)[:size]].tolist()))

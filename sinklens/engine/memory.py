@@ -1,0 +1,69 @@
+"""How many rows fit: a budget in bytes, an estimate of bytes per row, and what out-of-memory looks like."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from sinklens.models.view import Model, ModelShape, device_of, model_shape
+
+CPU_BUDGET = 1 << 28
+"""Default budget for activations on the CPU, bytes. More rows at once are slower there: they fall out of the caches."""
+CUDA_SHARE = 0.5
+"""Default share of the free device memory that activations may take."""
+MAX_ROWS = 4096
+"""Larger batches gain nothing and make a failed batch expensive."""
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes that one forward pass's activations may take on ``device`` when the caller does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved_but_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int((free + reserved_but_unused) * CUDA_SHARE)
+    return CPU_BUDGET
+
+
+def bytes_per_row(shape: ModelShape, length: int, itemsize: int, logits: bool = False) -> int:
+    """Peak bytes that one row of ``length`` tokens takes in a hooked forward pass, estimated from above.
+
+    The largest block-level set alive at once: residual stream, normalised copies (float32 whatever the dtype), queries,
+    keys and values with their rotated copies, scores and pattern with the copies that hooks make, and the MLP's
+    hidden activations.
+    """
+    attention = 4 * shape.n_heads * length * length * itemsize
+    projections = 8 * length * shape.n_heads * shape.d_head * itemsize
+    mlp = 4 * length * shape.d_mlp * itemsize
+    residual = length * shape.d_model * (6 * itemsize + 4 * 4)
+    return residual + max(attention + projections, mlp) + (2 * length * shape.d_vocab * itemsize if logits else 0)
+
+
+def row_budget(model: Model, length: int, budget: int | None, logits: bool = False) -> int:
+    """Rows of ``length`` tokens for one forward pass within ``budget`` bytes: at least 1, at most :data:`MAX_ROWS`."""
+    budget = default_budget(device_of(model)) if budget is None else budget
+    itemsize = next(model.parameters()).element_size()
+    return max(1, min(MAX_ROWS, budget // bytes_per_row(model_shape(model), length, itemsize, logits)))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether ``error`` says that an allocation failed, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def release_cached(device: torch.device) -> None:
+    """Give cached blocks back to the device, so that a smaller batch finds room."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak memory so far: allocated on a GPU, resident in this process on a CPU; None where that cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

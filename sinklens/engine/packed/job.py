@@ -1,0 +1,191 @@
+"""Patches through the packed pass, in batches, and the check that the pass is the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sinklens.engine.capture import ActivationStore, Want
+from sinklens.engine.hooks import readouts_in
+from sinklens.engine.packed.blocks import PackedPass, keys_site
+from sinklens.engine.packed.layout import to_device
+from sinklens.engine.packed.points import PackedOp, Points, is_known, reach
+from sinklens.engine.packed.rows import Plan, Rows
+from sinklens.engine.packed.weights import PackedModel, unsupported
+from sinklens.errors import EngineError
+from sinklens.models.view import Model, model_shape
+from sinklens.patches import Patch, Runs
+from sinklens.readouts.base import PositionReadout, Readout
+from sinklens.sites import LOGITS, RESID_POST, RESID_PRE, HookSite, V
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
+"""How far, relative to its size, a reading of the packed pass may be from the model's own in the check of the two."""
+
+
+class DifferentModelError(Exception):
+    """The packed pass does not give this model's numbers."""
+
+
+def unpackable(
+    model: Model, length: int, readouts: Sequence[Readout], runs: Runs, patches: Sequence[Patch] = ()
+) -> str | None:
+    """Why the packed pass cannot do this; None when it can."""
+    sites = {readout.site for readout in readouts}
+    for patch in [*patches, *(root for roots in runs.values() for root in roots)]:
+        sites.add(patch.site)
+        sites.update(patch.edit.reads)
+    unknown = next((site for site in sites if not is_known(site)), None)
+    return f"the site {unknown.template}" if unknown is not None else unsupported(model, length)
+
+
+class PackedJob:
+    """All rows of a list of patches; see :class:`sinklens.engine.plain.PlainJob` for the interface."""
+
+    def __init__(
+        self, packed: PackedModel, tokens: Tensor, patches: Sequence[Patch], readouts: Sequence[Readout], runs: Runs,
+        device: torch.device, unchecked: bool = True,
+    ) -> None:  # fmt: skip
+        self.packed, self.readouts, self.device = packed, readouts, device
+        (n_prompts, length), self.n_layers = tokens.shape, model_shape(packed.model).n_layers
+        self.last = max((layer for readout in readouts for layer in readout.layers), default=-1)
+        stops = reach(readouts, n_prompts, length).numpy()
+        self.plan = Plan(patches, runs, n_prompts, stops, self.last, device)
+        self.rows, self.length, self.stops = self.plan.rows, length, stops
+        self.changed = torch.zeros(len(patches), dtype=torch.int32, device=device)
+        self.finite = torch.ones(len(patches), dtype=torch.bool, device=device)
+        self.unchecked = unchecked
+        self.ran = torch.zeros(len(patches), dtype=torch.bool)
+        self.ran[torch.from_numpy(np.unique(self.rows.patches))] = True
+
+    def wants(self) -> list[Want]:
+        """What must have been captured of the runs."""
+        return [*self._run_wants(), *self._source_wants()]
+
+    def attach(self, store: ActivationStore, out: Tensor) -> None:
+        """Where the captured runs are, and where results go: ``[readout, patch, prompt]``."""
+        self.store, self.out = store, out
+
+    def end(self, begin: int, max_rows: int) -> int:
+        """Where the batch that begins at row ``begin`` ends."""
+        return min(begin + max_rows, len(self.rows))
+
+    def work(self, begin: int, end: int) -> float:
+        """What a batch costs, in tokens times blocks."""
+        rows = self.rows[begin:end]
+        return float(((rows.stops - rows.starts) * (self.last - rows.entries + 1)).sum())
+
+    def forward(self, begin: int, end: int) -> None:
+        """Run a batch of rows; with the first one goes the check that the pass is the model's.
+
+        Raises:
+            DifferentModelError: when it is not.
+        """
+        rows = self.rows[begin:end]
+        tries = self._tries(int(rows.entries[0])) if self.unchecked else rows[:0]
+        readings = self._pass(tries.followed_by(rows), len(tries))
+        if self.unchecked:
+            self._check(tries, readings)
+            self.unchecked = False
+        patches, prompts = to_device(np.stack([rows.patches, rows.prompts]), self.device)
+        for i, readout in enumerate(self.readouts):
+            self.out[i, patches, prompts] = readings[readout.name][len(tries) :].to(self.out)
+
+    def _tries(self, entry: int) -> Rows:
+        """The first prompt of every run, unpatched, from the first position and from the middle."""
+        starts = sorted({0, int(self.stops[0]) // 2})
+        runs = np.repeat(np.arange(len(self.plan.names), dtype=np.int64), len(starts))
+        zeros = np.zeros_like(runs)
+        begins = np.array(starts * len(self.plan.names), dtype=np.int64)
+        return Rows(zeros - 1, zeros, runs * self.plan.n_prompts, begins, zeros + self.stops[0], zeros + entry)
+
+    def _check(self, tries: Rows, readings: dict[str, Tensor]) -> None:
+        tolerance = TOLERANCE[self.packed.cfg.dtype]
+        for readout in self.readouts:
+            expected = readout.combine(self._before(readout, tries)).float()
+            found = readings[readout.name][: len(tries)].float()
+            off = ~((found - expected).abs() <= tolerance * expected.abs().clamp(min=0.01))
+            if off.any():
+                raise DifferentModelError(f"{readout.name}: {found[off][0]:.6g} instead of {expected[off][0]:.6g}")
+
+    def _pass(self, rows: Rows, n_tries: int) -> dict[str, Tensor]:
+        """Every readout of every row, of which the first ``n_tries`` have no patch of their own."""
+        layout = rows.layout(self.length, self.device)
+        n_layers, top = self.n_layers, min(self.last, self.n_layers - 1)
+        points = Points(
+            layout,
+            self.plan.ops(rows, layout, top),
+            readouts_in(self.readouts, int(rows.entries.min())),
+            captured=lambda site, layer: self.store.joined(self.plan.names, site, layer),
+            source_of=self._source_of,
+            changed=self.changed,
+            n_layers=n_layers,
+        )
+        x = PackedPass(self.packed, layout, points).run(int(rows.entries.min()), self.last)
+        bad = ~torch.isfinite(x).all(-1).to(self.device)
+        # An index_add_ of integers is exact in any order.
+        count = torch.zeros(len(rows), dtype=torch.int32, device=self.device)
+        count.index_add_(0, layout.row[: len(x)].to(self.device), bad.to(count.dtype))
+        owners = to_device(rows.patches[n_tries:], self.device)
+        self.finite &= torch.zeros_like(self.changed).index_add_(0, owners, count[n_tries:]) == 0
+        found = {}
+        for readout in self.readouts:
+            stack = self._before(readout, rows)
+            for i, layer in enumerate(readout.layers):
+                if (value := points.readings.get((readout.name, layer))) is None:
+                    continue
+                n = len(value)
+                value = value.to(self.device)
+                if isinstance(readout, PositionReadout):
+                    value = value + self._prefix(readout, layer, rows[slice(0, n)])
+                stack[i, :n] = value
+            found[readout.name] = readout.combine(stack)
+        return found
+
+    def _before(self, readout: Readout, rows: Rows) -> Tensor:
+        """``[layer, row, ...]``: the runs' own readings, which stand where a row is not patched yet."""
+        contexts = to_device(rows.contexts, self.device)
+        runs = [
+            [self.store.readings[name, readout.name, layer] for name in self.plan.names] for layer in readout.layers
+        ]
+        return torch.stack([torch.cat(parts)[contexts] for parts in runs])
+
+    def _prefix(self, readout: PositionReadout, layer: int, rows: Rows) -> Tensor:
+        """The part of the readout's sum that lies before each row's first token."""
+        before = torch.cat([self.store.before[name, readout.name, layer] for name in self.plan.names])
+        contexts, starts = to_device(np.stack([rows.contexts, rows.starts]), self.device)
+        return before[contexts, starts]
+
+    def _source_of(self, op: PackedOp, site: HookSite) -> Tensor:
+        if op.source_run is None or op.source_positions is None:
+            raise EngineError(f"the edit {op.edit.name!r} needs a source run: give the patch source=Source(...)")
+        units = op.units if site == op.site else None
+        return self.store.gather(op.source_run, site, op.layer, op.prompts, op.source_positions, units)
+
+    def _run_wants(self) -> Iterable[Want]:
+        entries = sorted({int(entry) for entry in np.unique(self.rows.entries)})
+        if not entries:
+            return
+        for run in self.plan.names:
+            for layer in entries:
+                yield Want(run, RESID_PRE, layer)
+            for layer in range(entries[0], min(self.last, self.n_layers - 1) + 1):
+                yield Want(run, keys_site(self.packed), layer)
+                yield Want(run, V, layer)
+            for readout in self.readouts:
+                if not isinstance(readout, PositionReadout):
+                    at_end = readout.site == LOGITS
+                    site, layers = (RESID_POST, (self.n_layers - 1,)) if at_end else (readout.site, readout.layers)
+                    yield from (Want(run, site, layer) for layer in layers if layer >= entries[0])
+
+    def _source_wants(self) -> Iterable[Want]:
+        for group in self.plan.groups:
+            if group.source_run is None or not group.edit.uses_source:
+                continue
+            used = tuple(int(p) for p in np.unique(group.source_positions))
+            for site in (group.site, *group.edit.reads):
+                for layer in group.layers:
+                    if layer <= self.last:
+                        yield Want(group.source_run, site, layer, used)

@@ -1,0 +1,312 @@
+"""The engine: many patches in one forward pass.
+
+Each *row* of a batch is one patch on one prompt; every row carries its own edit and no row sees another. A row starts
+from the cached residual stream at the earliest block and position that its patch edits, and stops after the last block
+that a readout needs (:mod:`sinklens.engine.packed`). Readouts are reduced on the device inside the forward pass, and
+only numbers are kept. The result is what ``model.run_with_hooks`` gives with one patch at a time, in any order and
+for any batch size. Models that the packed pass does not know run through TransformerLens
+(:mod:`sinklens.engine.plain`), more slowly.
+
+Pitfalls that the engine takes care of: a hook name that does not exist is silently ignored by some backends, a hook may
+never fire, an edit may change nothing: each is an error here. A readout that lies before what a patch edits cannot be
+moved by it (the forward pass is causal in depth and in position), so its value is the run's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sinklens.engine.capture import ActivationStore, Want, capture_runs
+from sinklens.engine.memory import is_out_of_memory, peak_bytes, release_cached, row_budget
+from sinklens.engine.pace import Pace
+from sinklens.engine.packed import DifferentModelError, PackedJob, PackedModel, unpackable
+from sinklens.engine.plain import PlainJob, plain_wants
+from sinklens.engine.validation import validate
+from sinklens.errors import EngineError, InputError
+from sinklens.models.view import Model, check_hook_name, device_of
+from sinklens.patches import CLEAN, Patch, Runs
+from sinklens.prompts import PromptBatch
+from sinklens.readouts.base import Readout
+from sinklens.sites import LOGITS
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""``(rows done, rows in all)``, called after every forward pass."""
+
+
+@dataclass
+class EngineStats:
+    """What a call of :func:`run_patches` cost."""
+
+    n_patches: int = 0
+    """Patches that were run."""
+    n_rows: int = 0
+    """Patch-prompt pairs that were run."""
+    n_forwards: int = 0
+    """Forward passes, those that capture the runs included."""
+    max_rows: int = 0
+    """Rows in the largest batch allowed at the end."""
+    n_halvings: int = 0
+    """How often a batch did not fit and was halved."""
+    seconds: float = 0.0
+    """Wall-clock time, runs included."""
+    peak_bytes: int | None = None
+    """Peak memory: allocated on the GPU, or resident in the whole process on a CPU (where that can be asked)."""
+    path: str = "packed"
+    """``packed`` for sinklens's own forward pass, ``model`` for TransformerLens's."""
+
+
+@dataclass(frozen=True, eq=False)
+class PatchResult:
+    """Readouts of every patch on every prompt, and of the runs themselves."""
+
+    values: Mapping[str, Float[Tensor, "patch prompt"]]
+    """Readout name to its values, on the CPU, float64."""
+    runs: Mapping[str, Mapping[str, Float[Tensor, " prompt"]]]
+    """Run name to readout name to the unpatched run's values."""
+    stats: EngineStats
+    """What it cost."""
+
+
+def run_patches(
+    model: Model,
+    prompts: PromptBatch | Int[Tensor, "prompt pos"],
+    patches: Sequence[Patch],
+    readouts: Sequence[Readout],
+    *,
+    runs: Runs = CLEAN,
+    memory_budget: int | None = None,
+    max_rows: int | None = None,
+    progress: Progress | None = None,
+) -> PatchResult:
+    """Run every patch on every prompt and reduce each readout to one number per patch and prompt.
+
+    Args:
+        model: a ``HookedTransformer`` or ``TransformerBridge``; on a bridge rows start from the tokens.
+        prompts: equal-length prompts, ``[prompt pos]``.
+        patches: the interventions; each names the run that it is applied in and its source run.
+        readouts: what to measure in every patched row, and in the runs themselves.
+        runs: root patches of every run; ``{"base": ()}`` by default.
+        memory_budget: bytes that the activations of one forward pass may take (256 MiB on a CPU, half of what is free
+            on a GPU by default).
+        max_rows: rows per forward pass, in place of the memory budget.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        InputError: a block, position or unit that the model or the prompts do not have; non-finite activations of a
+            run.
+        EngineError: a hook that does not exist or never fired, an edit that changed nothing, a readout that is not
+            finite, one row that does not fit in memory.
+    """
+    runner = PatchRunner(model, prompts, readouts, runs=runs, memory_budget=memory_budget, max_rows=max_rows)
+    return runner.run(patches, progress)
+
+
+class PatchRunner:
+    """:func:`run_patches` for many calls: what it captured of the unpatched runs is kept from one to the next.
+
+    The model's weights must not change while a runner is in use.
+
+    Args:
+        model: as in :func:`run_patches`.
+        prompts: likewise.
+        readouts: likewise.
+        runs: likewise.
+        memory_budget: likewise.
+        max_rows: likewise.
+        keep: bytes of captured activations that are kept; more than that are dropped when other ones are needed.
+        allow_nonfinite: give NaN for a patch under which activations or a readout are not finite, instead of raising:
+            one such cell must not end a sweep of millions.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: PromptBatch | Int[Tensor, "prompt pos"],
+        readouts: Sequence[Readout],
+        *,
+        runs: Runs = CLEAN,
+        memory_budget: int | None = None,
+        max_rows: int | None = None,
+        keep: int = 1 << 31,
+        allow_nonfinite: bool = False,
+    ) -> None:
+        self.model, self.readouts, self.runs, self.keep = model, list(readouts), runs, keep
+        self.allow_nonfinite = allow_nonfinite
+        self.tokens = prompts.tokens if isinstance(prompts, PromptBatch) else prompts
+        self.device = device_of(model)
+        validate(model, self.tokens, (), self.readouts, runs)
+        for readout in self.readouts:
+            if readout.site != LOGITS:
+                check_hook_name(model, readout.site.at(readout.layers[0]))
+        logits = any(readout.site == LOGITS for readout in self.readouts)
+        limit = max_rows or row_budget(model, self.tokens.shape[1], memory_budget, logits)
+        # On a CPU the default budget is what was measured to be best; sizes found on the way would change the rounding.
+        self.pace = Pace(limit, measured=max_rows is None and self.device.type == "cuda")
+        self._store: ActivationStore | None = None
+        self._packed: PackedModel | None = None
+        self._checked = False
+
+    @property
+    def run_values(self) -> Mapping[str, Mapping[str, Float[Tensor, " prompt"]]]:
+        """Run name to readout name to the unpatched run's values, on the CPU, float64."""
+        store = self._captured([])
+        values = {run: {r.name: _of_run(store, run, r).double().cpu() for r in self.readouts} for run in self.runs}
+        for run, readings in values.items():
+            for name, value in readings.items():
+                if not torch.isfinite(value).all():
+                    raise InputError(
+                        f"readout {name!r} is not finite in the run {run!r}: check the model's weights and dtype"
+                    )
+        return values
+
+    def run(self, patches: Sequence[Patch], progress: Progress | None = None) -> PatchResult:
+        """Readouts of every patch on every prompt; see :func:`run_patches` for what is raised."""
+        began = time.perf_counter()
+        validate(self.model, self.tokens, patches, (), self.runs)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        stats = EngineStats(n_patches=len(patches), n_rows=len(patches) * len(self.tokens), max_rows=self.pace.limit)
+        captured = self._store.n_forwards if self._store is not None else 0
+        job: PackedJob | PlainJob | None = self._packed_job(patches)
+        try:
+            if job is not None:
+                self._batches(job, stats, progress)
+                self._checked = self._checked or not job.unchecked
+        except DifferentModelError as error:
+            logger.warning("patches run through TransformerLens: the fast pass differs on this model (%s)", error)
+            self._packed, self._checked, job = None, True, None
+        if job is None:
+            stats.path, stats.n_forwards = "model", 0
+            job = self._plain_job(patches)
+            self._batches(job, stats, progress)
+        stats.n_forwards += self._captured([]).n_forwards - captured
+        values = {readout.name: job.out[i].double().cpu() for i, readout in enumerate(self.readouts)}
+        _check_changed(job, patches)
+        if self.allow_nonfinite:
+            values = {name: _only_finite(value, job.finite.cpu()) for name, value in values.items()}
+        else:
+            _check_finite(job, patches, values)
+        stats.seconds = time.perf_counter() - began
+        stats.peak_bytes = peak_bytes(self.device)
+        return PatchResult(values, self.run_values, stats)
+
+    def _packed_job(self, patches: Sequence[Patch]) -> PackedJob | None:
+        if self._checked and self._packed is None:
+            return None
+        if unpackable(self.model, self.tokens.shape[1], self.readouts, self.runs, patches) is not None:
+            return None
+        for name in dict.fromkeys(patch.site.at(patch.start) for patch in patches):
+            check_hook_name(self.model, name)
+        if self._packed is None:
+            self._packed = PackedModel(self.model, self.tokens.shape[1])
+        job = PackedJob(
+            self._packed, self.tokens, patches, self.readouts, self.runs, self.device, unchecked=not self._checked
+        )
+        job.attach(self._captured(job.wants()), self._out(patches))
+        return job
+
+    def _plain_job(self, patches: Sequence[Patch]) -> PlainJob:
+        store = self._captured(plain_wants(self.model, patches, len(self.tokens)))
+        return PlainJob(self.model, self.tokens, patches, self.readouts, self.runs, store, self._out(patches))
+
+    def _captured(self, wants: Sequence[Want]) -> ActivationStore:
+        """The runs' activations and readings, captured where they are not yet."""
+        if self._store is None:
+            self._store = capture_runs(
+                self.model, self.tokens, self.runs, wants, self.readouts, max_rows=self.pace.limit
+            )
+            return self._store
+        missing = self._store.missing(wants)
+        if missing and self._store.n_bytes > self.keep:
+            self._store.forget()
+            missing = wants
+        if missing:
+            self._store.update(capture_runs(self.model, self.tokens, self.runs, missing, max_rows=self.pace.limit))
+        return self._store
+
+    def _out(self, patches: Sequence[Patch]) -> Float[Tensor, "readout patch prompt"]:
+        """Room for the results, holding what an unpatched run reads."""
+        store = self._captured([])
+        names = list(self.runs)
+        run = torch.tensor([names.index(patch.run) for patch in patches], dtype=torch.long)
+        rows = [torch.stack([_of_run(store, name, readout).float() for name in names]) for readout in self.readouts]
+        return torch.stack(rows)[:, run.to(self.device)]
+
+    def _batches(self, job: PackedJob | PlainJob, stats: EngineStats, progress: Progress | None) -> None:
+        begin, skipped = 0, stats.n_rows - len(job.rows)
+        while begin < len(job.rows):
+            end = job.end(begin, self.pace.rows)
+            if not self._try(job, begin, end, stats):
+                continue
+            stats.n_forwards += 1
+            begin = end
+            if progress is not None:
+                progress(skipped + begin, stats.n_rows)
+        if progress is not None and not len(job.rows):
+            progress(stats.n_rows, stats.n_rows)
+        stats.max_rows = self.pace.rows
+
+    def _try(self, job: PackedJob | PlainJob, begin: int, end: int, stats: EngineStats) -> bool:
+        """Run one batch; on out-of-memory halve the batch size and report False."""
+        timed, began = self.pace.measuring, time.perf_counter()
+        try:
+            job.forward(begin, end)
+            if timed:
+                torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if end - begin == 1:
+                raise EngineError(
+                    "not even one prompt fits in memory: use shorter prompts, a smaller dtype or another device"
+                ) from error
+            self.pace.halve(end - begin)
+            stats.n_halvings += 1
+        else:
+            if timed:
+                self.pace.record(end - begin, job.work(begin, end), time.perf_counter() - began)
+            return True
+        release_cached(self.device)
+        return False
+
+
+def _of_run(store: ActivationStore, run: str, readout: Readout) -> Tensor:
+    return readout.combine(torch.stack([store.readings[run, readout.name, layer] for layer in readout.layers]))
+
+
+def _only_finite(value: Float[Tensor, "patch prompt"], finite: Bool[Tensor, " patch"]) -> Tensor:
+    return value.masked_fill(~(torch.isfinite(value) & finite[:, None]), torch.nan)
+
+
+def _check_changed(job: PackedJob | PlainJob, patches: Sequence[Patch]) -> None:
+    still = (job.ran & (job.changed == 0).cpu()).nonzero().flatten().tolist()
+    idle = [patches[index] for index in still if not patches[index].allow_unchanged]
+    if idle:
+        raise EngineError(
+            f"{len(idle)} patch(es) changed nothing, the first is: {idle[0].describe()}. "
+            "The activation already had that value; set allow_unchanged=True where that is meant"
+        )
+
+
+def _check_finite(job: PackedJob | PlainJob, patches: Sequence[Patch], values: Mapping[str, Tensor]) -> None:
+    """Refuse numbers that do not mean anything."""
+    bad = (~job.finite).nonzero().flatten().tolist()
+    if bad:
+        raise EngineError(
+            f"the activations are not finite under {len(bad)} patch(es), the first is: {patches[bad[0]].describe()}"
+        )
+    for name, value in values.items():
+        bad = (~torch.isfinite(value)).any(-1).nonzero().flatten().tolist()
+        if bad:
+            raise EngineError(
+                f"readout {name!r} is not finite under {len(bad)} patch(es): {patches[bad[0]].describe()}"
+            )

@@ -1,0 +1,47 @@
+"""Ready-made causal hooks, for ``model.run_with_hooks(tokens, fwd_hooks=...)`` and ``with model.hooks(...)``.
+
+Every function returns a list of ``(hook point name, function)`` pairs; the functions are plain ``(tensor, hook)`` hooks
+that return new tensors, and they work on ``HookedTransformer`` and on ``TransformerBridge``::
+
+    with model.hooks(sl.interventions.block_aggregation(position=10, layers=range(12))):
+        logits = model(tokens)
+
+They are built from the same edits as the engine's patches. Use them for single runs and exploration, and
+:func:`sinklens.run_patches` for sweeps.
+"""
+
+from sinklens.interventions.hooks import (
+    Hook,
+    Hooks,
+    Mode,
+    ablate_dims,
+    ablate_heads,
+    ablate_neurons,
+    amplify_variance,
+    block_aggregation,
+    densify_down_projection,
+    hooks_of,
+    permute_z,
+    transplant,
+    transplant_attention_output,
+    transplant_keys,
+    transplant_values,
+)
+
+__all__ = [
+    "Hook",
+    "Hooks",
+    "Mode",
+    "ablate_dims",
+    "ablate_heads",
+    "ablate_neurons",
+    "amplify_variance",
+    "block_aggregation",
+    "densify_down_projection",
+    "hooks_of",
+    "permute_z",
+    "transplant",
+    "transplant_attention_output",
+    "transplant_keys",
+    "transplant_values",
+]

@@ -1,0 +1,243 @@
+"""Ready-made causal hooks, for ``model.run_with_hooks(tokens, fwd_hooks=...)`` and ``with model.hooks(...)``.
+
+Every function returns a list of ``(hook point name, function)`` pairs; the functions are plain ``(tensor, hook)`` hooks
+that return new tensors, and they work on ``HookedTransformer`` and on ``TransformerBridge``::
+
+    with model.hooks(sl.interventions.block_aggregation(position=10, layers=range(12))):
+        logits = model(tokens)
+
+They are built from the same edits as the engine's patches. Use them for single runs and exploration, and
+:func:`sinklens.run_patches` for sweeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sinklens import edits
+from sinklens.edits import EditSite
+from sinklens.engine.capture import place_patch
+from sinklens.engine.hooks import Op, apply_in_place, gather
+from sinklens.errors import InputError
+from sinklens.models.view import Model, block_weights, model_shape
+from sinklens.patches import Patch, Positions
+from sinklens.sites import ATTN_OUT, MLP_OUT, MLP_POST, PATTERN, RESID_POST, HookSite, K, V, Z
+
+Hook = Callable[[Tensor, Any], Tensor | None]
+Hooks = list[tuple[str, Hook]]
+Mode = Literal["zero", "mean", "resample"]
+
+
+def hooks_of(patch: Patch, source: Mapping[str, Tensor] | None = None) -> Hooks:
+    """The hooks that apply ``patch`` to every row of whatever batch is run.
+
+    Args:
+        patch: the patch; its ``run`` is ignored. Empty ``positions`` mean all of them.
+        source: for edits that use one, hook-point name to the source activation ``[batch, pos, ...]``, as in a
+            TransformerLens cache.
+
+    Raises:
+        InputError: no units where some are to be chosen, or a negative block, position or unit.
+    """
+    if patch.units == ():
+        raise InputError("choose at least one neuron, dimension or head")
+    for name, numbers in (("blocks", patch.layers), ("positions", patch.positions), ("units", patch.units or ())):
+        if any(isinstance(number, int) and number < 0 for number in numbers):
+            raise InputError(f"{name} count from 0, but {tuple(numbers)} has a negative one")
+    hooks: Hooks = []
+    for layer in patch.layers:
+        live: dict[str, Tensor] = {}
+        for site in patch.edit.reads:
+            hooks.append((site.at(layer), _reader(site, live)))
+        hooks.append((patch.site.at(layer), _writer(patch, layer, live, source)))
+    return hooks
+
+
+def _rows(patch: Patch, act: Tensor):  # noqa: ANN202
+    length = act.shape[patch.site.pos_axis]
+    positions: Positions = patch.positions or tuple(range(length))
+    filled = Patch(patch.site, patch.layers, positions, patch.edit, patch.units, source=patch.source)
+    return place_patch(filled, [(row, row) for row in range(len(act))], -1, act.device)
+
+
+def _reader(site: HookSite, live: dict[str, Tensor]) -> Hook:
+    def read(act: Tensor, hook: Any) -> None:  # noqa: ARG001
+        live[site.template] = act
+
+    return read
+
+
+def _writer(patch: Patch, layer: int, live: dict[str, Tensor], source: Mapping[str, Tensor] | None) -> Hook:
+    def take(act: Tensor, site: HookSite, place, units, positions) -> Tensor:  # noqa: ANN001
+        return gather(site.to_canonical(act), place.prompts, positions, units)
+
+    def write(act: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        place = _rows(patch, act)
+        there = place.positions if place.source_positions is None else place.source_positions
+        read = {s.template: take(live[s.template], s, place, None, place.positions) for s in patch.edit.reads}
+        given, given_reads = None, {}
+        if patch.edit.uses_source:
+            if source is None:
+                raise InputError(f"the edit {patch.edit.name!r} needs the source run's activations")
+            given = take(source[patch.site.at(layer)], patch.site, place, place.units, there)
+            given_reads = {s.template: take(source[s.at(layer)], s, place, None, there) for s in patch.edit.reads}
+        at = EditSite(layer, place.prompts, place.positions, place.units, read, given_reads)
+        edited = act.clone()
+        apply_in_place(patch.site.to_canonical(edited), Op(place, layer), at, given, None)
+        return edited
+
+    return write
+
+
+def block_aggregation(position: int, layers: Sequence[int]) -> Hooks:
+    """Let the token at ``position`` attend only to itself in ``layers``: nothing is averaged into its value."""
+    return hooks_of(Patch(PATTERN, tuple(layers), (position,), edits.AttendSelf()))
+
+
+def amplify_variance(
+    position: int,
+    layers: Sequence[int],
+    strength: float,
+    mean: Mapping[int, Float[Tensor, "head d_head"]] | None = None,
+    *,
+    axis: edits.MeanAxis = "prompts",
+    norm_only: bool = False,
+) -> Hooks:
+    """Amplify the deviation of the aggregated value: ``z' = mu + strength * (z - mu)`` at ``position``.
+
+    Args:
+        position: token position.
+        layers: blocks.
+        strength: the factor lambda; 1 changes nothing.
+        mean: mu for every block, ``[head d_head]`` (or ``[prompt head d_head]``); by default it is taken over ``axis``
+            in the run that is being edited. A sink pair takes the clean run's, which is not the same once an earlier
+            block has been edited.
+        axis: mu is the mean over the prompts of the batch at that position (needs at least two), over the positions of
+            each prompt, or over both.
+        norm_only: the control: scale ``z`` uniformly to the norm that the amplified one has.
+
+    Raises:
+        InputError: when the mean is to be taken over a batch of one prompt.
+    """
+
+    def edit_for(layer: int, act: Tensor) -> edits.Edit:
+        amplified = edits.amplification({layer: act}, position, strength, axis)
+        if mean is not None:
+            amplified = replace(amplified, mean={layer: mean[layer]})
+        return edits.SameNormScaling(of=amplified) if norm_only else amplified
+
+    def hook_for(layer: int) -> Hook:
+        def amplify(act: Tensor, hook: Any) -> Tensor | None:
+            if mean is None and axis == "prompts" and len(act) < 2:
+                raise InputError("the mean over prompts needs at least two: pass more prompts, or a mean")
+            patch = Patch(Z, (layer,), (position,), edit_for(layer, act))
+            return hooks_of(patch)[0][1](act, hook)
+
+        return amplify
+
+    return [(Z.at(layer), hook_for(layer)) for layer in layers]
+
+
+def _ablation(layer: int, mode: Mode, values: Tensor | None) -> edits.Edit:
+    if mode == "zero":
+        return edits.Constant()
+    if mode not in ("mean", "resample"):
+        raise InputError(f"unknown mode {mode!r}: zero, mean or resample")
+    if values is None:
+        raise InputError(f"{mode} ablation needs values: the mean [unit ...], or one value for each prompt")
+    if mode == "mean":
+        return edits.Constant("mean", {layer: values})
+    return edits.PerPrompt("resample", {layer: values})
+
+
+def ablate_neurons(
+    layer: int,
+    neurons: Sequence[int],
+    positions: Sequence[int] = (),
+    mode: Mode = "zero",
+    values: Float[Tensor, "... d_mlp"] | None = None,
+) -> Hooks:
+    """Ablate MLP neurons of a block at ``positions`` (all by default).
+
+    ``values`` is ``[d_mlp]`` for ``mode="mean"``, ``[prompt d_mlp]`` for ``"resample"``.
+    """
+    edit = _ablation(layer, mode, values)
+    return hooks_of(Patch(MLP_POST, (layer,), tuple(positions), edit, tuple(neurons)))
+
+
+def ablate_dims(
+    layer: int,
+    dims: Sequence[int],
+    positions: Sequence[int] = (),
+    mode: Mode = "zero",
+    values: Float[Tensor, "... d_model"] | None = None,
+    site: HookSite = RESID_POST,
+) -> Hooks:
+    """Ablate dimensions of the residual stream after a block (or at another ``site`` that is ``d_model`` wide)."""
+    edit = _ablation(layer, mode, values)
+    return hooks_of(Patch(site, (layer,), tuple(positions), edit, tuple(dims)))
+
+
+def ablate_heads(
+    layer: int,
+    heads: Sequence[int],
+    positions: Sequence[int] = (),
+    mode: Mode = "zero",
+    values: Float[Tensor, "... head d_head"] | None = None,
+) -> Hooks:
+    """Ablate the outputs (``hook_z``) of attention heads at ``positions`` (all by default)."""
+    edit = _ablation(layer, mode, values)
+    return hooks_of(Patch(Z, (layer,), tuple(positions), edit, tuple(heads)))
+
+
+def densify_down_projection(
+    model: Model, layer: int, neurons: Sequence[int], positions: Sequence[int] = (), seed: int = 0
+) -> Hooks:
+    """Let ``neurons`` write with randomly rotated rows of W_out: same norms, spread over all dimensions."""
+    rows = block_weights(model, layer).W_out.detach()[list(neurons)].float()
+    rotated = edits.rotate_rows(rows, torch.Generator().manual_seed(seed))
+    edit = edits.DensifyRows("densified", tuple(neurons), rows, rotated)
+    return hooks_of(Patch(MLP_OUT, (layer,), tuple(positions), edit))
+
+
+def permute_z(model: Model, position: int, layers: Sequence[int], seed: int = 0) -> Hooks:
+    """Permute the aggregated value within each head at ``position``: the same variance, misaligned with W_O."""
+    shape = model_shape(model)
+    order = edits.random_permutations(shape.n_heads, shape.d_head, torch.Generator().manual_seed(seed))
+    return hooks_of(Patch(Z, tuple(layers), (position,), edits.PermuteWithin("permuted_z", order)))
+
+
+def transplant(
+    site: HookSite,
+    source: Mapping[str, Tensor],
+    position: int,
+    layers: Sequence[int],
+    units: Sequence[int] | None = None,
+) -> Hooks:
+    """Put another run's activations at ``position`` in the place of this run's.
+
+    ``source`` maps hook-point names to activations of the same prompts, such as a TransformerLens cache.
+    """
+    chosen = None if units is None else tuple(units)
+    return hooks_of(Patch(site, tuple(layers), (position,), edits.Transplant(), chosen), source)
+
+
+def transplant_keys(source: Mapping[str, Tensor], position: int, layers: Sequence[int]) -> Hooks:
+    """Transplant the keys (before rotary embedding) of one position."""
+    return transplant(K, source, position, layers)
+
+
+def transplant_values(source: Mapping[str, Tensor], position: int, layers: Sequence[int]) -> Hooks:
+    """Transplant the values of one position."""
+    return transplant(V, source, position, layers)
+
+
+def transplant_attention_output(source: Mapping[str, Tensor], position: int, layers: Sequence[int]) -> Hooks:
+    """Transplant what attention adds to the residual stream at one position."""
+    return transplant(ATTN_OUT, source, position, layers)

@@ -1,0 +1,45 @@
+"""Models: `load_model`, the registry of models that have a short name, and one view of both TransformerLens backends.
+
+A model is always float weights exactly as published: nothing is folded or centred, so a neuron or a norm weight here is
+the one in the checkpoint. Text is tokenised as the model's own tokenizer does it; in particular no BOS is prepended
+that the tokenizer would not prepend itself, because an extra first token is an extra sink.
+"""
+
+from sinklens.models.load import REGISTRY, ModelListing, ModelSource, list_models, load_model, register_model
+from sinklens.models.view import (
+    BlockWeights,
+    Model,
+    ModelShape,
+    block_weights,
+    check_hook_name,
+    check_writes_directly,
+    forward,
+    has_hook,
+    is_bridge,
+    model_id,
+    model_shape,
+    supports_resume,
+    weight_digest,
+)
+
+__all__ = [
+    "BlockWeights",
+    "Model",
+    "ModelListing",
+    "ModelShape",
+    "ModelSource",
+    "REGISTRY",
+    "block_weights",
+    "check_hook_name",
+    "check_writes_directly",
+    "forward",
+    "has_hook",
+    "is_bridge",
+    "list_models",
+    "load_model",
+    "model_id",
+    "model_shape",
+    "register_model",
+    "supports_resume",
+    "weight_digest",
+]

@@ -1,0 +1,202 @@
+"""What a report is about: the chains and analyses that a folder holds, and what it ought to hold and does not.
+
+A folder is read as it is found: a part that is unfinished or damaged is listed with the reason, and the others are
+shown. Nothing in it is trusted to have the type that it should.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sinklens.analysis.base import AnalysisResult
+from sinklens.chain.result import ChainResult
+from sinklens.errors import InputError
+from sinklens.formation import Formation, formation_from_json
+
+CHAIN_FILE, ANALYSIS_FILE, RECORD_FILE, FORMATION_FILE = "chain.json", "summary.json", "run.json", "formation.json"
+_LEFT_OVER = ("scores.parquet", "effects.parquet", "table.parquet", "figure.json", "attention.safetensors")
+"""A folder that has one of these, and no summary, was begun and not finished."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A chain or an analysis."""
+
+    name: str
+    """Name of its folder, or the analysis's."""
+    place: str
+    """Folder relative to the run's; empty where it is the run's."""
+    result: ChainResult | AnalysisResult
+    """What was found."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part that is not in the report."""
+
+    name: str
+    """Its name."""
+    status: str
+    """Failed, not measurable, damaged, unfinished or missing."""
+    reason: str
+    """Why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """Everything that a report shows."""
+
+    name: str
+    """Name of the folder; empty for a result in memory."""
+    parts: list[Part]
+    """Chains first, then analyses in the paper's order."""
+    missing: list[Missing] = field(default_factory=list)
+    """What is not there, and why."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """Content of ``run.json``."""
+    formation: Formation | None = None
+    """Content of ``formation.json``."""
+
+    @property
+    def chains(self) -> list[tuple[Part, ChainResult]]:
+        """The chains."""
+        return [(part, part.result) for part in self.parts if isinstance(part.result, ChainResult)]
+
+    @property
+    def analyses(self) -> list[tuple[Part, AnalysisResult]]:
+        """The analyses."""
+        return [(part, part.result) for part in self.parts if isinstance(part.result, AnalysisResult)]
+
+
+def of_result(result: ChainResult | AnalysisResult) -> Gathered:
+    """A report of one result in memory."""
+    name = "chain" if isinstance(result, ChainResult) else result.name
+    return Gathered("", [Part(name, "", result)])
+
+
+def gather(folder: Path) -> Gathered:
+    """Read a run's folder: a chain's, an analysis's, or one that holds such folders.
+
+    Raises:
+        InputError: it does not exist, cannot be read, or holds nothing to report.
+    """
+    try:
+        if not folder.is_dir():
+            raise InputError(f"there is no folder {folder}: give the folder of a run")
+        inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        own = [name for name in (CHAIN_FILE, ANALYSIS_FILE) if (folder / name).is_file()]
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror or error}): check its permissions") from error
+    record, missing = _record(folder)
+    parts = [part for name in own for part in _load(folder, name, "", missing)]
+    if own and not parts and not inside:
+        raise InputError(missing[-1].reason)
+    for path in inside:
+        parts += _inside(path, missing)
+    missing = _explained(missing, parts, record)
+    if not parts and not missing:
+        raise InputError(f"{folder} holds no chain.json or summary.json, and no folder with one: give a run's folder")
+    return Gathered(folder.resolve().name, sorted(parts, key=_order), missing, record, _formation(folder, missing))
+
+
+def _inside(path: Path, missing: list[Missing]) -> list[Part]:
+    try:
+        found = {item.name for item in path.iterdir()}
+    except OSError as error:
+        missing.append(Missing(path.name, "damaged", f"the folder cannot be read ({error.strerror or error})"))
+        return []
+    files = [name for name in (CHAIN_FILE, ANALYSIS_FILE) if name in found]
+    parts = [part for name in files for part in _load(path, name, path.name, missing)]
+    if not files and RECORD_FILE in found:
+        missing.append(Missing(path.name, "left out", "it holds a run of its own: report that folder by itself"))
+    elif not files and found & set(_LEFT_OVER):
+        names = ", ".join(sorted(found & set(_LEFT_OVER)))
+        missing.append(Missing(path.name, "unfinished", f"its folder has {names}, but no summary: run it again"))
+    return parts
+
+
+def _load(folder: Path, file: str, place: str, missing: list[Missing]) -> list[Part]:
+    name = place or folder.resolve().name
+    try:
+        result = ChainResult.load(folder) if file == CHAIN_FILE else AnalysisResult.load(folder)
+        _check(result)
+        return [Part(name, place, result)]
+    except InputError as error:
+        missing.append(Missing(name, "damaged", str(error)))
+    except Exception as error:  # whatever is wrong with one part's files, the others are shown
+        reason = " ".join(str(error).split())
+        missing.append(Missing(name, "damaged", f"{file} cannot be used ({type(error).__name__}: {reason})"))
+    return []
+
+
+def _check(result: ChainResult | AnalysisResult) -> None:
+    """What all parts are asked for must be there.
+
+    Raises:
+        TypeError: something is not what it should be.
+    """
+    found: dict[str, tuple[Any, type | tuple[type, ...]]] = {
+        "config": (result.config, dict),
+        "provenance": (result.provenance, dict),
+    }
+    if isinstance(result, ChainResult):
+        found |= {"engine": (result.engine, dict), "runs": (result.runs, dict)}
+    else:
+        found |= {"seconds": (result.seconds, (int, float)), "analysis": (result.name, str)}
+        found |= {"title": (result.title, str), "caption": (result.findings.caption, str)}
+    for name, (value, kind) in found.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {type(value).__name__}")
+
+
+def _record(folder: Path) -> tuple[dict[str, Any], list[Missing]]:
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        return {}, []
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, [Missing(RECORD_FILE, "damaged", " ".join(str(error).split()))]
+    return (data, []) if isinstance(data, dict) else ({}, [Missing(RECORD_FILE, "damaged", "it holds no record")])
+
+
+def _formation(folder: Path, missing: list[Missing]) -> Formation | None:
+    path = folder / FORMATION_FILE
+    if not path.is_file():
+        return None
+    try:
+        return formation_from_json(json.loads(path.read_text(encoding="utf-8")))
+    except Exception as error:  # as above
+        missing.append(Missing(FORMATION_FILE, "damaged", " ".join(str(error).split()) or type(error).__name__))
+        return None
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """``value`` where it is a mapping; an empty one where the data has something else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _explained(missing: list[Missing], parts: list[Part], record: Mapping[str, Any]) -> list[Missing]:
+    """With what the run's own record says of parts that are not there."""
+    here = {part.name for part in parts} | {item.name for item in missing}
+    told = list(missing)
+    for name, entry in mapping(record.get("parts")).items():
+        status, reason = str(mapping(entry).get("status") or "unknown"), str(mapping(entry).get("reason") or "")
+        if status == "failed" or (name not in here and status != "done"):
+            stale = "; what is shown is an earlier result" if name in here else ""
+            told.append(Missing(str(name), status, (reason or "no reason was recorded") + stale))
+        elif name not in here and name != "formation":
+            told.append(Missing(str(name), "missing", "it was run, but its folder is not here"))
+    return told
+
+
+def _order(part: Part) -> tuple[bool, float, str]:
+    if isinstance(part.result, ChainResult):
+        return False, 0.0, part.name
+    figure = re.search(r"\d+", str(part.result.paper))
+    return True, float(figure[0][:9]) if figure else float("inf"), part.name

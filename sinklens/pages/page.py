@@ -1,0 +1,210 @@
+"""One self-contained HTML page of a run, to read, to keep and to send: it needs no network and no other file.
+
+The page holds plotly.js and CircuitsVis once each. Everything that comes from the data is escaped; the page forbids
+itself (by a content security policy) to fetch anything and to run any script but its own, which are named by their
+digests; and the CircuitsVis views sit in sandboxed frames.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sinklens.analysis.base import AnalysisResult
+from sinklens.chain.result import ChainResult
+from sinklens.chain.verdicts import CLOSE, HALF, summary
+from sinklens.errors import InputError, need
+from sinklens.pages import chain as _report_chain
+from sinklens.pages import claims as _report_claims
+from sinklens.pages import figures as _report_figures
+from sinklens.pages import run as _report_run
+from sinklens.pages import views as _report_views
+from sinklens.pages.claims import Claim
+from sinklens.pages.gather import Gathered, Missing, Part, gather, of_result
+from sinklens.records.files import write_text
+from sinklens.records.printable import bdi, clip, shown
+from sinklens.viz.circuitsvis import frame_script, frame_style, library
+from sinklens.viz.diagram import chain_diagram
+
+
+def report(run: str | Path | ChainResult | AnalysisResult, out: str | Path | None = None) -> Path:
+    """Write the report of a run.
+
+    Args:
+        run: a folder that holds a chain, an analysis, or any number of folders that do; or a result.
+        out: file to write; ``report.html`` in the folder by default. A result that has no folder needs it.
+
+    Returns:
+        The file written. It appears as a whole or not at all.
+
+    Raises:
+        InputError: the folder holds nothing to report, the file cannot be written, or plotly or circuitsvis is missing.
+    """
+    if isinstance(run, (ChainResult, AnalysisResult)):
+        if out is None:
+            raise InputError("a result has no folder of its own: say where to write with report(result, 'report.html')")
+        page, path = render(run), Path(out)
+    else:
+        page, path = _of_folder(Path(run)), Path(out) if out is not None else Path(run) / "report.html"
+    if path.is_dir():
+        path = path / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _of_folder(folder: Path) -> str:
+    gathered = gather(folder)
+    try:
+        return render(gathered)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"the run in {folder} is damaged ({type(error).__name__}: {reason}): run it again") from error
+
+
+def render(run: Gathered | ChainResult | AnalysisResult) -> str:
+    """The page as text.
+
+    Raises:
+        InputError: plotly or circuitsvis is missing.
+    """
+    import jinja2
+
+    gathered = run if isinstance(run, Gathered) else of_result(run)
+    plotly = need("plotly.offline").get_plotlyjs()
+    figures: dict[str, str] = {}
+    chains = _chains(gathered, figures)
+    claims = _claims(gathered, figures)
+    frames = any(chain["frames"] for chain in chains)
+    texts = {"plotly": plotly, "page": _data("report.js")}
+    texts |= {"circuitsvis": library(), "frame": frame_script()} if frames else {}
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sinklens.pages", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=shown,
+    )
+    environment.filters.update(bdi=bdi, clip=clip)
+    return environment.get_template("report.html.j2").render(
+        frame_style=frame_style() if frames else "",
+        **_head(gathered, chains, claims),
+        chains=chains,
+        claims=claims,
+        counted=_report_claims.counted(claims),
+        outcomes=_report_claims.by_outcome(claims),
+        facts=_report_run.facts(gathered),
+        parts=_report_run.parts(gathered),
+        origins=_report_run.origins(gathered),
+        missing=gathered.missing,
+        command=_report_run.whole_command(gathered),
+        figures=figures,
+        texts=texts,
+        policy=" ".join(f"'sha256-{_digest(text)}'" for text in texts.values()),
+        close=f"{CLOSE:g}",
+        half=f"{HALF:g}",
+    )
+
+
+def _head(gathered: Gathered, chains: list[dict[str, Any]], claims: list[Claim]) -> dict[str, Any]:
+    """What the page is called, and what it has."""
+    models = next((values for name, values in _report_run.facts(gathered) if name == "Model"), [])
+    kinds = ["attention-sink chain" if len(chains) == 1 else f"{len(chains)} attention-sink chains"] if chains else []
+    if claims:
+        kinds.append(claims[0].title if len(claims) == 1 and not chains else f"{len(claims)} analyses")
+    lines = [chain["subtitle"] for chain in chains] if len(chains) == 1 else []
+    prompts = next((values for name, values in _report_run.facts(gathered) if name == "Prompts"), [])
+    return {
+        "title": clip(models[0] if len(models) == 1 else f"{len(models)} models" if models else "A run", 160),
+        "kicker": "Report of " + (" and ".join(kinds) or "a run"),
+        "subtitle": "; ".join([*lines, *(f"{text}" for text in prompts[:1] if len(prompts) == 1)]),
+    }
+
+
+def _built(gathered: Gathered, part: Part, build: Callable[[], Any]) -> list[Any]:
+    """What ``build`` gives; nothing, and a line among the missing, when the part's data is not what it should be."""
+    try:
+        return [build()]
+    except Exception as error:
+        if len(gathered.parts) == 1 and not gathered.missing:
+            raise
+        reason = f"its data cannot be shown ({type(error).__name__}: {' '.join(str(error).split())})"
+        gathered.missing.append(Missing(part.name, "damaged", reason))
+        return []
+
+
+def _chains(gathered: Gathered, figures: dict[str, str]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for index, (part, result) in enumerate(gathered.chains, start=1):
+        anchor = "chain" if index == 1 else f"chain-{index}"
+
+        def build(part: Part = part, result: ChainResult = result, anchor: str = anchor) -> dict[str, Any]:
+            made = _chain(part, result, anchor)
+            made["heading"] = "The chain" if len(gathered.chains) == 1 else f"The chain: {part.name}"
+            return made
+
+        found += _built(gathered, part, build)
+    for chain in found:
+        figures.update({f"{chain['id']}-{name}": text for name, text in chain.pop("drawn").items()})
+    return found
+
+
+def _chain(part: Part, result: ChainResult, anchor: str) -> dict[str, Any]:
+    lead, paragraphs = summary(result)
+    drawn = _report_figures.chain_figures(result)
+    return {
+        "id": anchor,
+        "name": part.name,
+        "subtitle": _report_chain.subtitle(result),
+        "lead": lead,
+        "paragraphs": paragraphs,
+        "wide": chain_diagram(result, name=anchor),
+        "tall": chain_diagram(result, name=anchor, vertical=True),
+        "drawn": drawn,
+        "figures": list(drawn),
+        "frames": _report_views.frames(result),
+        "cost": _report_run.cost(result),
+        "settings": _report_run.settings(result.config),
+        "reproduce": _report_run.reproduce(result),
+        **_report_chain.sections(result),
+    }
+
+
+def _claims(gathered: Gathered, figures: dict[str, str]) -> list[Claim]:
+    found: list[Claim] = []
+    taken: set[str] = set()
+    for part, result in gathered.analyses:
+        anchor = _anchor(part.name, taken)
+        made = _built(gathered, part, lambda: _report_claims.claim(part, result, anchor))  # noqa: B023  (called here)
+        found += made
+        if made and result.figure is not None:
+            try:
+                figures[anchor] = _report_figures.from_disk(result.figure)
+            except (InputError, RecursionError) as error:
+                gathered.missing.append(Missing(f"figure of {part.name}", "left out", str(error)))
+    return found
+
+
+def _anchor(name: str, taken: set[str]) -> str:
+    """An id for the section of that name, unlike all others."""
+    base = "analysis-" + (re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "part")
+    found, number = base, 2
+    while found in taken:
+        found, number = f"{base}-{number}", number + 1
+    taken.add(found)
+    return found
+
+
+def _data(name: str) -> str:
+    return resources.files("sinklens.pages").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

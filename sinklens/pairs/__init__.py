@@ -1,0 +1,21 @@
+"""Sink pairs: two runs on the same tokens, one without a sink at a position and one with."""
+
+from sinklens.pairs.pair import (
+    Direction,
+    PairKind,
+    SinkPair,
+    check_target,
+    induced_pair,
+    natural_pair,
+    ordinary_positions,
+)
+
+__all__ = [
+    "Direction",
+    "PairKind",
+    "SinkPair",
+    "check_target",
+    "induced_pair",
+    "natural_pair",
+    "ordinary_positions",
+]

@@ -1,0 +1,30 @@
+"""Effects: how far a patch goes from the run that it is in to the pair's other run, and when that cannot be said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from sinklens.readouts.named import SHARES
+
+
+def effect(patched: np.ndarray, start: np.ndarray, end: np.ndarray | float, min_gap: float) -> np.ndarray:
+    """``(patched - start) / (end - start)``; NaN where ``|end - start| < min_gap``. Arrays broadcast."""
+    gap = np.asarray(end - start, dtype=float)
+    safe = np.where(np.abs(gap) >= max(min_gap, np.finfo(float).tiny), gap, np.nan)
+    return (patched - start) / safe
+
+
+def gaps(
+    names: Sequence[str], base: Float[np.ndarray, "readout prompt"], anchored: Float[np.ndarray, "readout prompt"],
+    min_gap: float,
+) -> Float[np.ndarray, "readout prompt"]:  # fmt: skip
+    """The least difference between the runs that an effect is divided by.
+
+    ``min_gap`` itself for shares; for others that part of the larger of the two values.
+    """
+    scale = np.maximum(np.abs(base), np.abs(anchored))
+    share = np.array([name in SHARES for name in names])[:, None]
+    return np.where(share, min_gap, min_gap * scale)

@@ -1,0 +1,252 @@
+"""Readouts by name: what a sweep measures in every patched run.
+
+===================  ===========================================================================================
+attention_received   mean attention that the target receives from later queries, over heads and readout blocks
+alpha                alpha_k of Gu et al. (ICLR 2025): the same with the target's own query counted
+sink_rate            Sink^eps_k of one prompt: share of (block, head) in which alpha_k exceeds ``eps``
+residual_norm        Euclidean norm of the residual stream that enters the readout blocks, at the target
+dominance            max_j |x_j| / mean_j |x_j| of that residual stream
+logit_diff           at the last position, logit of the answer minus logit of the alternative
+loss                 mean next-token cross entropy, nats
+===================  ===========================================================================================
+
+The natural sink has no run without it. Its baseline is the same quantity at ordinary positions of the same run, where
+there is such a thing: ``logit_diff`` and ``loss`` have none, so they have values there and no effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sinklens import metrics, readouts
+from sinklens.edits import Function
+from sinklens.errors import InputError
+from sinklens.patches import Positions, per_prompt_index
+from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens
+from sinklens.sites import LOGITS, PATTERN, RESID_PRE
+
+ORDINARY = "/ordinary"
+"""What the name of a readout at ordinary positions ends with."""
+
+ReadoutLike = str | Readout | Callable[[Tensor, Rows], Tensor]
+"""A name, a readout, or a function ``(logits [row pos d_vocab], rows) -> [row]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a readout may know of the prompts that it reads."""
+
+    tokens: Int[Tensor, "prompt pos"]
+    """The prompts."""
+    target: Positions
+    """The sink's position in every prompt."""
+    ordinary: Float[Tensor, "prompt pos"]
+    """1 at ordinary positions."""
+    layers: tuple[int, ...]
+    """Blocks that are read."""
+    n_layers: int
+    """Blocks of the model."""
+    answers: tuple[Int[Tensor, " prompt"], Int[Tensor, " prompt"]] | None = None
+    """Answer and alternative of every prompt, for ``logit_diff``."""
+    eps: float = 0.3
+    """Threshold of ``sink_rate``."""
+    offset: int = 0
+    """Number of the first of these prompts, for readouts that know all prompts."""
+
+
+def readout_name(readout: ReadoutLike) -> str:
+    """The name that the table has for a readout."""
+    if isinstance(readout, str):
+        return readout
+    return readout.name if isinstance(readout, Readout) else getattr(readout, "__name__", type(readout).__name__)
+
+
+def check_readout(readout: ReadoutLike) -> None:
+    """Make sure that a readout exists.
+
+    Raises:
+        InputError: an unknown name, or neither name nor readout nor function.
+    """
+    if isinstance(readout, str) and readout not in READOUTS:
+        raise InputError(f"readout {readout!r} is not known: choose from {', '.join(READOUTS)}")
+    if not isinstance(readout, (str, Readout)) and not callable(readout):
+        raise InputError(f"readout {readout!r} must be a name, a Readout, or a function of logits and rows")
+
+
+def fingerprint(readout: ReadoutLike) -> object:
+    """What tells a readout from another, in plain data."""
+    if isinstance(readout, str):
+        return readout
+    if not isinstance(readout, Readout):
+        return [readout_name(readout), _code(readout)]
+    return [readout.name, readout.site.template, list(readout.layers), _code(readout.reduce), _code(readout.combine)]
+
+
+def _code(function: Any) -> str:
+    return Function("readout", function).fingerprint()
+
+
+def build(readout: ReadoutLike, context: Context) -> Readout:
+    """The readout of that name; one of the user's own is told the number of each prompt among all."""
+    if isinstance(readout, str):
+        return READOUTS[readout](readout, context)
+    if not isinstance(readout, Readout):
+        readout = Readout(readout_name(readout), LOGITS, (context.n_layers,), readout)
+    if context.offset == 0:
+        return readout
+    return _shifted(readout, context.offset, len(context.tokens))
+
+
+def _shifted(readout: Readout, offset: int, n: int) -> Readout:
+    reduce = readout.reduce
+    moved = replace(readout, reduce=lambda act, rows: reduce(act, Rows(rows.prompts + offset, rows.layer)))
+    if not isinstance(readout, PositionReadout):
+        return moved
+    at, weigh = readout.at, readout.weigh
+
+    def weigh_some(length: int) -> Tensor:
+        weights = weigh(length)
+        return weights if len(weights) == 1 else weights[offset : offset + n]
+
+    return replace(moved, at=lambda act, tokens: at(act, _numbered(tokens, offset)), weigh=weigh_some)  # type: ignore[call-arg]
+
+
+def _numbered(tokens: Tokens, offset: int) -> Tokens:
+    return replace(tokens, prompts=tokens.prompts + offset)
+
+
+def baseline(readout: ReadoutLike, context: Context) -> Readout | None:
+    """The same quantity at ordinary positions; ``None`` where there is no such thing."""
+    make = BASELINES.get(readout) if isinstance(readout, str) else None
+    return None if make is None else make(f"{readout}{ORDINARY}", context)
+
+
+def needs_answers(all_readouts: tuple[ReadoutLike, ...]) -> bool:
+    """Whether some readout compares two tokens."""
+    return "logit_diff" in all_readouts
+
+
+def _received(name: str, context: Context) -> Readout:
+    return readouts.attention_received(name, context.layers, context.target, len(context.tokens))
+
+
+def _received_ordinary(name: str, context: Context) -> Readout:
+    return readouts.attention_ordinary(name, context.layers, context.ordinary)
+
+
+def _alpha_by_head(context: Context) -> tuple[Callable[[Tensor, Tokens], Tensor], Callable[[int], Tensor]]:
+    """Terms ``[token head]`` and weights of ``alpha`` of the target: a mean over the queries from its own on."""
+    key = per_prompt_index(context.target, len(context.tokens))
+
+    def at(row: Tensor, tokens: Tokens) -> Tensor:
+        own = key.to(row.device)[tokens.prompts]
+        return row.take_along_dim(own[:, None, None], dim=-1).squeeze(-1).float()
+
+    def weigh(length: int) -> Tensor:
+        seen = (torch.arange(length) >= key[:, None]).float()
+        return seen / seen.sum(-1, keepdim=True)
+
+    return at, weigh
+
+
+def _alpha(name: str, context: Context) -> Readout:
+    at, weigh = _alpha_by_head(context)
+    return readouts.over_positions(name, PATTERN, context.layers, lambda row, tokens: at(row, tokens).mean(1), weigh)
+
+
+def _sink_rate(name: str, context: Context) -> Readout:
+    at, weigh = _alpha_by_head(context)
+    eps = context.eps
+    return readouts.over_positions(
+        name, PATTERN, context.layers, at, weigh, lambda alphas: (alphas > eps).float().mean((0, 2))
+    )
+
+
+def _alpha_ordinary(name: str, context: Context) -> Readout:
+    return _at_ordinary(name, context, PATTERN, lambda act: metrics.alpha(act).mean(1))
+
+
+def _sink_rate_ordinary(name: str, context: Context) -> Readout:
+    return _at_ordinary(name, context, PATTERN, lambda act: (metrics.alpha(act) > context.eps).float().mean(1))
+
+
+def _of_residual(function: Callable[[Tensor], Tensor]) -> Callable[[str, Context], Readout]:
+    def make(name: str, context: Context) -> Readout:
+        n = len(context.tokens)
+        return readouts.vector_readout(name, RESID_PRE, context.layers, context.target, n, lambda x, _: function(x))
+
+    return make
+
+
+def _of_residual_ordinary(function: Callable[[Tensor], Tensor]) -> Callable[[str, Context], Readout]:
+    return lambda name, context: _at_ordinary(name, context, RESID_PRE, function)
+
+
+def _at_ordinary(name, context, site, function) -> Readout:  # noqa: ANN001
+    """``function(activation) -> [row pos]``, its mean over each prompt's ordinary positions."""
+    ordinary = context.ordinary
+
+    def reduce(act: Tensor, rows: Rows) -> Tensor:
+        values = function(act)
+        weight = ordinary.to(values)[rows.prompts]
+        return torch.where(weight > 0, values * weight, 0).sum(-1) / weight.sum(-1)
+
+    return Readout(name, site, context.layers, reduce)
+
+
+def _logit_diff(name: str, context: Context) -> Readout:
+    assert context.answers is not None
+    (answer, other), n = context.answers, len(context.tokens)
+
+    def at(logits: Tensor, tokens: Tokens) -> Tensor:
+        chosen = torch.stack([answer, other], -1).to(logits.device)[tokens.prompts]
+        of_answer, of_other = logits.float().take_along_dim(chosen, -1).unbind(-1)
+        return of_answer - of_other
+
+    def weigh(length: int) -> Tensor:
+        return (torch.arange(length) == length - 1).float().expand(n, -1)
+
+    return readouts.over_positions(name, LOGITS, (context.n_layers,), at, weigh)
+
+
+def _loss(name: str, context: Context) -> Readout:
+    prompts = context.tokens
+
+    def at(logits: Tensor, tokens: Tokens) -> Tensor:
+        nexts = prompts.to(logits.device)[tokens.prompts, tokens.positions + 1]
+        return torch.nn.functional.cross_entropy(logits.float(), nexts, reduction="none")
+
+    def weigh(length: int) -> Tensor:
+        return (torch.arange(length) < length - 1).float().expand(len(prompts), -1) / (length - 1)
+
+    return readouts.over_positions(name, LOGITS, (context.n_layers,), at, weigh)
+
+
+READOUTS: dict[str, Callable[[str, Context], Readout]] = {
+    "attention_received": _received,
+    "alpha": _alpha,
+    "sink_rate": _sink_rate,
+    "residual_norm": _of_residual(metrics.vector_norm),
+    "dominance": _of_residual(metrics.dominance_ratio),
+    "logit_diff": _logit_diff,
+    "loss": _loss,
+}
+"""Readouts by name."""
+
+BASELINES: dict[str, Callable[[str, Context], Readout]] = {
+    "attention_received": _received_ordinary,
+    "alpha": _alpha_ordinary,
+    "sink_rate": _sink_rate_ordinary,
+    "residual_norm": _of_residual_ordinary(metrics.vector_norm),
+    "dominance": _of_residual_ordinary(metrics.dominance_ratio),
+}
+"""The same at ordinary positions, for the natural sink."""
+
+SHARES = ("attention_received", "alpha", "sink_rate")
+"""Readouts between 0 and 1, for which ``min_gap`` is an absolute difference."""

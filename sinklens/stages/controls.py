@@ -1,0 +1,57 @@
+"""The experiments that every stage can use, and what their controls take in the place of what the claim names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Generator
+
+from sinklens import edits
+from sinklens.edits.draws import others
+from sinklens.pairs.pair import Direction
+from sinklens.patches import Patch, per_prompt_index
+from sinklens.stages.base import ISOLATED, NOTHING, Experiment, Setting, Stage
+
+
+def _transplant(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
+    return setting.patch(direction, stage.site, stage.layers(setting), edits.Transplant(), units=stage.units(setting))
+
+
+def _elsewhere(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
+    positions = other_positions(setting, generator)
+    layers = stage.layers(setting)
+    edit = edits.Transplant()
+    patch = setting.patch(direction, stage.site, layers, edit, units=stage.units(setting), positions=positions)
+    # The pair may not reach other positions by this block at all: then there is nothing to exchange, and no effect.
+    return replace(patch, allow_unchanged=True)
+
+
+def other_positions(setting: Setting, generator: Generator) -> tuple[tuple[int, ...], ...]:
+    """An ordinary position of every prompt, after the target where there is one: earlier ones cannot differ."""
+    marks = setting.pair.ordinary.clone()
+    target = per_prompt_index(setting.pair.target, setting.batch.n)
+    later = marks * (torch.arange(marks.shape[1]) > target[:, None])
+    later[torch.arange(len(later)), per_prompt_index(setting.pair.reference, setting.batch.n)] = 0
+    marks = torch.where(later.sum(-1, keepdim=True) > 0, later, marks)
+    return tuple((p,) for p in torch.multinomial(marks, 1, generator=generator).flatten().tolist())
+
+
+TRANSPLANT = Experiment("transplant", _transplant, ISOLATED)
+"""Exchange the stage's activation at the target with the other run's."""
+
+
+ELSEWHERE = Experiment("transplant", _elsewhere, NOTHING, control="other_position")
+"""The same exchange at an ordinary position, another one in every prompt."""
+
+
+def other_neurons(setting: Setting, generator: Generator) -> tuple[int, ...]:
+    """As many neurons of the formation block as there are super neurons, drawn from the others."""
+    neurons = setting.formation.neurons
+    return others(setting.shape.d_mlp, neurons, generator, len(neurons))
+
+
+def other_dims(setting: Setting, generator: Generator) -> tuple[int, ...]:
+    """As many residual dimensions as there are outlier dimensions, drawn from the others."""
+    dims = setting.formation.dims
+    return others(setting.shape.d_model, dims, generator, len(dims))

@@ -1,0 +1,34 @@
+"""Figures: of a chain, of a sweep, of any tidy table; attention in CircuitsVis.
+
+Every function returns its figure and shows nothing. What a figure shows is computed by functions of its own
+(``score_rows``, ``onset_profile``, ``chain_matrix``), which need no plotting library.
+"""
+
+from sinklens.viz.attention import attention_view, sink_heads, token_values, token_view
+from sinklens.viz.chain import chain_matrix, matrix_figure, onset_figure, onset_profile, score_rows, scores_figure
+from sinklens.viz.charts import bars, histogram, line, mark, points, styled
+from sinklens.viz.circuitsvis import views_html as attention_html
+from sinklens.viz.diagram import chain_diagram
+from sinklens.viz.heatmap import heatmap
+
+__all__ = [
+    "attention_html",
+    "attention_view",
+    "bars",
+    "chain_diagram",
+    "chain_matrix",
+    "heatmap",
+    "histogram",
+    "line",
+    "mark",
+    "matrix_figure",
+    "onset_figure",
+    "onset_profile",
+    "points",
+    "score_rows",
+    "scores_figure",
+    "sink_heads",
+    "styled",
+    "token_values",
+    "token_view",
+]

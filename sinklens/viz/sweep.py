@@ -1,0 +1,150 @@
+"""Heatmaps of a sweep: layer by position (or unit), mean over prompts, one panel for everything else."""
+
+from __future__ import annotations
+
+import html
+import math
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sinklens.errors import InputError
+from sinklens.records.text import pretty
+from sinklens.sweeps.result import SweepResult
+from sinklens.sweeps.tensor import LabelledTensor
+from sinklens.viz.charts import need_plotly, styled
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+MOST_PANELS = 24
+"""More than these nobody can read."""
+SIGNED = ("effect", "change")
+"""Values of either sign, whose colours turn at 0."""
+
+
+def sweep_heatmap(
+    source: SweepResult | LabelledTensor,
+    *,
+    value: str | None = None,
+    x: str | None = None,
+    y: str | None = None,
+    readout: str | None = None,
+    columns: int = 2,
+) -> Figure:
+    """A heatmap of a sweep, mean over prompts; axes that are not drawn make one panel for each of their places.
+
+    Args:
+        source: a sweep, or a tensor cut from one (``result.to_tensor().select(stage="resid_pre")``).
+        value: what the cells are (see :meth:`SweepResult.to_tensor`); ``effect`` by default.
+        x: axis across: ``position``, ``unit`` or ``stage`` by default, the first that has several places.
+        y: axis downwards: ``layer`` by default.
+        readout: which, when the sweep has several.
+        columns: panels beside one another.
+
+    Raises:
+        InputError: plotly is not installed, an unknown axis, or too many panels.
+    """
+    go, subplots = need_plotly()
+    given: Any = value or "effect"
+    tensor = source.to_tensor(readout, given) if isinstance(source, SweepResult) else source
+    if "prompt" in tensor.axes and "prompt" not in (x, y):
+        tensor = tensor.mean("prompt")
+    y, x = _drawn(tensor, x, y)
+    tensor = _present(tensor)
+    panels = _panels(tensor, x, y)
+    n_columns = min(columns, len(panels))
+    n_rows = math.ceil(len(panels) / n_columns)
+    titles = [html.escape(title, quote=False) for title in panels] if len(panels) > 1 else None
+    height = 26 * min(32, max(6, len(tensor.coords[y])))
+    figure = subplots.make_subplots(
+        rows=n_rows, cols=n_columns, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03,
+        vertical_spacing=min(0.2, 64 / (n_rows * (height + 64))),
+    )  # fmt: skip
+    for number, panel in enumerate(panels.values()):
+        row, column = divmod(number, n_columns)
+        trace = go.Heatmap(
+            z=_cells(panel, x, y),
+            x=_labels(panel.coords[x]),
+            y=_labels(panel.coords[y]),
+            coloraxis="coloraxis",
+            hoverongaps=False,
+            hovertemplate=f"{pretty(y)} %{{y}}, {pretty(x)} %{{x}}: %{{z:.4g}}<extra></extra>",
+        )
+        figure.add_trace(trace, row=row + 1, col=column + 1)
+    figure.update_xaxes(type="category", showgrid=False, title={"text": _axis_title(x), "standoff": 4})
+    figure.update_yaxes(type="category", showgrid=False, autorange="reversed", automargin=True)
+    figure.update_yaxes(title_text=_axis_title(y), col=1)
+    figure.update_annotations(font_size=13)
+    figure.update_layout(coloraxis=_colours(tensor.name))
+    return styled(figure, n_rows * (height + 64) + 60)
+
+
+def _drawn(tensor: LabelledTensor, x: str | None, y: str | None) -> tuple[str, str]:
+    for axis in (x, y):
+        if axis is not None and axis not in tensor.axes:
+            raise InputError(f"there is no axis {axis!r}: the axes are {', '.join(tensor.axes)}")
+    several = [axis for axis in ("layer", "position", "unit", "stage", *tensor.axes) if axis in tensor.axes]
+    several = [*dict.fromkeys(sorted(several, key=lambda axis: len(tensor.coords[axis]) == 1))]  # stable
+    y = y or next((axis for axis in several if axis != x), None)
+    x = x or next((axis for axis in several if axis != y), None)
+    if x is None or y is None or x == y:
+        raise InputError(f"a heatmap needs two different axes, and there are {', '.join(tensor.axes)}")
+    return y, x
+
+
+def _present(tensor: LabelledTensor) -> LabelledTensor:
+    """Without the units that none of the drawn stages has."""
+    if "unit" not in tensor.axes:
+        return tensor
+    dim = tensor.axes.index("unit")
+    there = tensor.values.isnan().logical_not().movedim(dim, 0).flatten(1).any(1)
+    units = tuple(unit for unit, some in zip(tensor.coords["unit"], there.tolist(), strict=True) if some)
+    values = tensor.values.index_select(dim, there.nonzero().flatten())
+    return LabelledTensor(values, tensor.axes, {**tensor.coords, "unit": units}, tensor.name)
+
+
+def _panels(tensor: LabelledTensor, x: str, y: str) -> dict[str, LabelledTensor]:
+    """The places of all other axes, by what tells them apart."""
+    others = [axis for axis in tensor.axes if axis not in (x, y)]
+    told = [axis for axis in others if len(tensor.coords[axis]) > 1]
+    found = {}
+    for place in product(*(tensor.coords[axis] for axis in others)):
+        where = dict(zip(others, place, strict=True))
+        panel = tensor.select(**where)
+        if panel.values.isnan().all():
+            continue  # this stage has no such unit, for instance
+        found[", ".join(_place(axis, where[axis]) for axis in told)] = panel
+        if len(found) > MOST_PANELS:
+            raise InputError(
+                f"that would be more than {MOST_PANELS} panels: take result.to_tensor() and select or take the mean of "
+                f"some of {', '.join(told)}"
+            )
+    if not found:
+        raise InputError("there is no value to draw: every cell is missing or excluded")
+    return found
+
+
+def _place(axis: str, place: object) -> str:
+    if axis in ("stage", "edit", "direction"):
+        return pretty(place)
+    return f"{axis} {'all' if place is None else place}"
+
+
+def _cells(panel: LabelledTensor, x: str, y: str) -> list[list[float | None]]:
+    values = panel.values if panel.axes == (y, x) else panel.values.T
+    return [[None if np.isnan(cell) else cell for cell in row] for row in values.tolist()]
+
+
+def _labels(coords: tuple[Any, ...]) -> list[str]:
+    return ["all" if item is None else html.escape(pretty(item), quote=False) for item in coords]
+
+
+def _axis_title(axis: str) -> str:
+    return {"layer": "block"}.get(axis, pretty(axis))
+
+
+def _colours(name: str) -> dict[str, Any]:
+    common = {"colorbar": {"title": {"text": name}, "thickness": 12, "outlinewidth": 0}}
+    return common | ({"colorscale": "RdBu", "cmid": 0} if name in SIGNED else {"colorscale": "Blues"})

@@ -1,0 +1,102 @@
+"""The analyses, run on the planted model, whose numbers are known, and what the template promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sinklens.chain.run import run_chain
+from sinklens.formation import find_formation
+from sinklens.prompts import from_tokens
+from tests.helpers.planted import OUTLIER, SUPER, planted_model, prompts
+from tests.helpers.tiny import tiny_model
+
+pytest.importorskip("transformer_lens.HookedTransformer")
+
+FOLDER = Path(__file__).parents[2] / "analyses"
+FILES = sorted(FOLDER.glob("*.py"))
+
+
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"analyses.{name}", FOLDER / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def planted_scores(stage: Any) -> Any:
+    model = planted_model()
+    batch = from_tokens(model, prompts(16))
+    formation = find_formation(model, batch, layer=0, super_neurons=[SUPER], outlier_dims=[OUTLIER])
+    result = run_chain(model, batch, target=5, stages=(stage,), formation=formation, readout_blocks=1)
+    return result.scores.set_index(["edit", "control", "direction"]).effect
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_analysis_imports_and_is_short(path):
+    assert load(path.stem).__doc__
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_a_new_stage_takes_less_than_thirty_lines():
+    """Everything that the template adds to make a stage: site, control, readout and the stage itself."""
+    template = load("_template")
+    lines = sum(len(inspect.getsource(part).splitlines()) for part in (template.random_neurons, template.magnitude))
+    text = inspect.getsource(template)
+    stage = text[text.index("STAGE = ") : text.index("ANALYSIS = ")].strip().splitlines()
+    assert lines + len(stage) + 1 < 30
+
+
+def test_the_template_s_stage_on_the_planted_model():
+    """The gate is 0 without the sink: putting it back silences the neuron, so it is necessary, to the last bit.
+
+    It is not sufficient where the linear branch is zero too (prompt 0: the value is 0), and is in prompt 1 (it is not).
+    """
+    scores = planted_scores(load("_template").STAGE)
+    assert scores["transplant", "", "noise"] == pytest.approx(1, abs=1e-3)
+    assert scores["transplant", "", "denoise"] == pytest.approx(0.5, abs=1e-3)
+    for direction in ("denoise", "noise"):
+        assert scores["transplant", "random_neurons", direction] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_residual_s_direction_carries_the_planted_sink():
+    """A key is read off the normalised residual, so its direction is all that counts, and its norm nothing."""
+    scores = planted_scores(load("residual_direction").STAGE)
+    for direction in ("denoise", "noise"):
+        assert scores["transplant", "", direction] == pytest.approx(1, abs=1e-3)
+        assert scores["direction_only", "", direction] == pytest.approx(1, abs=1e-3)
+        assert scores["direction_only", "norm_only", direction] == pytest.approx(0, abs=1e-3)
+
+
+def test_the_readme_s_stage_runs():
+    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    block = next(part for part in text.split("```python\n")[1:] if "STAGE = sl.Stage(" in part).split("```")[0]
+    import sinklens as sl
+
+    names: dict[str, Any] = {"sl": sl}
+    exec(block[: block.index("result = ")], names)
+    scores = planted_scores(names["STAGE"])
+    # Half of an outlier is still by far the largest dimension, and the norm divides by it.
+    assert scores["halfway", "", "denoise"] == pytest.approx(1, abs=1e-3)
+    assert scores["transplant", "", "noise"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_new_stage_shows_up_in_the_table_of_a_random_model():
+    model = tiny_model("llama")
+    generator = np.random.default_rng(0)
+    import torch
+
+    batch = from_tokens(model, torch.tensor(generator.integers(3, model.cfg.d_vocab, (3, 16))))
+    formation = find_formation(model, batch, layer=1, super_neurons=[3, 7], outlier_dims=[2, 5])
+    stage = load("_template").STAGE
+    result = run_chain(model, batch, target=4, stages=(stage,), formation=formation, min_gap=1e-6)
+    assert set(result.scores.stage) == {"gate"}
+    assert result.scores.effect.notna().all()

@@ -1,0 +1,209 @@
+"""Everything in one go: what is redone, what is kept, and what happens when a part fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sinklens.analysis import suite
+from sinklens.analysis.base import Analysis, AnalysisResult, Findings, verdict
+from sinklens.analysis.suite import Part, run_all
+from sinklens.chain.result import ChainResult
+from sinklens.errors import InputError, NotApplicableError
+from sinklens.prompts import from_tokens
+from sinklens.statistics import Estimate
+from sinklens.study import Study
+from tests.helpers.tiny import tiny_model, tiny_tokens
+
+GIVEN = {"layer": 1, "super_neurons": (3, 7), "outlier_dims": (2, 5)}
+
+
+class Calls:
+    """Analyses that count how often they are run, in place of the real ones."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.errors: dict[str, Exception] = {}
+
+    def analysis(self, name: str) -> Analysis:
+        def run(study: Study, *, top: int = 3) -> Findings:
+            self.made.append(name)
+            if name in self.errors:
+                raise self.errors[name]
+            layer = float(study.formation.layer)
+            said = verdict("So.", "block", Estimate(layer), "none", None, "1", holds=True)
+            return Findings(said, pd.DataFrame({"top": [top], "layer": [layer]}))
+
+        def draw(findings: Findings) -> Any:
+            from sinklens import viz
+
+            return viz.points(findings.table, "top", "layer")
+
+        return Analysis(name, name, "So.", run, draw)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    found = Calls()
+    monkeypatch.setattr(suite, "list_analyses", lambda: {"first": "", "second": ""})
+    monkeypatch.setattr(suite, "load_analysis", found.analysis)
+    chain = suite.run_chain
+
+    def counted(*args: Any, **options: Any) -> ChainResult:
+        found.made.append("chain")
+        return chain(*args, **options, min_gap=1e-4, control_draws=1)
+
+    monkeypatch.setattr(suite, "run_chain", counted)
+    return found
+
+
+def study(seed: int = 0, given: dict[str, Any] = GIVEN, tokens: int = 0) -> Study:
+    model = tiny_model("llama")
+    return Study(model, from_tokens(model, tiny_tokens(3, 16, seed=tokens)), seed=seed, given=dict(given))
+
+
+def record(out: Path) -> dict[str, Any]:
+    return json.loads((out / "run.json").read_text())
+
+
+def test_every_part_leaves_its_folder_and_its_record(tmp_path, calls):
+    out = tmp_path / "all"
+    seen: list[Any] = []
+    result = run_all(
+        study(), out, target=5, config={"command": "x"},
+        begins=lambda *told: seen.append(told), ends=lambda part: seen.append(part.name),
+    )  # fmt: skip
+    assert calls.made == ["chain", "first", "second"]
+    assert not result.failed
+    assert [part.status for part in result.parts.values()] == ["done"] * 4
+    assert ChainResult.load(out / "chain").config["target"] == 5
+    assert AnalysisResult.load(out / "second").findings.verdict.outcome == "holds"
+    assert json.loads((out / "formation.json").read_text())["layer"] == 1
+    written = record(out)
+    assert list(written["parts"]) == ["formation", "chain", "first", "second"]
+    assert written["config"]["command"] == "x" and written["provenance"]["model"]
+    assert seen[:2] == [("formation", 1, 4), "formation"] and seen[-1] == "second"
+
+
+def test_finished_parts_are_kept(tmp_path, calls):
+    run_all(study(), tmp_path / "all", target=5)
+    before = record(tmp_path / "all")
+    calls.made.clear()
+    again = run_all(study(), tmp_path / "all", target=5)
+    assert calls.made == []
+    assert all(part.reused for part in again.parts.values())
+    assert record(tmp_path / "all") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "redone"),
+    [
+        ({"seed": 1}, 5, ["chain", "first", "second"]),
+        ({"given": GIVEN | {"layer": 2}}, 5, ["chain", "first", "second"]),
+        ({"tokens": 1}, 5, ["chain", "first", "second"]),
+        ({}, 6, ["chain"]),
+    ],
+)
+def test_what_has_changed_is_redone(tmp_path, calls, changes, target, redone):
+    run_all(study(), tmp_path / "all", target=5)
+    calls.made.clear()
+    run_all(study(**changes), tmp_path / "all", target=target)
+    assert calls.made == redone
+
+
+def test_other_weights_are_another_model(tmp_path, calls):
+    run_all(study(), tmp_path / "all", target=5)
+    calls.made.clear()
+    other = study()
+    other.model = tiny_model("llama", seed=1)
+    run_all(other, tmp_path / "all", target=5)
+    assert calls.made == ["chain", "first", "second"]
+
+
+@pytest.mark.parametrize("name", ["summary.json", "table.parquet"])
+def test_a_part_that_is_damaged_is_redone(tmp_path, calls, name):
+    run_all(study(), tmp_path / "all", target=5)
+    (tmp_path / "all" / "first" / name).write_text("{")
+    calls.made.clear()
+    result = run_all(study(), tmp_path / "all", target=5)
+    assert calls.made == ["first"]
+    assert result.parts["first"].status == "done" and not result.parts["first"].reused
+
+
+def test_only_some_parts_leaves_the_record_of_the_others(tmp_path, calls):
+    run_all(study(), tmp_path / "all", target=5)
+    calls.made.clear()
+    result = run_all(study(seed=2), tmp_path / "all", target=5, only=("second",))
+    assert calls.made == ["second"]
+    assert list(result.parts) == ["formation", "chain", "first", "second"]
+    assert record(tmp_path / "all")["parts"]["second"]["key"]["seed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (ZeroDivisionError("a bug"), "failed", "ZeroDivisionError: a bug"),
+        (InputError("no position fits"), "failed", "no position fits"),
+        (NotApplicableError("no gate"), "not measurable", "no gate"),
+    ],
+)
+def test_a_part_that_fails_is_recorded_and_the_others_run(tmp_path, calls, error, status, reason):
+    calls.errors["first"] = error
+    result = run_all(study(), tmp_path / "all", target=5)
+    assert (result.parts["first"].status, result.parts["first"].reason) == (status, reason)
+    assert result.parts["second"].status == "done"
+    assert result.failed == (["first"] if status == "failed" else [])
+    # What failed is tried again, what cannot be measured is not.
+    calls.errors.clear()
+    calls.made.clear()
+    again = run_all(study(), tmp_path / "all", target=5)
+    assert calls.made == (["first"] if status == "failed" else [])
+    assert again.failed == []
+
+
+def test_an_interruption_leaves_what_was_finished(tmp_path, calls):
+    calls.errors["second"] = KeyboardInterrupt()  # pyright: ignore[reportArgumentType]
+    with pytest.raises(KeyboardInterrupt):
+        run_all(study(), tmp_path / "all", target=5)
+    assert list(record(tmp_path / "all")["parts"]) == ["formation", "chain", "first"]
+    assert not list((tmp_path / "all").glob(".*"))
+    calls.errors.clear()
+    calls.made.clear()
+    run_all(study(), tmp_path / "all", target=5)
+    assert calls.made == ["second"]
+
+
+@pytest.mark.usefixtures("calls")
+def test_the_order_of_parts_does_not_change_a_number(tmp_path):
+    run_all(study(), tmp_path / "a", target=5)
+    for name in ("second", "chain", "first"):
+        run_all(study(), tmp_path / "b", target=5, only=(name,))
+    one, other = (ChainResult.load(tmp_path / name / "chain") for name in "ab")
+    pd.testing.assert_frame_equal(one.scores, other.scores)
+
+
+def test_bad_folders_and_names_are_refused_before_any_work(tmp_path, calls):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("mine")
+    with pytest.raises(InputError, match="not the folder of an earlier run"):
+        run_all(study(), tmp_path / "notes", target=5)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        run_all(study(), tmp_path / "file", target=5)
+    with pytest.raises(InputError, match="there is no part third: the parts are formation, chain, first, second"):
+        run_all(study(), tmp_path / "all", target=5, only=("third",))
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "run.json").write_text("{")
+    with pytest.raises(InputError, match="run.json is damaged"):
+        run_all(study(), tmp_path / "torn", target=5)
+    assert calls.made == [] and not (tmp_path / "all").exists()
+    assert (tmp_path / "notes" / "diary.txt").read_text() == "mine"
+
+
+def test_a_record_holds_no_more_than_a_part_takes():
+    part = Part("first", "done", "", 1.0, {"seed": 0})
+    assert Part("first", **{"status": "done", "reason": "", "seconds": 1.0, "key": {"seed": 0}}) == part

@@ -1,0 +1,536 @@
+"""The command line: one sentence and exit code 2 for every bad input, and nothing half-written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from sinklens import cli
+from sinklens.cli import common as _cli
+from sinklens.errors import EngineError, InputError
+from sinklens.models import smollm2 as _smollm2
+from sinklens.models.families import D_VOCAB, N_CTX
+from sinklens.models.load import load_model
+from tests.chain.test_result import earlier_run, synthetic_result
+from tests.helpers.tiny import tiny_hf
+
+WORDS = [f"w{i}" for i in range(4, D_VOCAB)]
+LINE = " ".join(WORDS[:16])
+NOTE = "sinklens: note: "
+
+Run = Callable[..., "Outcome"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def sentence(self) -> str:
+        """The one line that says what is wrong; remarks may stand before it."""
+        *notes, last = self.err.splitlines()
+        assert all(line.startswith(NOTE) for line in notes), self.err
+        assert last.startswith("sinklens: ") and not last.startswith(NOTE), self.err
+        return last.removeprefix("sinklens: ")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model without a sink, with a tokenizer of whole words."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = tiny_hf("llama")
+    for name, weight in model.named_parameters():
+        if "q_proj" in name:
+            weight.data *= 0.1  # nearly uniform attention
+    model.save_pretrained(folder)
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {word: i for i, word in enumerate(WORDS, 4)}
+    core = Tokenizer(token_models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]: read-only stub
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_loaded(tiny_folder: Path) -> Any:
+    return load_model(tiny_folder, device="cpu")
+
+
+@pytest.fixture
+def quick_load(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tiny_loaded: Any) -> None:
+    """The tiny model is loaded once for all tests; everything else is left to the real function."""
+
+    def load(model: str, **options: Any) -> Any:
+        usual = model == str(tiny_folder) and options["device"] == "cpu"
+        return tiny_loaded if usual else load_model(model, **options)
+
+    monkeypatch.setattr("sinklens.models.load.load_model", load)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, with a file of two usable prompts in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text(f"{LINE}\n{LINE} w4\n")
+    return tmp_path
+
+
+@pytest.fixture
+def chain(here: Path, tiny_folder: Path, quick_load: None) -> Run:
+    """`sinklens chain` in this process, on the tiny model unless told otherwise; checks that nothing is left."""
+    del quick_load
+
+    def run(*arguments: str, changes: bool = False) -> Outcome:
+        defaults = {"--model": str(tiny_folder), "--prompts": "texts.txt", "--length": "16", "--device": "cpu"}
+        given = [part for pair in defaults.items() if pair[0] not in arguments for part in pair]
+        before = snapshot(here)
+        outcome = invoke("chain", *given, *arguments)
+        assert changes or snapshot(here) == before
+        return outcome
+
+    return run
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch, quick_load: None) -> None:
+    """Loading a model is an error: what is wrong must be said before that."""
+
+    del quick_load  # asked for so that this comes after it
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("sinklens.models.load.load_model", refuse)
+
+
+@pytest.fixture
+def fake_chain(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The main job answers at once with a synthetic result; gives the arguments that it was called with."""
+    called: dict[str, Any] = {}
+
+    def run_chain(model: object, batch: object, *, progress: Callable[[int, int], None], **options: Any) -> Any:
+        progress(1, 2)
+        called.update(options, model=model, batch=batch)
+        return synthetic_result()
+
+    def report(folder: Path) -> Path:
+        (folder / "report.html").write_text("<p>a report</p>")
+        return folder / "report.html"
+
+    fake_report = types.ModuleType("sinklens.pages.page")
+    fake_report.report = report  # pyright: ignore[reportAttributeAccessIssue]: a module made here
+    monkeypatch.setattr("sinklens.chain.run.run_chain", run_chain)
+    monkeypatch.setitem(sys.modules, "sinklens.pages.page", fake_report)
+    return called
+
+
+def invoke(*arguments: str) -> Outcome:
+    result = CliRunner().invoke(cli.app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+def process(*arguments: str, cwd: Path, **environment: str) -> Outcome:
+    """A process of its own, whose streams are pipes."""
+    root = str(Path(cli.__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1", **environment}
+    command = [sys.executable, "-m", "sinklens.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env, timeout=120)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refused(outcome: Outcome, *parts: str) -> None:
+    """Exit code 2, nothing on stdout, and one sentence on stderr with every part in it."""
+    assert outcome.code == 2
+    assert outcome.out == ""
+    for part in parts:
+        assert part in outcome.sentence
+
+
+# -- Bad input, said before the model is loaded -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--target", "16"], ["--target 16 must be in 1..14", "--length 16"]),
+        (["--target", "15"], ["--target 15 must be in 1..14", "later tokens"]),  # nobody comes after the last
+        (["--target", "-1"], ["--target -1 must be in 1..14"]),
+        (["--target", "0"], ["--target 0 has no earlier tokens", "choose a later position"]),
+        (["--target", "first"], ["--target 'first' must be a position such as 10, or natural"]),
+        (["--target", "1.5"], ["--target '1.5' must be a position"]),
+        (["--target", "1", "--length", "2"], ["--length 2 must be at least 3"]),
+        (["--n", "1"], ["needs at least 2", "--n is 1"]),
+        (["--n", "1", "--pair", "amplify_variance"], ["variances over prompts", "--n is 1"]),
+        (["--prompts", "missing.txt"], ["--prompts 'missing.txt' is neither", "check the path"]),
+        (["--prompts", "x" * 300], ["is neither passages nor random nor a file"]),
+        (["--memory-budget", "0"], ["--memory-budget 0.0 must be"]),
+        (["--memory-budget", "nan"], ["--memory-budget nan must be"]),
+        (["--memory-budget", "inf"], ["--memory-budget inf must be"]),
+        (["--min-gap", "nan"], ["--min-gap nan must be a finite number"]),
+        (["--min-gap", "-1"], ["--min-gap -1.0 must be", "0.0 or more"]),
+        (["--pair-layers", "all"], ["--pair-layers 'all' must be whole numbers such as 0-2"]),
+        (["--pair-layers", "2-1"], ["--pair-layers '2-1' must be"]),
+        (["--strength", "inf"], ["--strength inf must be a finite number"]),
+        # What the command-line parser itself finds is told in the same way.
+        (["--length", "long"], ["--length", "valid integer", "chain --help"]),
+        (["--dtype", "int8"], ["--dtype", "'float32', 'bfloat16', 'float16'"]),
+        (["--pair", "magic"], ["--pair", "'block_aggregation', 'amplify_variance'"]),
+        (["--readout-blocks", "0"], ["--readout-blocks", "1"]),
+        (["--control-draws", "0"], ["--control-draws", "1"]),
+        (["--colour"], ["--colour", "--help"]),
+        (["--target"], ["--target", "requires an argument"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if value and value[0].startswith("--") else "",
+)
+def test_bad_arguments(chain: Run, arguments: list[str], parts: list[str]) -> None:
+    refused(chain(*arguments), *parts)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_output_that_cannot_be_used(chain: Run, here: Path) -> None:
+    earlier_run(here / "run")
+    (here / "notes").mkdir()
+    (here / "notes" / "thesis.txt").write_text("years of work")
+    refused(chain("--out", "run"), "run exists already", "--force")
+    refused(chain("--out", "notes"), "notes exists already")
+    refused(chain("--out", "notes", "--force"), "not the folder of an earlier run")
+    refused(chain("--out", "texts.txt"), "texts.txt is a file: give a folder")
+    refused(chain("--out", "texts.txt", "--force"), "texts.txt is a file: give a folder")
+    refused(chain("--out", "texts.txt/run"), "cannot be written (Not a directory)", "choose another --out")
+    refused(chain("--out", "x" * 300), "cannot be written (File name too long)")
+
+
+def test_a_mistyped_command(here: Path) -> None:
+    refused(invoke("chian"), "chian", "--help")
+    refused(invoke("--colour"), "--colour", "--help")
+    refused(invoke("models", "surplus"), "surplus", "--help")
+    assert snapshot(here).keys() == {"texts.txt"}
+
+
+# -- Bad input that the model or the files show -----------------------------------------------------------------------
+
+
+def test_a_model_without_a_sink(chain: Run) -> None:
+    # With all that was measured: how much attention, in which block, against what, and the norm.
+    outcome = chain("--prompts", "random", "--length", "32", "--out", "new/folder/run")
+    refused(outcome, "no attention sink in this model on these prompts", "no head exceeds 0.3")
+    assert outcome.err.count("\n") == 1
+    numbers = r"receives at most 0\.\d+ \(block \d; others 0\.\d+\), and its norm is at most \d+\.\d+ times"
+    assert re.search(numbers, outcome.sentence)
+    refused(chain("--prompts", "random", "--length", "32", "--target", "natural"), "no attention sink")
+
+
+def test_an_unknown_model(chain: Run) -> None:
+    refused(chain("--model", "no-such-model"), "cannot load the model 'no-such-model'", "smollm2", "a local folder")
+    refused(chain("--model", "./missing"), "missing", "is not a folder")
+
+
+def test_a_folder_without_a_model(chain: Run, here: Path) -> None:
+    (here / "empty").mkdir()
+    refused(chain("--model", "./empty"), "no config.json")
+
+
+def test_a_damaged_model_folder(chain: Run, here: Path, tiny_folder: Path) -> None:
+    (here / "cut").mkdir()
+    for path in tiny_folder.iterdir():
+        content = path.read_bytes()
+        (here / "cut" / path.name).write_bytes(
+            content[: len(content) // 2] if path.suffix == ".safetensors" else content
+        )
+    refused(chain("--model", "./cut"), "cut")
+
+
+def test_a_corrupted_download(chain: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = here / "cache" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"GGUF" + bytes(5000))
+    monkeypatch.setenv("SINKLENS_CACHE", str(here / "cache"))
+    monkeypatch.setattr(_smollm2, "_PACKAGE", "no_such_package_for_sinklens")
+    refused(chain("--model", "smollm2"), str(file), "is corrupted (SHA-256", "delete it")
+
+
+def spoil(model: Path, folder: Path, value: float) -> None:
+    """A copy of the model with one row of one weight overwritten."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][3] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("command", ["chain", "find"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(here: Path, tiny_folder: Path, command: str, value: float) -> None:
+    spoil(tiny_folder, here / "bad", value)
+    before = snapshot(here)
+    outcome = invoke(command, "--model", "./bad", "--prompts", "texts.txt", "--length", "16", "--device", "cpu")
+    refused(outcome, "weight", "blocks.2.mlp.W_out", "NaN or infinite", "get the model again")
+    assert snapshot(here) == before
+
+
+def test_activations_that_are_not_finite(chain: Run, here: Path, tiny_folder: Path) -> None:
+    spoil(tiny_folder, here / "bad", 3e38)  # finite itself, and beyond float32 once it is multiplied
+    refused(chain("--model", "./bad"), "activations are not finite", "check the weights")
+
+
+def test_a_device_that_is_not_there(chain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(chain("--device", "cuda"), "device 'cuda' is not there (0 CUDA devices found)", "use cpu or auto")
+    refused(chain("--device", "cuda:7"), "'cuda:7' is not there")
+    refused(chain("--device", "mps"), "mps is refused", "use cpu")
+    refused(chain("--device", "abacus"), "unknown device 'abacus'", "choose")
+
+
+def test_a_length_over_the_context(chain: Run) -> None:
+    refused(chain("--length", str(N_CTX + 1)), f"at most {N_CTX} tokens", f"not {N_CTX + 1}")
+    refused(chain("--length", str(N_CTX + 1), "--prompts", "random"), f"at most {N_CTX} tokens")
+
+
+@pytest.mark.parametrize(
+    "content, parts",
+    [
+        (b"", ["is empty; write one prompt on each line"]),
+        (b"\n \n\t\n", ["is empty"]),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", ["is not a UTF-8 text file"]),
+        ("w4 caf\u00e9 w5".encode("latin-1"), ["is not a UTF-8 text file; save it as plain text in UTF-8"]),
+        (LINE.encode("utf-16"), ["is not a UTF-8 text file"]),
+        (b"w4 w5 w6\nw4\n", ["has 16 tokens: the longest has 3", "use a length of 3 or less"]),  # none is left
+    ],
+    ids=["empty", "blank", "binary", "latin-1", "utf-16", "short"],
+)
+def test_a_prompt_file_that_cannot_be_used(chain: Run, here: Path, content: bytes, parts: list[str]) -> None:
+    (here / "bad.txt").write_bytes(content)
+    outcome = chain("--prompts", "bad.txt")
+    refused(outcome, "bad.txt", *parts)
+    assert outcome.err.count("\n") == 1
+
+
+def test_a_folder_is_no_prompt_file(chain: Run, here: Path) -> None:
+    (here / "folder").mkdir()
+    refused(chain("--prompts", "folder"), "folder is a folder; name a text file in it")
+
+
+def test_a_broken_jsonl_file(chain: Run, here: Path) -> None:
+    (here / "bad.jsonl").write_text(json.dumps({"text": LINE}) + "\n{'text': 'w4'}\n")
+    refused(chain("--prompts", "bad.jsonl"), "bad.jsonl, line 2 is not JSON")
+
+
+def test_too_few_prompts_for_a_variance(chain: Run, here: Path) -> None:
+    (here / "one.txt").write_text(f"w4 w5\n{LINE}\n")
+    for pair in ("block_aggregation", "amplify_variance"):
+        outcome = chain("--prompts", "one.txt", "--pair", pair)
+        refused(outcome, "needs at least 2", "only 1 in file:one.txt has 16 tokens or more")
+        assert f"{NOTE}file:one.txt: 1 of 16 prompts have 16 tokens" in outcome.err
+
+
+def test_an_engine_that_cannot_be_trusted_is_exit_code_1(chain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise EngineError("identity check failed: the scores of this run cannot be trusted")
+
+    monkeypatch.setattr("sinklens.chain.run.run_chain", fail)
+    outcome = chain("--n", "2")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err == "sinklens: identity check failed: the scores of this run cannot be trusted\n"
+
+
+def test_a_disk_that_is_full_at_the_end(
+    chain: Run, fake_chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pandas.DataFrame.to_parquet", full)
+    refused(chain("--n", "2", "--out", "new/run"), "run cannot be written (No space left on device)")
+    assert fake_chain
+
+
+# -- What works -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_printed_and_saved(chain: Run, here: Path, fake_chain: dict[str, Any]) -> None:
+    (here / "mixed.txt").write_text(f"{LINE}\nw4 w5\n\n{LINE} w9\n")
+    outcome = chain(
+        "--prompts", "mixed.txt", "--target", "5", "--seed", "7", "--strength", "3", "--pair", "amplify_variance",
+        "--memory-budget", "0.5", "--out", "runs/first", changes=True,
+    )  # fmt: skip
+    assert outcome.code == 0
+    assert outcome.err == f"{NOTE}file:mixed.txt: 2 of 16 prompts have 16 tokens or more.\n"
+    for part in ("value_aggregation", "other_neurons", "1.01 [1.00, 1.02] (1)", "runs/first", "runs/first/report.html"):
+        assert part in outcome.out
+    tensors = {"attention.safetensors", "tokens.safetensors"}
+    files = {"chain.json", "scores.parquet", "effects.parquet", "report.html"} | tensors
+    assert {path.name for path in (here / "runs" / "first").iterdir()} == files
+    assert {path.name for path in (here / "runs").iterdir()} == {"first"}
+    wanted = {"target": 5, "seed": 7, "strength": 3.0, "pair": "amplify_variance", "memory_budget": 2**29}
+    assert {name: fake_chain[name] for name in wanted} == wanted
+    assert fake_chain["batch"].n == 2 and fake_chain["batch"].n_skipped == 1
+    assert "command" in json.loads((here / "runs" / "first" / "chain.json").read_text())["config"]
+
+
+def test_json_is_all_that_stdout_gets(chain: Run, here: Path, fake_chain: dict[str, Any]) -> None:
+    outcome = chain("--target", "natural", "--json", "--out", "run", changes=True)
+    assert outcome.code == 0
+    assert json.loads(outcome.out) == json.loads((here / "run" / "chain.json").read_text())
+    assert fake_chain["target"] == "natural"
+    assert "passages" not in outcome.err and outcome.err.count("\n") == 1  # the note on the number of prompts
+
+
+@pytest.mark.usefixtures("fake_chain")
+def test_force_replaces_an_earlier_run(chain: Run, here: Path) -> None:
+    earlier_run(here / "run")
+    assert chain("--out", "run", "--force", changes=True).code == 0
+    assert not (here / "run" / "extra.txt").exists()
+    assert json.loads((here / "run" / "chain.json").read_text())["config"]["target"] == 10
+    assert {path.name for path in here.iterdir()} == {"run", "texts.txt"}
+
+
+def test_without_the_report_packages_the_numbers_are_saved(
+    chain: Run, here: Path, fake_chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> Path:
+        raise InputError("plotly is not installed: pip install 'sinklens[viz]'")
+
+    monkeypatch.setattr(sys.modules["sinklens.pages.page"], "report", refuse)
+    outcome = chain("--out", "run", "--json", changes=True)
+    assert outcome.code == 0 and fake_chain
+    assert "no report.html: plotly is not installed" in outcome.err
+    assert json.loads(outcome.out) == json.loads((here / "run" / "chain.json").read_text())
+
+
+def test_models_lists_smollm2() -> None:
+    outcome = invoke("models")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "smollm2" in outcome.out and "Apache-2.0" in outcome.out
+
+
+def test_models_as_json() -> None:
+    outcome = invoke("models", "--json")
+    listed = {row["name"]: row for row in json.loads(outcome.out)}
+    assert (outcome.code, outcome.err) == (0, "")
+    assert set(listed["smollm2"]) == {"name", "description", "source", "licence", "path"}
+
+
+@pytest.mark.usefixtures("quick_load")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_find_prints_a_formation(here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    formation = synthetic_result().formation
+    monkeypatch.setattr("sinklens.formation.find_formation", lambda *_, **__: formation)
+    arguments = ["--model", str(tiny_folder), "--prompts", "random", "--length", "16", "--device", "cpu"]
+    before = snapshot(here)
+    outcome = invoke("find", *arguments, *(["--json"] if as_json else []))
+    assert (outcome.code, outcome.err) == (0, "")
+    assert snapshot(here) == before
+    if as_json:
+        data = json.loads(outcome.out)
+        assert data["layer"] == 2 and [n["index"] for n in data["super_neurons"]] == [7, 3]
+        assert data["outlier_dims"][0]["z"] is None and len(data["profile"]) == 3
+    else:
+        assert "Super neurons of block 2" in outcome.out and "300.0" in outcome.out
+
+
+@pytest.mark.usefixtures("quick_load")
+def test_find_says_that_there_is_no_sink(here: Path, tiny_folder: Path) -> None:
+    arguments = ["--model", str(tiny_folder), "--prompts", "random", "--length", "32", "--device", "cpu"]
+    refused(invoke("find", *arguments), "no attention sink in this model")
+    refused(invoke("find", *arguments, "--layer", "99"), "block [99] is not in 0..3")
+    assert snapshot(here).keys() == {"texts.txt"}
+
+
+# -- The progress bar -------------------------------------------------------------------------------------------------
+
+
+class Screen(io.StringIO):
+    """A stderr that is a terminal, or not."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    # Continuous integration often sets this, and it makes rich take a pipe for a terminal.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen(terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with _cli.progress() as (step, rows):
+        step("scoring the chain")
+        rows(3, 17)
+    assert ("scoring the chain" in screen.getvalue()) is terminal
+    assert ("3/17" in screen.getvalue()) is terminal
+
+
+# -- In a process of its own ------------------------------------------------------------------------------------------
+
+
+def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys; from typer.testing import CliRunner; from sinklens.cli import app\n"
+        "for arguments in ('--help', 'chain --help', 'find --help', 'models --help', 'chain --no'):\n"
+        "    print(CliRunner().invoke(app, arguments.split()).exit_code)\n"
+        "print({'torch', 'transformers', 'transformer_lens', 'pandas', 'numpy'} & set(sys.modules))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.stdout.splitlines() == ["0", "0", "0", "0", "2", "set()"]
+    assert done.stderr == ""
+
+
+def test_help_shows_the_commands(tmp_path: Path) -> None:
+    outcome = process("--help", cwd=tmp_path)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert all(command in outcome.out for command in ("chain", "find", "models"))
+    bare = process(cwd=tmp_path)
+    assert bare.code == 2 and "chain" in bare.out + bare.err and "Traceback" not in bare.err
+
+
+def test_a_pipe_sees_one_sentence_and_nothing_else(here: Path, tiny_folder: Path) -> None:
+    before = snapshot(here)
+    arguments = ["chain", "--model", str(tiny_folder), "--prompts", "random", "--length", "32", "--device", "cpu"]
+    outcome = process(*arguments, cwd=here, FORCE_COLOR="1")
+    refused(outcome, "no attention sink in this model")
+    assert outcome.err.count("\n") == 1 and "\x1b" not in outcome.err
+    assert snapshot(here) == before
+
+
+def test_a_reader_that_leaves_early_is_no_accident(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sinklens.cli", "models"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == ""

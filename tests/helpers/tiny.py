@@ -1,0 +1,54 @@
+"""Tiny random models for tests: seeded, no tokenizer (see :mod:`sinklens.models.families`)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from sinklens.models.families import (
+    D_HEAD,
+    D_MLP,
+    D_MODEL,
+    D_VOCAB,
+    FAMILIES,
+    N_CTX,
+    N_HEADS,
+    N_KV_HEADS,
+    N_LAYERS,
+    random_model,
+)
+from sinklens.models.load import load_model
+
+__all__ = ["D_HEAD", "D_MLP", "D_MODEL", "D_VOCAB", "N_CTX", "N_HEADS", "N_KV_HEADS", "N_LAYERS"]
+
+ARCHITECTURES = tuple(FAMILIES)
+HOOKED = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gpt2", "gpt_neox", "gptj")
+BRIDGE_ONLY = ("phi", "gemma2", "olmo", "olmo2")
+
+
+def tiny_hf(arch: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A tiny random Hugging Face model in eval mode; the same seed gives the same weights."""
+    return random_model(arch, seed=seed, **overrides)
+
+
+def tiny_model(
+    arch: str = "llama", backend: Literal["auto", "hooked", "bridge"] = "auto", *, seed: int = 0, **overrides: Any
+) -> Any:
+    """The same tiny model behind either backend."""
+    return load_model(tiny_hf(arch, seed=seed, **overrides), backend=backend, device="cpu")
+
+
+def tiny_tokens(batch: int = 3, length: int = 12, *, seed: int = 0) -> torch.Tensor:
+    """Random tokens [batch pos], special ones excluded."""
+    return torch.randint(3, D_VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def hooks_left(model: Any) -> list[str]:
+    """Names of the hook points that still carry a hook, of TransformerLens' kind or of torch's."""
+    return [
+        name
+        for name, point in model.hook_dict.items()
+        if point.fwd_hooks or point.bwd_hooks or point._forward_hooks or point._forward_pre_hooks
+    ]

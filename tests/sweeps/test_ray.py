@@ -1,0 +1,325 @@
+"""The engine ``ray``: the same rows as in one process, whoever dies on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sinklens import cli
+from sinklens.errors import EngineError, InputError
+from sinklens.models.load import load_model
+from sinklens.models.view import Model
+from sinklens.sweeps import Interrupted, SweepResult, Worker
+from sinklens.sweeps.grid import Tasks
+from sinklens.sweeps.ray.cluster import Cluster, check_gpus, cluster_of, connected
+from sinklens.sweeps.ray.crew import TaskQueue
+from tests.cli.test_cli import (  # noqa: F401
+    here,
+    invoke,
+    no_model,
+    quick_load,
+    refused,
+    tiny_folder,
+    tiny_loaded,
+)
+from tests.cli.test_sweep import QUICK, sweep  # noqa: F401
+from tests.sweeps.test_store import N_TASKS, run, until, written
+
+pytestmark = pytest.mark.slow
+RAY: dict[str, Any] = {"engine": "ray", "workers": 2}
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """Ray with room for two workers, started once; the engine uses it as it is."""
+    if find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    with connected(Cluster(2)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Path) -> pd.DataFrame:  # noqa: F811
+    """The table of the same sweep in this process."""
+    return run(load_model(tiny_folder, device="cpu")).table
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> Any:  # noqa: F811
+    return load_model(tiny_folder, device="cpu")
+
+
+def loads(folder: Path, before: Callable[[int], None], log: Path | None = None) -> Callable[[], Model]:
+    """A ``model_spec``: loads the model, and has the worker do something before each task; ``log`` is of workers."""
+
+    def load() -> Model:
+        run_task = Worker.run
+        if log is not None:
+            (log / str(os.getpid())).touch()
+
+        def patched(self: Worker, index: int, progress: Any = None) -> Any:
+            before(index)
+            return run_task(self, index, progress)
+
+        Worker.run = patched
+        return load_model(folder, device="cpu")
+
+    return load
+
+
+def close(table: pd.DataFrame, expected: pd.DataFrame) -> bool:
+    pd.testing.assert_frame_equal(table, expected, check_exact=False, rtol=0, atol=1e-6, check_categorical=False)
+    return True
+
+
+# -- The same rows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ray")
+def test_the_same_rows_as_in_one_process(model: Any, tmp_path: Path, whole: pd.DataFrame) -> None:
+    """Begun here and finished by two workers that are sent the model; what was there is left alone."""
+    run(model, tmp_path / "run", shard=(1, 3))
+    before = written(tmp_path / "run")
+    told: list[tuple[int, int]] = []
+    result = run(model, tmp_path / "run", progress=lambda *rows: told.append(rows), **RAY)
+    assert close(result.table, whole) and len(written(tmp_path / "run")) == N_TASKS
+    assert before.items() <= written(tmp_path / "run").items() and 0 < len(before) < N_TASKS
+    assert len(told) == N_TASKS - len(before) and told[-1][0] == told[-1][1] and told == sorted(told)
+
+
+@pytest.mark.usefixtures("ray")
+def test_begun_by_ray_and_finished_here(
+    model: Any,
+    tiny_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    whole: pd.DataFrame,
+) -> None:
+    """Ctrl-C: what runs is finished, what is left is said, and one process goes on."""
+    spec = {"model": os.path.relpath(tiny_folder)}
+    asked: list[None] = []
+
+    def progress(*_: int) -> None:
+        if not asked:  # a second one would be heard at once
+            asked.append(os.kill(os.getpid(), signal.SIGINT))
+
+    with pytest.raises(Interrupted, match=r"interrupted: \d+ tasks finished now, \d+ are left; call it again"):
+        run(model, tmp_path, progress=progress, model_spec=spec, **RAY)
+    before = written(tmp_path)
+    assert 1 <= len(before) <= 2
+    assert close(run(model, tmp_path).table, whole)
+    assert before.items() <= written(tmp_path).items()
+
+
+@pytest.mark.usefixtures("ray")
+def test_without_a_folder(model: Any, whole: pd.DataFrame) -> None:
+    result = run(model, layers="1", **RAY)
+    assert close(result.table, run(model, layers="1").table) and 0 < len(result) < len(whole)
+
+
+def test_nothing_listens_but_on_the_loopback(ray: Any) -> None:
+    assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+
+
+# -- Workers that die or fail -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_killed_worker_is_replaced(
+    capfd: pytest.CaptureFixture[str],
+    model: Any,
+    tiny_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    whole: pd.DataFrame,
+) -> None:
+    """Killed while it holds a task; its task is run again, and nobody else's."""
+    mark, log = tmp_path / "mark", tmp_path / "log"
+    mark.mkdir()
+    log.mkdir()
+
+    def before(index: int) -> None:
+        with open(mark / str(index), "a") as file:
+            file.write(f"{os.getpid()}\n")
+        if index == 5 and len((mark / "5").read_text().split()) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (mark / "5").exists():
+            until(lambda: len(list(log.iterdir())) == 3)  # the other one must not finish all before the third is there
+
+    result = run(model, tmp_path / "run", model_spec=loads(tiny_folder, before, log), **RAY)
+    assert close(result.table, whole)
+    assert len(written(tmp_path / "run")) == N_TASKS
+    runs = {int(path.name): path.read_text().split() for path in mark.iterdir()}
+    assert {index: len(pids) for index, pids in runs.items() if len(pids) != 1} == {5: 2}
+    killed, second = runs[5]
+    assert killed != second
+    assert {pid for pids in runs.values() for pid in pids} <= {path.name for path in log.iterdir()} - {str(os.getpid())}
+    assert capfd.readouterr().out == ""  # Ray's remarks are not among the results
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_task_that_always_kills(model: Any, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    def before(index: int) -> None:
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(EngineError, match=r"^task 1 \(0000001-\w{16}\) has ended 3 workers, killed or out of memory"):
+        run(model, tmp_path, model_spec=loads(tiny_folder, before), **{**RAY, "workers": 1})
+    done = sorted(path.stem[:7] for path in (tmp_path / "shards").glob("*.parquet"))
+    assert done == [f"{index:07d}" for index in range(N_TASKS) if index != 1]  # all others come before it
+
+
+@pytest.mark.usefixtures("ray")
+@pytest.mark.parametrize(
+    "raised, told, kind",
+    [
+        (InputError("the disk is full: make room"), "^the disk is full: make room$", InputError),
+        (ZeroDivisionError("by zero"), r"^a worker failed on task 2 \(ZeroDivisionError: by zero\)$", EngineError),
+    ],
+    ids=["ours", "other"],
+)
+def test_an_error_in_a_task_is_its_sentence(
+    model: Any,
+    tiny_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    raised: Exception,
+    told: str,
+    kind: type[Exception],
+) -> None:
+    def before(index: int) -> None:
+        if index == 2:
+            raise raised
+
+    with pytest.raises(kind, match=told):
+        run(model, tmp_path, model_spec=loads(tiny_folder, before), **{**RAY, "workers": 1})
+    assert len(written(tmp_path)) == 2
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_loader_of_another_model_is_refused(model: Any) -> None:
+    from tests.helpers.tiny import tiny_model
+
+    with pytest.raises(InputError, match="model_spec gives other weights .* than the model of this sweep has"):
+        run(model, model_spec=lambda: tiny_model("llama", seed=1), **{**RAY, "workers": 1})
+
+
+# -- Who runs what ----------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_keeps_to_its_group() -> None:
+    """Three groups of four tasks: each worker stays in its own until that is done, then helps with the longest."""
+
+    class Two:
+        tasks = Tasks(n_patches=4, n_prompts=6, group_size=2, task_size=1)
+
+    queue = TaskQueue(Two(), range(12))  # pyright: ignore[reportArgumentType]: the tasks are all that it looks at
+    one = queue.take(None, [])
+    two = queue.take(None, [queue.group(one)])
+    assert (one, two) == (0, 4)
+    assert [queue.take(0, [2]) for _ in range(3)] == [1, 2, 3]
+    assert queue.take(0, [2]) == 8  # a group that nobody has
+    queue.put_back(8)
+    assert [queue.take(4, [2]) for _ in range(4)] == [9, 10, 11, 8]
+    assert [queue.take(4, [2]) for _ in range(3)] == [5, 6, 7] and not queue
+
+
+# -- Refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--engine", "ray"], ["engine ray needs workers"]),
+        (["--workers", "2"], ["workers is for engine ray, and this is local"]),
+        (["--engine", "ray", "--workers", "0"], ["workers 0 must be at least 1"]),
+        (["--engine", "ray", "--workers", "1", "--threads-per-worker", "0"], ["threads_per_worker 0 must be"]),
+        (
+            ["--engine", "ray", "--workers", "1", "--gpus-per-worker", "1.5"],
+            ["gpus_per_worker 1.5 must be from"],
+        ),
+        (["--engine", "ray", "--workers", "1", "--gpus-per-worker", "nan"], ["gpus_per_worker nan must be from 0"]),
+        (["--engine", "ray", "--workers", "1", "--ray-address", "ray://a:1"], ["must be HOST:PORT or auto"]),
+        (["--engine", "ray", "--workers", "1", "--ray-address", "127.0.0.1"], ["must be HOST:PORT or auto"]),
+        (
+            ["--engine", "ray", "--workers", "1", "--ray-address", "127.0.0.1:1"],
+            ["no Ray cluster answers at 127.0.0.1"],
+        ),
+    ],
+    ids=lambda value: " ".join(value)[:60] if value and value[0].startswith("--") else "",
+)
+def test_bad_arguments(sweep: Any, here: Path, arguments: list[str], parts: list[str]) -> None:  # noqa: F811
+    refused(sweep(*arguments), *parts)
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_without_ray_it_is_said_how_to_install_it(sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    def missing(name: str, *_: Any) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    refused(sweep("--engine", "ray", "--workers", "2"), "ray is not installed: pip install 'sinklens[ray]'")
+
+
+def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match="2 workers with gpus_per_worker 1 do not fit on the 0 GPUs of this machine"):
+        cluster_of("ray", 2, 1.0)
+    check_gpus(Cluster(4, 0.5), 2, "here")
+    check_gpus(Cluster(10, 0.1), 1, "here")
+    check_gpus(Cluster(2, 4), 8, "here")
+    with pytest.raises(InputError, match="choose at most 2 workers"):
+        check_gpus(Cluster(3, 3), 8, "here")
+    with pytest.raises(InputError, match="choose at most 2 workers"):  # 0.6 of a GPU twice is more than one GPU
+        check_gpus(Cluster(3, 0.6), 2, "here")
+    with pytest.raises(InputError, match="ray_address needs out"):
+        cluster_of("ray", 2, ray_address="auto", folder=False)
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_cluster_that_is_too_small(model: Any) -> None:
+    with pytest.raises(InputError, match="the Ray cluster has CPUs for 2 workers, not for 3"):
+        run(model, **{**RAY, "workers": 3})
+
+
+def test_ray_is_imported_for_this_engine_alone() -> None:
+    script = "import sys, sinklens.cli, sinklens.sweeps.run, sinklens.cli.sweep; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+# -- The whole command ------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_leaves_no_processes(here: Path, tiny_folder: Path) -> None:  # noqa: F811
+    """A real SIGINT to the whole process group, as a terminal sends it: exit code 130, two lines, no orphans."""
+    psutil = pytest.importorskip("psutil")
+    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "sinklens.cli", "sweep", "--model", str(tiny_folder), *QUICK, "--task-size", "1",
+               "--stages", "z,resid_pre,mlp_out", "--positions", "all", "--out", "run", "--engine", "ray", "--workers",
+               "1"]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=here, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    limit = time.monotonic() + 120
+    while not list((here / "run").glob("shards/*.parquet")) and time.monotonic() < limit:
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("Actor" in child.name() or "ray" in " ".join(child.cmdline()) for child in children)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == "" and "Traceback" not in err
+    assert err.splitlines()[0].startswith("Grid:") and len(err.splitlines()) == 3
+    assert "run the same command again to go on" in err.splitlines()[2]
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    part = SweepResult.load(here / "run")
+    assert 0 < len(part.missing) < len(part.task_ids())
