@@ -131,9 +131,14 @@ def tidy(entropy: Tensor, output: Tensor, values: Tensor, formation: int) -> pd.
 def draw(findings: sl.Findings):
     titles = {"entropy": "attention entropy (nats)", "relative_variance": "variance of output / median head of block"}
     return sl.viz.points(
-        findings.table, "entropy", "relative_variance", facet="blocks", titles=titles, log_y=True,
+        findings.table,
+        "entropy",
+        "relative_variance",
+        facet="blocks",
+        titles=titles,
+        log_y=True,
         hover=["layer", "head"],
-    )  # fmt: skip
+    )
 
 
 ANALYSIS = sl.Analysis(

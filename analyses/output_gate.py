@@ -73,11 +73,14 @@ def run(
     change = estimate(lambda drawn: ratios["sigmoid gate"](drawn) / ratios["no gate"](drawn))
     control = estimate(lambda drawn: ratios["constant gate"](drawn) / ratios["no gate"](drawn))
     verdict = sl.verdict(
-        CLAIM, "factor by which the gate changes the variance of the sink's aggregated value over the median of others",
-        change, "the same of a constant gate with the same mean", control,
+        CLAIM,
+        "factor by which the gate changes the variance of the sink's aggregated value over the median of others",
+        change,
+        "the same of a constant gate with the same mean",
+        control,
         "holds when the interval of this factor lies below 1 and below the control's",
         holds=change.below(min(1.0, control.low)),
-    )  # fmt: skip
+    )
     axes, everyone = {"layer": study.onset, "position": range(study.batch.length)}, np.arange(study.batch.n)
     first = estimate(lambda on: discrepancy(curves["sigmoid gate"](on)[:1]) / discrepancy(curves["no gate"](on)[:1]))
     numbers, tables = {"the same factor in the first block, where a constant gate's is 1": first}, []

@@ -116,8 +116,12 @@ def taus(variance: list[Tensor], read: list[Tensor]) -> Float[Tensor, "block dra
 def mean_tau(study: sl.Study, inputs: list[Tensor], read: list[Tensor]) -> sl.Estimate:
     return statistics.bootstrap_estimate(
         lambda drawn: taus(variances(inputs, drawn), read).mean((0, 2)),
-        study.batch.n, study.seed, RESAMPLES, vectorized=True, correlation=True,
-    )  # fmt: skip
+        study.batch.n,
+        study.seed,
+        RESAMPLES,
+        vectorized=True,
+        correlation=True,
+    )
 
 
 def curves(written: list[Tensor]) -> Callable[[np.ndarray], Float[Tensor, "block pos"]]:

@@ -231,9 +231,14 @@ class Study:
     def run(self, patches: Sequence[Patch], readouts: Sequence[Readout], runs: Runs = CLEAN) -> PatchResult:
         """Every patch on every prompt, packed (see :func:`sinklens.run_patches`)."""
         return run_patches(
-            self.model, self.batch, patches, readouts, runs=runs, memory_budget=self.memory_budget,
+            self.model,
+            self.batch,
+            patches,
+            readouts,
+            runs=runs,
+            memory_budget=self.memory_budget,
             progress=self.progress,
-        )  # fmt: skip
+        )
 
     def activations(self, site: HookSite, layers: Sequence[int], patches: Sequence[Patch] = ()) -> dict[int, Tensor]:
         """Activations of one pass, ``{layer: [prompt, pos, unit, ...]}`` on the model's device, under ``patches``."""

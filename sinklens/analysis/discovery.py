@@ -17,8 +17,13 @@ def list_analyses() -> dict[str, str]:
     found = {}
     for path in sorted(folder().glob("[!_]*.py")):
         module = ast.parse(path.read_text(encoding="utf-8"))
-        names = {target.id for node in module.body if isinstance(node, ast.Assign) for target in node.targets
-                 if isinstance(target, ast.Name)}  # fmt: skip
+        names = {
+            target.id
+            for node in module.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
         if "ANALYSIS" in names:
             found[path.stem] = (ast.get_docstring(module) or "").split("\n")[0]
     return found

@@ -45,10 +45,18 @@ def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
     ) -> Findings:
         (position,) = study.targets((target,))
         result = run_chain(
-            study.model, study.batch, target=position, stages=(stage,), formation=study.formation, seed=study.seed,
-            readout_blocks=readout_blocks, control_draws=control_draws, min_gap=min_gap,
-            memory_budget=study.memory_budget, progress=study.progress,
-        )  # fmt: skip
+            study.model,
+            study.batch,
+            target=position,
+            stages=(stage,),
+            formation=study.formation,
+            seed=study.seed,
+            readout_blocks=readout_blocks,
+            control_draws=control_draws,
+            min_gap=min_gap,
+            memory_budget=study.memory_budget,
+            progress=study.progress,
+        )
         found = findings(result)
         own = [item for item in found if not item.control]
         deciding = [item for item in own if item.edit != "transplant"] or own

@@ -162,9 +162,14 @@ class _Suite:
             return "done", ""
         if name == CHAIN:
             result = run_chain(
-                study.model, study.batch, target=self.target, formation=study.formation, seed=study.seed,
-                memory_budget=study.memory_budget, progress=study.progress,
-            )  # fmt: skip
+                study.model,
+                study.batch,
+                target=self.target,
+                formation=study.formation,
+                seed=study.seed,
+                memory_budget=study.memory_budget,
+                progress=study.progress,
+            )
             result.save(self.out / name, force=True)
             return "done", ""
         found = run_analysis(self.analyses[name], study)

@@ -186,9 +186,11 @@ def rank_correlations(
         "spearman_size": _spearman(abs(estimate), abs(exact), seed),
         "kendall": bootstrap_estimate(
             lambda drawn: np.asarray(stats.kendalltau(estimate[drawn], exact[drawn]))[0],
-            len(exact), seed, correlation=True,
+            len(exact),
+            seed,
+            correlation=True,
         ),
-    }  # fmt: skip
+    }
 
 
 def _spearman(x: Float[np.ndarray, " patch"], y: Float[np.ndarray, " patch"], seed: int) -> Estimate:

@@ -75,13 +75,28 @@ def _readouts(setting: Setting) -> list[tuple[Readout, str, str]]:
         variance = readouts.deviation(f"variance/{where}", Z, setting.up_to_formation, position, n, statistics)
         found.append((variance, "variance of the aggregated value (ordinary = 1)", where))
         for name, quantity, site, layers, function in (
-            ("neurons", "super-neuron activation (mean magnitude)", MLP_POST, last,
-             lambda x, _layer: x[:, neurons].float().abs().mean(-1)),
-            ("norm", "residual norm after the formation block", RESID_POST, last,
-             lambda x, _layer: x.float().norm(dim=-1)),
-            ("dominance", "dominance ratio after RMSNorm, next blocks", LN1_NORMALIZED, setting.readout_layers,
-             lambda x, _layer: metrics.dominance_ratio(x)),
-        ):  # fmt: skip
+            (
+                "neurons",
+                "super-neuron activation (mean magnitude)",
+                MLP_POST,
+                last,
+                lambda x, _layer: x[:, neurons].float().abs().mean(-1),
+            ),
+            (
+                "norm",
+                "residual norm after the formation block",
+                RESID_POST,
+                last,
+                lambda x, _layer: x.float().norm(dim=-1),
+            ),
+            (
+                "dominance",
+                "dominance ratio after RMSNorm, next blocks",
+                LN1_NORMALIZED,
+                setting.readout_layers,
+                lambda x, _layer: metrics.dominance_ratio(x),
+            ),
+        ):
             found.append(
                 (readouts.vector_readout(f"{name}/{where}", site, layers, position, n, function), quantity, where)
             )

@@ -97,21 +97,36 @@ def run_chain(
     metric = readouts.attention_received(SINK, setting.readout_layers, sinks.target, batch.n)
     measured = [metric, *(stage.readout(setting, stage) for stage in stages), *_baseline(setting)]
     result = run_patches(
-        model, batch, [trial.patch for trial in trials], measured, runs=sinks.runs,
-        memory_budget=memory_budget, max_rows=max_rows, progress=progress,
-    )  # fmt: skip
+        model,
+        batch,
+        [trial.patch for trial in trials],
+        measured,
+        runs=sinks.runs,
+        memory_budget=memory_budget,
+        max_rows=max_rows,
+        progress=progress,
+    )
     effects = scoring.effects(trials, result, sinks, SINK, min_gap)
     scoring.check_pair(effects, result, sinks, min_gap)
     matrix = scoring.matrix(trials, result, sinks, stages, min_gap)
     scoring.check_identities(effects, matrix, sinks, next(model.parameters()).dtype)
     config = {
-        "target": target, "pair": sinks.kind, "strength": strength if pair == "amplify_variance" else None,
-        "pair_layers": list(_root_layers(sinks)), "stages": [stage.name for stage in stages],
+        "target": target,
+        "pair": sinks.kind,
+        "strength": strength if pair == "amplify_variance" else None,
+        "pair_layers": list(_root_layers(sinks)),
+        "stages": [stage.name for stage in stages],
         "claims": {stage.name: stage.claim for stage in stages},
-        "readout_layers": list(setting.readout_layers), "control_draws": control_draws, "min_gap": min_gap,
-        "seed": seed, "n_prompts": batch.n, "length": batch.length, "prompts": batch.source,
-        "n_skipped": batch.n_skipped, "not_applicable": skipped,
-    }  # fmt: skip
+        "readout_layers": list(setting.readout_layers),
+        "control_draws": control_draws,
+        "min_gap": min_gap,
+        "seed": seed,
+        "n_prompts": batch.n,
+        "length": batch.length,
+        "prompts": batch.source,
+        "n_skipped": batch.n_skipped,
+        "not_applicable": skipped,
+    }
     return ChainResult(
         scores=scoring.scores(effects, trials, seed),
         effects=effects,

@@ -69,8 +69,14 @@ def everything(
         allowed = budget(memory_budget)
         run_everything(
             lambda step: load(step, model, device, dtype, backend, prompts, n, length, bos, seed),
-            out, target=target, only=chosen, seed=seed, memory_budget=allowed, given=given, as_json=as_json,
-        )  # fmt: skip
+            out,
+            target=target,
+            only=chosen,
+            seed=seed,
+            memory_budget=allowed,
+            given=given,
+            as_json=as_json,
+        )
 
 
 def run_everything(

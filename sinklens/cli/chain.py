@@ -93,11 +93,20 @@ def chain(
             step("scoring the chain")
             formation = find_formation(loaded, batch, memory_budget=bytes_allowed, **given) if given else None
             result = run_chain(
-                loaded, batch, formation=formation, target=wanted,
-                pair=pair.value, strength=strength, pair_layers=blocks,
-                readout_blocks=readout_blocks, control_draws=control_draws, min_gap=min_gap, seed=seed, progress=rows,
+                loaded,
+                batch,
+                formation=formation,
+                target=wanted,
+                pair=pair.value,
+                strength=strength,
+                pair_layers=blocks,
+                readout_blocks=readout_blocks,
+                control_draws=control_draws,
+                min_gap=min_gap,
+                seed=seed,
+                progress=rows,
                 memory_budget=bytes_allowed,
-            )  # fmt: skip
+            )
             result.config["command"] = command_line()
             result.save(out, force=force)
             step("writing the report")

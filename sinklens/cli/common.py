@@ -129,8 +129,18 @@ def budget(gib: float | None) -> int | None:
 
 
 def load(
-    step, model, device, dtype, backend, prompts, n, length, bos, seed, devices=1,  # noqa: ANN001
-) -> tuple[Any, PromptBatch]:  # fmt: skip
+    step,
+    model,
+    device,
+    dtype,
+    backend,
+    prompts,
+    n,
+    length,
+    bos,
+    seed,
+    devices=1,  # noqa: ANN001
+) -> tuple[Any, PromptBatch]:
     """The model and the prompts that the options name."""
     # os.path and not Path: it says no to a name that is too long instead of raising.
     if prompts not in ("passages", "random") and not os.path.exists(os.path.expanduser(prompts)):

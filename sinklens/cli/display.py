@@ -69,9 +69,14 @@ def sweep_display() -> Iterator[SweepDisplay]:
 
     terminal = sys.stderr.isatty()
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not terminal) as bar:
         yield SweepDisplay(bar, terminal)
 
@@ -80,11 +85,13 @@ def grid_text(plan: Plan, pending: Sequence[int]) -> str:
     """The size of the grid and how much of it is left."""
     grid, tasks = plan.grid, plan.tasks
     sizes = {
-        "stage": [len(grid.stages)], "direction": [len(grid.directions)], "edit": [len(grid.edits)],
+        "stage": [len(grid.stages)],
+        "direction": [len(grid.directions)],
+        "edit": [len(grid.edits)],
         "layer": [len(axis.layers) for axis in grid.stages],
         "position": [1 if grid.positions is None else len(grid.positions)],
         "unit": [1 if axis.units is None else len(axis.units) for axis in grid.stages],
-    }  # fmt: skip
+    }
     parts = [_count(name, size) for name, size in sizes.items() if size != [1] * len(size) or name == "layer"]
     done = len(tasks) - len(pending)
     left = "" if not done else f", of which {len(pending):,} are to be run here"

@@ -120,19 +120,33 @@ def sweep(
         if not (math.isfinite(min_gap) and min_gap >= 0):
             fail(f"--min-gap {min_gap} must be a finite number, 0 or more")
         wanted: dict[str, Any] = {
-            "stages": _names("--stages", stages), "layers": layers, "window": window, "positions": positions,
-            "units": units, "edits": _names("--edits", edits), "target": _target(target, length),
+            "stages": _names("--stages", stages),
+            "layers": layers,
+            "window": window,
+            "positions": positions,
+            "units": units,
+            "edits": _names("--edits", edits),
+            "target": _target(target, length),
             "directions": None if directions is None else _names("--directions", directions),
-            "pair": pair.value, "strength": strength,
+            "pair": pair.value,
+            "strength": strength,
             "pair_layers": None if pair_layers is None else integers("--pair-layers", pair_layers),
-            "readouts": _names("--readouts", readouts), "readout_layers": readout_layers, "min_gap": min_gap,
-            "method": method, "top": top, "sample": sample, "seed": seed, "task_size": task_size,
+            "readouts": _names("--readouts", readouts),
+            "readout_layers": readout_layers,
+            "min_gap": min_gap,
+            "method": method,
+            "top": top,
+            "sample": sample,
+            "seed": seed,
+            "task_size": task_size,
             "group_size": group_size,
-        }  # fmt: skip
+        }
         ray = {
-            "workers": workers, "gpus_per_worker": gpus_per_worker, "threads_per_worker": threads_per_worker,
+            "workers": workers,
+            "gpus_per_worker": gpus_per_worker,
+            "threads_per_worker": threads_per_worker,
             "ray_address": ray_address,
-        }  # fmt: skip
+        }
         _check(wanted, length, out, force, method, engine, ray, part)
         began = time.monotonic()
         try:
@@ -147,9 +161,19 @@ def sweep(
                 display.step("planning")
                 spec = {"model": model, "dtype": dtype.value, "backend": backend.value, "devices": devices}
                 result = sinklens.sweep(
-                    loaded, batch, **wanted, engine=engine, **ray, out=out, shard=part, force=force,
-                    memory_budget=allowed, progress=display.rows, planned=display.planned, model_spec=spec,
-                )  # fmt: skip
+                    loaded,
+                    batch,
+                    **wanted,
+                    engine=engine,
+                    **ray,
+                    out=out,
+                    shard=part,
+                    force=force,
+                    memory_budget=allowed,
+                    progress=display.rows,
+                    planned=display.planned,
+                    model_spec=spec,
+                )
         except KeyboardInterrupt as error:
             told = str(error).partition(";")[0] or "interrupted"
             typer.echo(f"sinklens: {told}; run the same command again to go on", err=True)
@@ -184,9 +208,15 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _check(
-    wanted: dict[str, Any], length: int, out: Path, force: bool, method: str, engine: str, ray: dict[str, Any],
+    wanted: dict[str, Any],
+    length: int,
+    out: Path,
+    force: bool,
+    method: str,
+    engine: str,
+    ray: dict[str, Any],
     shard: Any,
-) -> None:  # fmt: skip
+) -> None:
     """All that can be said before the model is loaded."""
     from sinklens.sweeps.ray.cluster import cluster_of
     from sinklens.sweeps.request import Request, check_request

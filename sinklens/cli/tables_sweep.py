@@ -49,9 +49,13 @@ def judged_table(judged: pd.DataFrame) -> Table:
         for name in ("spearman", "spearman_size", "kendall"):
             row[name] = f"{effect_text(row[name])} {interval_text(row[f'{name}_low'], row[f'{name}_high'])}".strip()
     columns = {
-        "readout": "readout", "n": "patches", "spearman": "Spearman", "spearman_size": "of sizes", "kendall": "Kendall",
+        "readout": "readout",
+        "n": "patches",
+        "spearman": "Spearman",
+        "spearman_size": "of sizes",
+        "kendall": "Kendall",
         "largest_missed": "largest effect not among the strongest",
-    }  # fmt: skip
+    }
     return _table("Estimated and exact effects in the random sample", rows, columns)
 
 

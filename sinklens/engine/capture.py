@@ -108,9 +108,11 @@ class ActivationStore:
     def update(self, newer: ActivationStore) -> None:
         """Take over what ``newer`` holds."""
         for mine, theirs in (
-            (self.kept, newer.kept), (self.parts, newer.parts), (self.readings, newer.readings),
+            (self.kept, newer.kept),
+            (self.parts, newer.parts),
+            (self.readings, newer.readings),
             (self.before, newer.before),
-        ):  # fmt: skip
+        ):
             mine.update(theirs)  # type: ignore[arg-type]
         self.n_forwards += newer.n_forwards
 

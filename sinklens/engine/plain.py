@@ -30,9 +30,15 @@ class PlainJob:
     """Rows by start block, in batches."""
 
     def __init__(
-        self, model: Model, tokens: Tensor, patches: Sequence[Patch], readouts: Sequence[Readout], runs: Runs,
-        store: ActivationStore, out: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        model: Model,
+        tokens: Tensor,
+        patches: Sequence[Patch],
+        readouts: Sequence[Readout],
+        runs: Runs,
+        store: ActivationStore,
+        out: Tensor,
+    ) -> None:
         self.model, self.tokens, self.patches, self.readouts = model, tokens, patches, readouts
         self.runs, self.store, self.out, self.device = runs, store, out, out.device
         self.resume = supports_resume(model)

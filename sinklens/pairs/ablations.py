@@ -86,9 +86,15 @@ def roots_for_prompts(roots: Sequence[Patch], first: int) -> tuple[Patch, ...]:
 
 
 def ablation(
-    name: str, model: Model, batch: PromptBatch, pair: SinkPair, site: HookSite, layers: Sequence[int], seed: int,
+    name: str,
+    model: Model,
+    batch: PromptBatch,
+    pair: SinkPair,
+    site: HookSite,
+    layers: Sequence[int],
+    seed: int,
     max_rows: int,
-) -> Edit:  # fmt: skip
+) -> Edit:
     """The edit ``mean`` or ``resample`` of a site, in some blocks, on all prompts."""
     donors = draw_places(pair.ordinary, generator(seed, "sweep/resample"))
     per_block = batch.length * model.cfg.d_model * 4 * max(1, len(layers))

@@ -18,9 +18,11 @@ def effect(patched: np.ndarray, start: np.ndarray, end: np.ndarray | float, min_
 
 
 def gaps(
-    names: Sequence[str], base: Float[np.ndarray, "readout prompt"], anchored: Float[np.ndarray, "readout prompt"],
+    names: Sequence[str],
+    base: Float[np.ndarray, "readout prompt"],
+    anchored: Float[np.ndarray, "readout prompt"],
     min_gap: float,
-) -> Float[np.ndarray, "readout prompt"]:  # fmt: skip
+) -> Float[np.ndarray, "readout prompt"]:
     """The least difference between the runs that an effect is divided by.
 
     ``min_gap`` itself for shares; for others that part of the larger of the two values.

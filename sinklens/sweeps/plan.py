@@ -71,9 +71,16 @@ def make_pair(
         return natural_pair(batch, formation, choices["seed"])
     layers = choices["pair_layers"]
     return induced_pair(
-        model, batch, formation, choices["target"], kind=choices["pair"], strength=choices["strength"],
-        layers=None if layers is None else tuple(layers), seed=choices["seed"], max_rows=max_rows,
-    )  # fmt: skip
+        model,
+        batch,
+        formation,
+        choices["target"],
+        kind=choices["pair"],
+        strength=choices["strength"],
+        layers=None if layers is None else tuple(layers),
+        seed=choices["seed"],
+        max_rows=max_rows,
+    )
 
 
 def digest(value: object) -> str:

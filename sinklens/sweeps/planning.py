@@ -127,9 +127,13 @@ def _check_answers(tokens: Sequence[int], batch: PromptBatch, shape: ModelShape)
 
 
 def new_record(
-    request: Request, choices: Mapping[str, Any], model: Model, batch: PromptBatch, origin: Mapping[str, Any],
+    request: Request,
+    choices: Mapping[str, Any],
+    model: Model,
+    batch: PromptBatch,
+    origin: Mapping[str, Any],
     memory_budget: int | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What ``sweep.json`` holds: the choices, and what is found in the model before the sweep begins.
 
     Raises:
@@ -158,9 +162,13 @@ def new_record(
 
 
 def plan_from(
-    record: Mapping[str, Any], request: Request, model: Model, batch: PromptBatch, memory_budget: int | None,
+    record: Mapping[str, Any],
+    request: Request,
+    model: Model,
+    batch: PromptBatch,
+    memory_budget: int | None,
     model_spec: ModelSpec | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The plan of a sweep whose record is there."""
     choices, formation = record["choices"], formation_from_json(record["formation"])
     answers = record["answers"]
@@ -183,9 +191,13 @@ def plan_from(
 
 
 def make_grid(
-    request: Request, choices: Mapping[str, Any], model: Model, batch: PromptBatch, formation: Formation,
+    request: Request,
+    choices: Mapping[str, Any],
+    model: Model,
+    batch: PromptBatch,
+    formation: Formation,
     memory_budget: int | None,
-) -> Grid:  # fmt: skip
+) -> Grid:
     """All axes of the sweep."""
     rows = row_budget(model, batch.length, memory_budget)
     pair = make_pair(model, batch, formation, choices, rows)
@@ -226,8 +238,13 @@ def top_two(model: Model, batch: PromptBatch, memory_budget: int | None) -> list
     n_layers = model_shape(model).n_layers
 
     def rank(place: Literal[0, 1]) -> Readout:
-        return Readout(f"top{place}", LOGITS, (n_layers,), lambda x, _: x[:, -1].float().topk(2, -1).indices[:, place],
-                       lambda stack: stack[0].double())  # fmt: skip
+        return Readout(
+            f"top{place}",
+            LOGITS,
+            (n_layers,),
+            lambda x, _: x[:, -1].float().topk(2, -1).indices[:, place],
+            lambda stack: stack[0].double(),
+        )
 
     found = run_patches(model, batch, [], [rank(0), rank(1)], memory_budget=memory_budget)
     return [[int(token) for token in found.runs["base"][f"top{place}"]] for place in (0, 1)]

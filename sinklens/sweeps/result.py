@@ -159,8 +159,10 @@ class SweepResult:
     def overview(self) -> pd.DataFrame:
         """By stage, edit, direction and readout: number of cells, mean effect, and the strongest with its place."""
         keys = ["stage", "edit", "direction", "readout"]
-        parts = [part.groupby(keys, observed=True, sort=False).apply(_strongest, include_groups=False).reset_index()
-                 for part in self.cells()]  # fmt: skip
+        parts = [
+            part.groupby(keys, observed=True, sort=False).apply(_strongest, include_groups=False).reset_index()
+            for part in self.cells()
+        ]
         if not parts:
             return pd.DataFrame(columns=[*keys, "cells", "effect", "strongest"])
         joined = pd.concat(parts, ignore_index=True)
@@ -220,8 +222,13 @@ def _means(rows: pa.Table, keys: list[str]) -> pd.DataFrame:
     effect = rows["effect"]
     effect = _PC.if_else(_PC.is_nan(effect), pa.scalar(None, pa.float64()), effect)
     rows = rows.set_column(rows.schema.get_field_index("effect"), "effect", effect).unify_dictionaries()
-    counted = [("effect", "mean"), ("effect", "stddev", _PC.VarianceOptions(ddof=1)), ("value", "mean"),
-               ("effect", "count"), ("effect", "count", _PC.CountOptions("only_null"))]  # fmt: skip
+    counted = [
+        ("effect", "mean"),
+        ("effect", "stddev", _PC.VarianceOptions(ddof=1)),
+        ("value", "mean"),
+        ("effect", "count"),
+        ("effect", "count", _PC.CountOptions("only_null")),
+    ]
     found = rows.group_by(keys, use_threads=False).aggregate(counted)
     return to_pandas(found.rename_columns([*keys, "effect", "effect_std", "value", "n", "n_excluded"]))
 

@@ -79,15 +79,19 @@ def tabulate(plan: Plan, task: Task, cells: Cells, numbers: Numbers, target: Pos
         "method": text_column(one, (method,)),
         "task": text_column(one, (plan.task_id(task.index),)),
     }
-    arrays = [column if isinstance(column, pa.Array) else pa.array(column, SCHEMA.field(name).type)
-              for name, column in columns.items()]  # fmt: skip
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, SCHEMA.field(name).type)
+        for name, column in columns.items()
+    ]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
 
 def effects(
-    numbers: Numbers, direction: Int[np.ndarray, " patch"], names: Sequence[str],
+    numbers: Numbers,
+    direction: Int[np.ndarray, " patch"],
+    names: Sequence[str],
     gap: Float[np.ndarray, "readout prompt"],
-) -> Float[np.ndarray, "patch readout prompt"]:  # fmt: skip
+) -> Float[np.ndarray, "patch readout prompt"]:
     """How far each patch goes from the run that it is in to the other one."""
     value, base, anchored = numbers.value, numbers.base, numbers.anchored
     kept = np.abs(anchored - base) >= gap

@@ -146,11 +146,30 @@ def sweep(
         KeyboardInterrupt: by Ctrl-C, when running tasks are finished; call again with the same ``out`` to go on.
     """
     request = Request(
-        listed(stages), layers, window, positions, units, listed(edits),
-        None if directions is None else listed(directions), target, pair, strength,
-        None if pair_layers is None else tuple(pair_layers), formation, listed(readouts), readout_layers, answers, eps,
-        min_gap, method, top, sample, seed, task_size, group_size,
-    )  # fmt: skip
+        listed(stages),
+        layers,
+        window,
+        positions,
+        units,
+        listed(edits),
+        None if directions is None else listed(directions),
+        target,
+        pair,
+        strength,
+        None if pair_layers is None else tuple(pair_layers),
+        formation,
+        listed(readouts),
+        readout_layers,
+        answers,
+        eps,
+        min_gap,
+        method,
+        top,
+        sample,
+        seed,
+        task_size,
+        group_size,
+    )
     check_request(request, batch.length)
     check_how(method, engine, shard)
     options: dict[str, Any] = {"memory_budget": memory_budget, "max_rows": max_rows, "progress": progress}
@@ -209,9 +228,13 @@ def pending_tasks(plan: Plan, finished: set[str], shard: tuple[int, int] | None 
 
 
 def _record(
-    sink: MemorySink | FolderSink, request: Request, model: Model, batch: PromptBatch, memory_budget: int | None,
+    sink: MemorySink | FolderSink,
+    request: Request,
+    model: Model,
+    batch: PromptBatch,
+    memory_budget: int | None,
     force: bool,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The sweep's record: the one that is there, if it is of the same sweep; else a new one."""
     origin = provenance(model, batch)
     choices = choices_of(request, model, batch, origin)

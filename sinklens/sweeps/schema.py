@@ -9,9 +9,23 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 COLUMNS = (
-    "stage", "site", "layer", "window", "position", "unit", "edit", "direction", "prompt", "readout", "value", "base",
-    "anchored", "effect", "method", "task",
-)  # fmt: skip
+    "stage",
+    "site",
+    "layer",
+    "window",
+    "position",
+    "unit",
+    "edit",
+    "direction",
+    "prompt",
+    "readout",
+    "value",
+    "base",
+    "anchored",
+    "effect",
+    "method",
+    "task",
+)
 """Columns, in order: ``window`` is the last block that is edited; ``unit`` is null where units are edited at once;
 ``base`` and ``anchored`` are the readout in the unpatched runs without and with the sink; ``method`` is ``exact``, or
 ``attribution`` where ``value`` and ``effect`` are estimates."""

@@ -217,9 +217,13 @@ def onset_figure(result: ChainResult | Formation) -> Figure:
         band = {"fillcolor": TRANSPLANT if chosen else INK, "opacity": 0.25 if chosen else 0.1, "line_width": 0}
         figure.add_vrect(x0=block, x1=block + 1, layer="below", row="all", col=1, **band)
     figure.add_annotation(
-        x=formation.layer + 0.5, y=1, yref="paper", yanchor="bottom", showarrow=False,
+        x=formation.layer + 0.5,
+        y=1,
+        yref="paper",
+        yanchor="bottom",
+        showarrow=False,
         text=f"formation block {formation.layer}",
-    )  # fmt: skip
+    )
     figure.update_yaxes(title_text="attention received", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(automargin=True)
     figure.update_yaxes(title_text="residual norm, entering", type="log", dtick=1, exponentformat="power", row=2, col=1)

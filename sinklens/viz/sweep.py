@@ -59,9 +59,13 @@ def sweep_heatmap(
     titles = [html.escape(title, quote=False) for title in panels] if len(panels) > 1 else None
     height = 26 * min(32, max(6, len(tensor.coords[y])))
     figure = subplots.make_subplots(
-        rows=n_rows, cols=n_columns, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03,
+        rows=n_rows,
+        cols=n_columns,
+        subplot_titles=titles,
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
         vertical_spacing=min(0.2, 64 / (n_rows * (height + 64))),
-    )  # fmt: skip
+    )
     for number, panel in enumerate(panels.values()):
         row, column = divmod(number, n_columns)
         trace = go.Heatmap(

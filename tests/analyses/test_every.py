@@ -19,10 +19,22 @@ from tests.helpers.tiny import hooks_left, tiny_model, tiny_tokens
 
 NAMES = tuple(list_analyses())
 PAPER = {
-    "onset", "variance_decay", "mask_intervention", "variance_amplification", "w_o_alignment", "super_neurons",
-    "selective_activation", "down_projection", "dominance", "rmsnorm_filter", "qk_locking", "head_imbalance",
-    "effective_rank", "output_gate", "settle_it",
-}  # fmt: skip
+    "onset",
+    "variance_decay",
+    "mask_intervention",
+    "variance_amplification",
+    "w_o_alignment",
+    "super_neurons",
+    "selective_activation",
+    "down_projection",
+    "dominance",
+    "rmsnorm_filter",
+    "qk_locking",
+    "head_imbalance",
+    "effective_rank",
+    "output_gate",
+    "settle_it",
+}
 GIVEN = {"layer": 1, "super_neurons": (3, 7), "outlier_dims": (2, 5)}
 
 
@@ -58,9 +70,11 @@ def same(one: AnalysisResult, other: AnalysisResult, tolerance: float = 1e-4) ->
     for name, value in first.items():
         assert value == pytest.approx(second[name], rel=tolerance, abs=tolerance, nan_ok=True), name
     pd.testing.assert_frame_equal(
-        one.findings.table.reset_index(drop=True), other.findings.table.reset_index(drop=True),
-        rtol=tolerance, atol=tolerance,
-    )  # fmt: skip
+        one.findings.table.reset_index(drop=True),
+        other.findings.table.reset_index(drop=True),
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
 def test_every_experiment_of_the_paper_is_there():

@@ -86,8 +86,10 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert again.config == result.config and again.config["options"]["top"] == 5
     assert again.figure is not None and again.figure["data"]
     assert sorted(path.name for path in (tmp_path / "simple").iterdir()) == [
-        "figure.json", "summary.json", "table.parquet",
-    ]  # fmt: skip
+        "figure.json",
+        "summary.json",
+        "table.parquet",
+    ]
 
 
 @pytest.mark.parametrize("name", ["summary.json", "table.parquet"])
@@ -155,9 +157,12 @@ def test_targets_and_lengths_fit_the_prompts_or_are_refused():
 def test_random_prompts_begin_with_a_bos_when_the_given_ones_do(led):
     here = study()
     here.model.tokenizer = types.SimpleNamespace(
-        bos_token_id=1, all_special_ids=[1], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(101)},
+        bos_token_id=1,
+        all_special_ids=[1],
+        added_tokens_decoder={},
+        get_vocab=lambda: {str(i): i for i in range(101)},
         decode=lambda ids, **_: str(ids[0]),
-    )  # fmt: skip
+    )
     if led:
         here.batch.tokens[:, 0] = 1
     random = here.random.batch
@@ -215,8 +220,11 @@ def test_the_command_has_the_analysis_s_own_options(tmp_path, monkeypatch, capsy
     assert command(tmp_path, monkeypatch, *args) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["config"]["options"] == {
-        "positions": [1, 2, 3, 9], "strengths": [0.5, 2.0], "axis": "global", "top": 7,
-    }  # fmt: skip
+        "positions": [1, 2, 3, 9],
+        "strengths": [0.5, 2.0],
+        "axis": "global",
+        "top": 7,
+    }
     assert printed == json.loads((tmp_path / "out" / "summary.json").read_text())
 
 

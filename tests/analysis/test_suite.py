@@ -74,9 +74,13 @@ def test_every_part_leaves_its_folder_and_its_record(tmp_path, calls):
     out = tmp_path / "all"
     seen: list[Any] = []
     result = run_all(
-        study(), out, target=5, config={"command": "x"},
-        begins=lambda *told: seen.append(told), ends=lambda part: seen.append(part.name),
-    )  # fmt: skip
+        study(),
+        out,
+        target=5,
+        config={"command": "x"},
+        begins=lambda *told: seen.append(told),
+        ends=lambda part: seen.append(part.name),
+    )
     assert calls.made == ["chain", "first", "second"]
     assert not result.failed
     assert [part.status for part in result.parts.values()] == ["done"] * 4

@@ -34,10 +34,32 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 COLUMNS = (
-    "model", "device", "dtype", "axis", "value", "peer", "n_patches", "n_prompts", "length", "n_blocks", "readout",
-    "rows", "patches_timed", "repeats", "ms_median", "ms_min", "ms_q25", "ms_q75", "ms_max", "speedup",
-    "gflop_needed", "tflop_per_s", "share_of_ceiling", "peak_bytes", "difference",
-)  # fmt: skip
+    "model",
+    "device",
+    "dtype",
+    "axis",
+    "value",
+    "peer",
+    "n_patches",
+    "n_prompts",
+    "length",
+    "n_blocks",
+    "readout",
+    "rows",
+    "patches_timed",
+    "repeats",
+    "ms_median",
+    "ms_min",
+    "ms_q25",
+    "ms_q75",
+    "ms_max",
+    "speedup",
+    "gflop_needed",
+    "tflop_per_s",
+    "share_of_ceiling",
+    "peak_bytes",
+    "difference",
+)
 """Columns of the table. Times are milliseconds a patch; ``speedup`` is over ``transformer_lens`` in the same case."""
 
 TITLES = {"patches": "patches in the sweep", "length": "tokens in a prompt", "blocks": "patched blocks"}
@@ -77,11 +99,32 @@ class Record:
         work, flops = case.work, needed_flops(self.models.sizes, case.work)
         speed = flops / (middle / 1000)
         values = (
-            self.models.name, self.device, self.dtype, case.axis, case.value, timing.peer, work.n_patches,
-            work.n_prompts, work.length, case.n_blocks, max(work.readouts), timing.rows, timing.patches,
-            len(timing.seconds), middle, low, q25, q75, high, base / middle, flops / 1e9, speed / 1e12,
-            speed / self.ceiling, timing.peak_bytes, timing.error,
-        )  # fmt: skip
+            self.models.name,
+            self.device,
+            self.dtype,
+            case.axis,
+            case.value,
+            timing.peer,
+            work.n_patches,
+            work.n_prompts,
+            work.length,
+            case.n_blocks,
+            max(work.readouts),
+            timing.rows,
+            timing.patches,
+            len(timing.seconds),
+            middle,
+            low,
+            q25,
+            q75,
+            high,
+            base / middle,
+            flops / 1e9,
+            speed / 1e12,
+            speed / self.ceiling,
+            timing.peak_bytes,
+            timing.error,
+        )
         return dict(zip(COLUMNS, values, strict=True))
 
     @property
@@ -151,10 +194,16 @@ def printed(rows: pd.DataFrame, case: Case) -> Table:
     for row in rows.to_dict("records"):
         span = f"{number(row['ms_min'])} to {number(row['ms_max'])}"
         table.add_row(
-            row["peer"], str(row["rows"] or "–"), number(row["ms_median"]), span, f"{number(row['speedup'])}x",
-            number(row["tflop_per_s"]), f"{100 * row['share_of_ceiling']:.1f}%",
-            bytes_text(None if np.isnan(row["peak_bytes"]) else row["peak_bytes"]), str(row["patches_timed"]),
-        )  # fmt: skip
+            row["peer"],
+            str(row["rows"] or "–"),
+            number(row["ms_median"]),
+            span,
+            f"{number(row['speedup'])}x",
+            number(row["tflop_per_s"]),
+            f"{100 * row['share_of_ceiling']:.1f}%",
+            bytes_text(None if np.isnan(row["peak_bytes"]) else row["peak_bytes"]),
+            str(row["patches_timed"]),
+        )
     return table
 
 
@@ -186,14 +235,20 @@ def _traces(table: pd.DataFrame, names: Sequence[str], show_legend: bool) -> lis
         middle = mine.ms_median
         traces.append(
             go.Scatter(
-                x=mine.value, y=middle, name=name, legendgroup=name, showlegend=show_legend,
-                mode="lines+markers", line={"color": COLOURS[i % len(COLOURS)]}, marker={"symbol": i, "size": 8},
+                x=mine.value,
+                y=middle,
+                name=name,
+                legendgroup=name,
+                showlegend=show_legend,
+                mode="lines+markers",
+                line={"color": COLOURS[i % len(COLOURS)]},
+                marker={"symbol": i, "size": 8},
                 error_y={"type": "data", "array": mine.ms_max - middle, "arrayminus": middle - mine.ms_min},
                 customdata=mine[["speedup", "share_of_ceiling", "n_prompts"]],
                 hovertemplate="%{y:.3g} ms a patch on %{customdata[2]} prompt(s), %{customdata[0]:.3g} times as fast "
                 "as transformer_lens, %{customdata[1]:.1%} of the device's ceiling",
             )
-        )  # fmt: skip
+        )
     cases = table.drop_duplicates("value").sort_values("value")
     least = cases.ms_median * cases.share_of_ceiling
     dashes = {"color": INK, "dash": "dash"}

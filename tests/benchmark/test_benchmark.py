@@ -234,8 +234,13 @@ def test_the_command_leaves_table_json_and_figure(tmp_path: Path, capsys: pytest
     assert tuple(table.columns) == record.COLUMNS
     assert table.groupby(["axis", "value"]).peer.agg(list).map(len).eq(3).all()
     assert set(zip(table.axis, table.value, strict=True)) == {
-        ("patches", 8), ("patches", 32), ("length", 16), ("length", 32), ("blocks", 2), ("chain", 32),
-    }  # fmt: skip
+        ("patches", 8),
+        ("patches", 32),
+        ("length", 16),
+        ("length", 32),
+        ("blocks", 2),
+        ("chain", 32),
+    }
     assert (table.ms_min <= table.ms_median).all() and (table.ms_median <= table.ms_max).all()
     assert (table.difference < 1e-3).all() and (table.gflop_needed > 0).all() and table.peak_bytes.isna().all()
     ratio = table[table.peer == "transformer_lens"].set_index(["axis", "value"]).ms_median

@@ -42,9 +42,17 @@ def synthetic_result(n_prompts: int = 3) -> ChainResult:
             for prompt in range(n_prompts):
                 value = NAN if prompt == 2 else (0.1 if control else 1.0) + 0.02 * prompt
                 rows.append(
-                    {"stage": stage, "edit": edit, "direction": direction, "control": control, "draw": 0,
-                     "prompt": prompt, "effect": value, "units": units}
-                )  # fmt: skip
+                    {
+                        "stage": stage,
+                        "edit": edit,
+                        "direction": direction,
+                        "control": control,
+                        "draw": 0,
+                        "prompt": prompt,
+                        "effect": value,
+                        "units": units,
+                    }
+                )
     effects = pd.DataFrame(rows)
     scores = summarise(effects, SCORE_KEYS, seed=0)
     scores["predicted"] = [0.0 if control else 1.0 for control in scores.control]
@@ -53,9 +61,17 @@ def synthetic_result(n_prompts: int = 3) -> ChainResult:
     scores["units"] = [[7, 3] if flag else None for flag in is_super]
     scores["draws"] = 1
     matrix = pd.DataFrame(
-        {"stage": ["value_aggregation"] * 2, "direction": ["denoise", "noise"], "readout": ["sink"] * 2,
-         "effect": [1.0, 1.0], "ci_low": [NAN, NAN], "ci_high": [NAN, NAN], "n": [1, 1], "n_excluded": [0, 0]}
-    )  # fmt: skip
+        {
+            "stage": ["value_aggregation"] * 2,
+            "direction": ["denoise", "noise"],
+            "readout": ["sink"] * 2,
+            "effect": [1.0, 1.0],
+            "ci_low": [NAN, NAN],
+            "ci_high": [NAN, NAN],
+            "n": [1, 1],
+            "n_excluded": [0, 0],
+        }
+    )
     return ChainResult(
         scores=scores,
         effects=effects,
@@ -71,8 +87,16 @@ def synthetic_result(n_prompts: int = 3) -> ChainResult:
         ),
         runs={run: {"sink": [value] * n_prompts} for run, value in (("base", 0.02), ("anchored", 0.6))},
         config={
-            "target": 10, "pair": "block_aggregation", "readout_layers": [3, 4], "n_prompts": n_prompts, "length": 16,
-            "prompts": "synthetic ✓", "n_skipped": 1, "min_gap": 0.01, "seed": 0, "strength": None,
+            "target": 10,
+            "pair": "block_aggregation",
+            "readout_layers": [3, 4],
+            "n_prompts": n_prompts,
+            "length": 16,
+            "prompts": "synthetic ✓",
+            "n_skipped": 1,
+            "min_gap": 0.01,
+            "seed": 0,
+            "strength": None,
         },
         provenance={"versions": {"python": "3"}, "git_commit": None, "device": "cpu", "dtype": "float32"},
         engine={"n_patches": 6, "n_rows": 18, "n_forwards": 4, "seconds": 0.5, "peak_bytes": None},
@@ -80,7 +104,7 @@ def synthetic_result(n_prompts: int = 3) -> ChainResult:
         attention={run: torch.rand(1, 2, 16, 16).half() for run in ("base", "anchored")},
         received={run: torch.rand(1, 16) for run in ("base", "anchored")},
         neurons={run: torch.rand(1, 16, 2) for run in ("base", "anchored")},
-    )  # fmt: skip
+    )
 
 
 def names(folder: Path) -> set[str]:
@@ -213,16 +237,34 @@ def test_summaries_by_several_keys_and_missing_ones() -> None:
 
 def test_to_plain() -> None:
     value = {
-        "nan": NAN, "inf": -math.inf, "np_nan": np.float32("nan"), 3: np.int64(4), "tuple": (1, (2.5,)),
-        "array": np.array([[1.0, NAN]]), "scalar": np.array(2), "bool": np.bool_(True), "none": None,
-        "path": Path("a") / "b", "text": "é", "true": True,
-    }  # fmt: skip
+        "nan": NAN,
+        "inf": -math.inf,
+        "np_nan": np.float32("nan"),
+        3: np.int64(4),
+        "tuple": (1, (2.5,)),
+        "array": np.array([[1.0, NAN]]),
+        "scalar": np.array(2),
+        "bool": np.bool_(True),
+        "none": None,
+        "path": Path("a") / "b",
+        "text": "é",
+        "true": True,
+    }
     plain = to_plain(value)
     assert plain == {
-        "nan": None, "inf": None, "np_nan": None, "3": 4, "tuple": [1, [2.5]],
-        "array": [[1.0, None]], "scalar": 2, "bool": True, "none": None,
-        "path": os.path.join("a", "b"), "text": "é", "true": True,
-    }  # fmt: skip
+        "nan": None,
+        "inf": None,
+        "np_nan": None,
+        "3": 4,
+        "tuple": [1, [2.5]],
+        "array": [[1.0, None]],
+        "scalar": 2,
+        "bool": True,
+        "none": None,
+        "path": os.path.join("a", "b"),
+        "text": "é",
+        "true": True,
+    }
     assert type(plain["3"]) is int and plain["bool"] is True
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
 
@@ -438,8 +480,16 @@ def test_chain_json_is_strict_and_complete(tmp_path: Path) -> None:
     text = (tmp_path / "run" / "chain.json").read_text(encoding="utf-8")
     data = json.loads(text, parse_constant=refuse)
     assert set(data) == {
-        "config", "provenance", "engine", "formation", "runs", "scores", "chain_matrix", "checks", "tokens"
-    }  # fmt: skip
+        "config",
+        "provenance",
+        "engine",
+        "formation",
+        "runs",
+        "scores",
+        "chain_matrix",
+        "checks",
+        "tokens",
+    }
     assert "synthetic ✓" in text
     assert data["scores"][0]["layers"] == [0, 1, 2] and data["scores"][0]["n_excluded"] == 1
     assert data["formation"]["outlier_dims"][0]["z"] is None
@@ -496,10 +546,19 @@ def test_tables_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> Non
         screen.print(table)
     text = capsys.readouterr().out
     for part in (
-        "value_aggregation", "super_neurons", "control: other_neurons", "0-2", "1.01 [1.00, 1.02] (1)",
-        "0.11 [0.10, 0.12] (0)", "0.020 in the base run, 0.600 in the anchored run", "blocks 3-4",
-        "3 prompts of 16 tokens", "1 skipped as too short; 1 excluded", "2 (explained)", "no gate",
-    ):  # fmt: skip
+        "value_aggregation",
+        "super_neurons",
+        "control: other_neurons",
+        "0-2",
+        "1.01 [1.00, 1.02] (1)",
+        "0.11 [0.10, 0.12] (0)",
+        "0.020 in the base run, 0.600 in the anchored run",
+        "blocks 3-4",
+        "3 prompts of 16 tokens",
+        "1 skipped as too short; 1 excluded",
+        "2 (explained)",
+        "no gate",
+    ):
         assert part in text, part
     assert "…" not in text
 

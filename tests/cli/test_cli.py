@@ -378,9 +378,22 @@ def test_a_disk_that_is_full_at_the_end(
 def test_a_run_is_printed_and_saved(chain: Run, here: Path, fake_chain: dict[str, Any]) -> None:
     (here / "mixed.txt").write_text(f"{LINE}\nw4 w5\n\n{LINE} w9\n")
     outcome = chain(
-        "--prompts", "mixed.txt", "--target", "5", "--seed", "7", "--strength", "3", "--pair", "amplify_variance",
-        "--memory-budget", "0.5", "--out", "runs/first", changes=True,
-    )  # fmt: skip
+        "--prompts",
+        "mixed.txt",
+        "--target",
+        "5",
+        "--seed",
+        "7",
+        "--strength",
+        "3",
+        "--pair",
+        "amplify_variance",
+        "--memory-budget",
+        "0.5",
+        "--out",
+        "runs/first",
+        changes=True,
+    )
     assert outcome.code == 0
     assert outcome.err == f"{NOTE}file:mixed.txt: 2 of 16 prompts have 16 tokens or more.\n"
     for part in ("value_aggregation", "other_neurons", "1.01 [1.00, 1.02] (1)", "runs/first", "runs/first/report.html"):

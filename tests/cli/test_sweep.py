@@ -29,8 +29,22 @@ from tests.cli.test_cli import (  # noqa: F401  (fixtures)
     tiny_loaded,
 )
 
-QUICK = ["--prompts", "texts.txt", "--length", "16", "--n", "2", "--device", "cpu", "--block", "1",
-         "--super-neurons", "3,7", "--outlier-dims", "1"]  # fmt: skip
+QUICK = [
+    "--prompts",
+    "texts.txt",
+    "--length",
+    "16",
+    "--n",
+    "2",
+    "--device",
+    "cpu",
+    "--block",
+    "1",
+    "--super-neurons",
+    "3,7",
+    "--outlier-dims",
+    "1",
+]
 SMALL = ["--stages", "z,resid_pre", "--layers", "0-2", "--positions", "9-11", "--units", "heads", "--task-size", "20"]
 
 
@@ -45,8 +59,10 @@ def test_a_sweep(sweep: Any, here: Path) -> None:  # noqa: F811
     done: Outcome = sweep(*SMALL)
     assert done.code == 0, done.err
     first = done.err.splitlines()[0]
-    assert first == "Grid: 2 stages x 2 directions x 3 layers x 3 positions x 1-4 units = 90 patches, on 2 prompts " \
-        "180 rows; 5 tasks"  # fmt: skip
+    assert (
+        first == "Grid: 2 stages x 2 directions x 3 layers x 3 positions x 1-4 units = 90 patches, on 2 prompts "
+        "180 rows; 5 tasks"
+    )
     assert re.search(r"resid_pre +│ transplant +│ denoise +│ attention_received", done.out)
     assert "strongest cells" in done.out and "180 rows in" in done.out and "Results: runs/sweep" in done.out
     result = SweepResult.load(here / "runs" / "sweep")
@@ -157,8 +173,23 @@ def test_ctrl_c_in_a_process_of_its_own(here: Path, tiny_folder: Path) -> None: 
     """The whole command with a real SIGINT: exit code 130, and the same command goes on."""
     root = str(Path(cli.__file__).parents[2])
     env = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "sinklens.cli", "sweep", "--model", str(tiny_folder), *QUICK, "--task-size", "1",
-               "--stages", "z,resid_pre,mlp_out", "--positions", "all", "--out", "run"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "sinklens.cli",
+        "sweep",
+        "--model",
+        str(tiny_folder),
+        *QUICK,
+        "--task-size",
+        "1",
+        "--stages",
+        "z,resid_pre,mlp_out",
+        "--positions",
+        "all",
+        "--out",
+        "run",
+    ]
     process = subprocess.Popen(command, cwd=here, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 120
     while not list((here / "run").glob("shards/*.parquet")) and time.monotonic() < limit:

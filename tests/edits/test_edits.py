@@ -448,10 +448,17 @@ def test_edits_run_in_bfloat16(name):
     source = HEADS.flip(0) if wide else Y
     found = edit(x, source.bfloat16(), at)
     assert found.dtype == torch.bfloat16
-    expected = edit(x.float(), source, replace(at, **{
-        "live": {key: act.float() for key, act in live.items()},
-        "source_live": {key: act.float() for key, act in source_live.items()},
-    }))  # fmt: skip
+    expected = edit(
+        x.float(),
+        source,
+        replace(
+            at,
+            **{
+                "live": {key: act.float() for key, act in live.items()},
+                "source_live": {key: act.float() for key, act in source_live.items()},
+            },
+        ),
+    )
     torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.02)
 
 

@@ -54,9 +54,13 @@ def figures() -> dict[str, Any]:
 
     generator = np.random.default_rng(0)
     table = pd.DataFrame(
-        {"block": np.tile(np.arange(10), 8), "value": generator.random(80), "series": np.repeat(list("abcdefgh"), 10),
-         "panel": np.repeat(["one", "two", "three", "four"], 20)}
-    )  # fmt: skip
+        {
+            "block": np.tile(np.arange(10), 8),
+            "value": generator.random(80),
+            "series": np.repeat(list("abcdefgh"), 10),
+            "panel": np.repeat(["one", "two", "three", "four"], 20),
+        }
+    )
     many = pd.DataFrame({"x": generator.random(2000), "y": generator.random(2000)})  # plotly express would use WebGL
     wide = pd.DataFrame(generator.random((4, 5)), index=list("abcd"), columns=list("vwxyz"))
     drawn = {

@@ -81,20 +81,43 @@ def made_result(
         formation=_formation(),
         runs={run: {"sink": [0.1, 0.3], "ordinary": [0.01, 0.02]} for run in runs},
         config={
-            "target": "natural" if natural else 2, "pair": "natural" if natural else "block_aggregation",
-            "strength": None, "pair_layers": [] if natural else [0, 1], "stages": ["value_aggregation", "qk_locking"],
-            "readout_layers": [2, 3], "control_draws": 1, "min_gap": 0.01, "seed": 0, "n_prompts": 2,
-            "length": len(tokens), "prompts": source, "n_skipped": 0,
+            "target": "natural" if natural else 2,
+            "pair": "natural" if natural else "block_aggregation",
+            "strength": None,
+            "pair_layers": [] if natural else [0, 1],
+            "stages": ["value_aggregation", "qk_locking"],
+            "readout_layers": [2, 3],
+            "control_draws": 1,
+            "min_gap": 0.01,
+            "seed": 0,
+            "n_prompts": 2,
+            "length": len(tokens),
+            "prompts": source,
+            "n_skipped": 0,
         },
-        provenance={"versions": {"python": "3"}, "model": name, "dtype": "float32", "device": "cpu",
-                    "git_commit": None, "weight_digest": "aa", "prompts_digest": "bb"},
-        engine={"n_patches": 14, "n_rows": 28, "n_forwards": 3, "max_rows": 8, "n_halvings": 0, "seconds": 0.5,
-                "peak_bytes": None},
+        provenance={
+            "versions": {"python": "3"},
+            "model": name,
+            "dtype": "float32",
+            "device": "cpu",
+            "git_commit": None,
+            "weight_digest": "aa",
+            "prompts_digest": "bb",
+        },
+        engine={
+            "n_patches": 14,
+            "n_rows": 28,
+            "n_forwards": 3,
+            "max_rows": 8,
+            "n_halvings": 0,
+            "seconds": 0.5,
+            "peak_bytes": None,
+        },
         tokens=[list(tokens)],
         attention={run: torch.rand(1, 2, len(tokens), len(tokens)).tril().half() for run in runs},
         received={run: torch.tensor([[*range(1, len(tokens)), float("nan")]]) / len(tokens) for run in runs},
         neurons={run: torch.arange(len(tokens)).view(1, -1, 1) * (100.0 if run == "anchored" else 1.0) for run in runs},
-    )  # fmt: skip
+    )
 
 
 def _score(row: tuple, direction: str) -> dict[str, object]:
@@ -102,35 +125,55 @@ def _score(row: tuple, direction: str) -> dict[str, object]:
     index = int(direction == "noise")
     effect = effects[index]
     return {
-        "stage": stage, "edit": edit, "direction": direction, "control": control, "effect": effect,
-        "ci_low": effect if effect == 1 else effect - 0.02, "ci_high": effect if effect == 1 else effect + 0.03,
-        "n": 2, "n_excluded": 0, "predicted": float(predicted[index]),
-        "layers": [0, 1] if stage == "value_aggregation" else [2, 3], "units": None, "draws": 1,
-    }  # fmt: skip
+        "stage": stage,
+        "edit": edit,
+        "direction": direction,
+        "control": control,
+        "effect": effect,
+        "ci_low": effect if effect == 1 else effect - 0.02,
+        "ci_high": effect if effect == 1 else effect + 0.03,
+        "n": 2,
+        "n_excluded": 0,
+        "predicted": float(predicted[index]),
+        "layers": [0, 1] if stage == "value_aggregation" else [2, 3],
+        "units": None,
+        "draws": 1,
+    }
 
 
 def _matrix(directions: tuple[str, ...]) -> pd.DataFrame:
     values = {("value_aggregation", "sink"): -9.724, ("qk_locking", "value_aggregation"): float("nan")}
     return pd.DataFrame(
         [
-            {"stage": stage, "direction": direction, "readout": readout, "n": 2, "n_excluded": 0,
-             "effect": values.get((stage, readout), 1.0), "ci_low": 0.9, "ci_high": 1.1}
+            {
+                "stage": stage,
+                "direction": direction,
+                "readout": readout,
+                "n": 2,
+                "n_excluded": 0,
+                "effect": values.get((stage, readout), 1.0),
+                "ci_low": 0.9,
+                "ci_high": 1.1,
+            }
             for direction in directions
             for stage in ("value_aggregation", "qk_locking")
             for readout in ("value_aggregation", "qk_locking", "sink")
         ]
-    )  # fmt: skip
+    )
 
 
 def _formation() -> Formation:
     profile = pd.DataFrame(
         {
             "layer": range(N_BLOCKS),
-            "norm_sink_before": [1.0, 2.0, 900.0, 950.0], "norm_other_before": [1.0, 2.0, 3.0, 4.0],
-            "norm_sink_after": [2.0, 900.0, 950.0, 800.0], "norm_other_after": [2.0, 3.0, 4.0, 5.0],
-            "attention_sink": [0.1, 0.1, 0.7, 0.6], "attention_other": [0.1, 0.1, 0.05, 0.05],
+            "norm_sink_before": [1.0, 2.0, 900.0, 950.0],
+            "norm_other_before": [1.0, 2.0, 3.0, 4.0],
+            "norm_sink_after": [2.0, 900.0, 950.0, 800.0],
+            "norm_other_after": [2.0, 3.0, 4.0, 5.0],
+            "attention_sink": [0.1, 0.1, 0.7, 0.6],
+            "attention_other": [0.1, 0.1, 0.05, 0.05],
         }
-    )  # fmt: skip
+    )
     return Formation(
         layer=1,
         sink_positions=(0, 0),
@@ -174,12 +217,25 @@ def made_analysis(
         paper="figure 3",
         findings=Findings(verdict, table, f"Caption. {text}", {f"a number {text}": 2.5}),
         figure=figure if measured else None,
-        config={"options": {"lengths": [8, 16]}, "seed": 0, "given": {}, "prompts": prompts, "n_prompts": 2,
-                "length": 8},
-        provenance={"versions": {"python": "3"}, "model": f"tiny{text}", "dtype": "float32", "device": "cpu",
-                    "git_commit": None, "weight_digest": "aa", "prompts_digest": "bb"},
+        config={
+            "options": {"lengths": [8, 16]},
+            "seed": 0,
+            "given": {},
+            "prompts": prompts,
+            "n_prompts": 2,
+            "length": 8,
+        },
+        provenance={
+            "versions": {"python": "3"},
+            "model": f"tiny{text}",
+            "dtype": "float32",
+            "device": "cpu",
+            "git_commit": None,
+            "weight_digest": "aa",
+            "prompts_digest": "bb",
+        },
         seconds=1.5,
-    )  # fmt: skip
+    )
 
 
 def put(folder: Path, **parts: Any) -> Path:

@@ -12,10 +12,23 @@ from sinklens.statistics import Estimate
 
 README = Path(__file__).parents[2] / "README.md"
 ORDER = (
-    "onset", "variance_decay", "mask_intervention", "variance_amplification", "w_o_alignment", "super_neurons",
-    "selective_activation", "down_projection", "settle_it", "dominance", "rmsnorm_filter", "qk_locking",
-    "effective_rank", "head_imbalance", "output_gate", "residual_direction",
-)  # fmt: skip
+    "onset",
+    "variance_decay",
+    "mask_intervention",
+    "variance_amplification",
+    "w_o_alignment",
+    "super_neurons",
+    "selective_activation",
+    "down_projection",
+    "settle_it",
+    "dominance",
+    "rmsnorm_filter",
+    "qk_locking",
+    "effective_rank",
+    "head_imbalance",
+    "output_gate",
+    "residual_direction",
+)
 """The analyses in the order of the chain; others follow."""
 HEAD = "| analysis | verdict | statistic | value [95% interval] | control or null | in the paper |"
 

@@ -435,9 +435,14 @@ def test_the_registry_refuses_a_name_twice() -> None:
 def test_a_registered_model_loads_and_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "REGISTRY", dict(REGISTRY))
     source = ModelSource(
-        name="toy", title="A toy", description="tiny", source="a seed", licence="CC0-1.0",
-        load=lambda: (tiny_hf("llama"), None), find=lambda: tmp_path,
-    )  # fmt: skip
+        name="toy",
+        title="A toy",
+        description="tiny",
+        source="a seed",
+        licence="CC0-1.0",
+        load=lambda: (tiny_hf("llama"), None),
+        find=lambda: tmp_path,
+    )
     register_model(source)
     assert model_id(load_model("toy", device="cpu")) == "A toy"
     assert [(row.name, row.path) for row in list_models()][-1] == ("toy", tmp_path)

@@ -20,9 +20,14 @@ from tests.helpers.made_results import HOSTILE, HOSTILE_FIGURE, LONG, made_analy
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 REQUIRED = os.environ.get("CI") == "true"
 FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--no-first-run",
-)  # fmt: skip
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
 DRAWN = "return document.documentElement.dataset.drawn"
 TAB = "\ue004"
 EVIL_NAME = "<img src=x onerror=window.hacked=1>"
@@ -106,8 +111,9 @@ def test_every_figure_is_drawn_and_the_console_is_silent(show, page):
         name = place.get_attribute("data-figure")
         marks = shown.run(
             "return arguments[0].querySelectorAll('.main-svg .trace, .main-svg .heatmaplayer image, .main-svg .points "
-            "path, .main-svg .point').length", place,
-        )  # fmt: skip
+            "path, .main-svg .point').length",
+            place,
+        )
         assert marks > 0 and place.get_attribute("data-drawn") == "yes", name
         assert not shown.run("return arguments[0].querySelector('canvas, .gl-container canvas')", place), name
     for frame in ("views-chain-tokens", "views-chain-attention", "views-chain-2-tokens", "views-chain-2-attention"):

@@ -32,9 +32,13 @@ def told(folder: Path) -> dict[str, tuple[str, str]]:
 
 def test_a_folder_of_chains_and_analyses_is_one_page(tmp_path):
     put(
-        tmp_path, first=made_result(), second=made_result(natural=True), onset=made_analysis(),
-        rank=made_analysis("rank", "does not hold"), gate=made_analysis("gate", "not measurable"),
-    )  # fmt: skip
+        tmp_path,
+        first=made_result(),
+        second=made_result(natural=True),
+        onset=made_analysis(),
+        rank=made_analysis("rank", "does not hold"),
+        gate=made_analysis("gate", "not measurable"),
+    )
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "today.txt").write_text("not ours")
     (tmp_path / ".sinklens-abc").mkdir()

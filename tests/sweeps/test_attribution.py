@@ -69,8 +69,13 @@ def test_effects_are_estimated_changes_over_the_pair_s_difference(model, batch, 
         for site, stage in ((RESID_PRE, "resid_pre"), (K, "k")):
             patch = Patch(site, (2,), (9,), Transplant(), None, run, source)
             found = estimate(model, batch, [patch], [readout], runs=pair.runs)
-            runs = estimate(model, batch, [Patch(site, (0,), (0,), Transplant(), None, r, source) for r in pair.runs],
-                            [readout], runs=pair.runs).runs  # fmt: skip
+            runs = estimate(
+                model,
+                batch,
+                [Patch(site, (0,), (0,), Transplant(), None, r, source) for r in pair.runs],
+                [readout],
+                runs=pair.runs,
+            ).runs
             gap = runs["anchored"]["m"] - runs["base"]["m"]
             expected = sign * found.changes["m"][0] / gap
             table = estimated.table
@@ -85,9 +90,15 @@ def test_a_whole_residual_stream_read_linearly_has_an_effect_of_one(model, batch
     weight = torch.randn(32, generator=torch.Generator().manual_seed(0))
     linear = Readout("linear", RESID_POST, (3,), lambda act, _rows: act[:, TARGET] @ weight)
     result = sweep(
-        model, batch, formation=formation, stages=("resid_post",), layers="3", target=TARGET, readouts=(linear,),
+        model,
+        batch,
+        formation=formation,
+        stages=("resid_post",),
+        layers="3",
+        target=TARGET,
+        readouts=(linear,),
         method="attribution",
-    )  # fmt: skip
+    )
     assert len(result.table) == 2 * N
     np.testing.assert_allclose(result.table.effect, 1, atol=1e-4)
 
@@ -141,9 +152,11 @@ def test_a_screened_sweep_runs_its_strongest_and_a_sample(model, batch, formatio
     assert verified[verified.sampled].patch.nunique() == 8
     for truth, mine, theirs in ((exact, "value", "value"), (screened, "estimate", "effect")):
         both = verified.astype({"stage": str, "direction": str, "readout": str}).merge(
-            truth.table.astype({"stage": str, "direction": str, "readout": str})[[*CELL, theirs]], on=CELL,
-            suffixes=("", "_there"), how="left",
-        )  # fmt: skip
+            truth.table.astype({"stage": str, "direction": str, "readout": str})[[*CELL, theirs]],
+            on=CELL,
+            suffixes=("", "_there"),
+            how="left",
+        )
         assert len(both) == len(verified) == verified.patch.nunique() * N * 2
         there = both[f"{theirs}_there"]
         np.testing.assert_allclose(both[mine], there, rtol=1e-4, atol=1e-5)
@@ -158,9 +171,14 @@ def test_a_screened_sweep_is_read_back_and_not_run_again(model, batch, formation
     assert_same(there.verified, screened.verified)
     monkeypatch.setattr("sinklens.sweeps.run.verify", None)
     again = sweep(
-        model, batch, formation=formation, readouts=("attention_received", "residual_norm"), out=screened.folder,
-        **SCREEN, **GRID,
-    )  # fmt: skip
+        model,
+        batch,
+        formation=formation,
+        readouts=("attention_received", "residual_norm"),
+        out=screened.folder,
+        **SCREEN,
+        **GRID,
+    )
     assert_same(again.verified, screened.verified)
 
 

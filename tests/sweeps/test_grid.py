@@ -110,17 +110,29 @@ def test_ten_million_cells_begin_at_once_in_little_memory(
         raise Stop
 
     monkeypatch.setitem(ENGINES, "mock", engine)
-    many = Grid((StageAxis("mlp_post", MLP_POST, "mlp_post", (1, 2), tuple(range(64)) * 3000),), ("denoise", "noise"),
-                ("zero",), tuple(range(16)))  # fmt: skip
+    many = Grid(
+        (StageAxis("mlp_post", MLP_POST, "mlp_post", (1, 2), tuple(range(64)) * 3000),),
+        ("denoise", "noise"),
+        ("zero",),
+        tuple(range(16)),
+    )
     monkeypatch.setattr("sinklens.sweeps.planning.make_grid", lambda *_: many)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tracemalloc.start()
     began = time.perf_counter()
     with pytest.raises(Stop):
         sl.sweep(
-            tiny_llama, batch, stages="mlp_post", units="neurons", positions="all", target=4, formation=on_two,
-            engine="mock", out=tmp_path / "big", task_size=1024,
-        )  # fmt: skip
+            tiny_llama,
+            batch,
+            stages="mlp_post",
+            units="neurons",
+            positions="all",
+            target=4,
+            formation=on_two,
+            engine="mock",
+            out=tmp_path / "big",
+            task_size=1024,
+        )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [n for n, _ in ran] == [1024, 1024, 1024]

@@ -303,9 +303,27 @@ def test_ctrl_c_leaves_no_processes(here: Path, tiny_folder: Path) -> None:  # n
     """A real SIGINT to the whole process group, as a terminal sends it: exit code 130, two lines, no orphans."""
     psutil = pytest.importorskip("psutil")
     env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "sinklens.cli", "sweep", "--model", str(tiny_folder), *QUICK, "--task-size", "1",
-               "--stages", "z,resid_pre,mlp_out", "--positions", "all", "--out", "run", "--engine", "ray", "--workers",
-               "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "sinklens.cli",
+        "sweep",
+        "--model",
+        str(tiny_folder),
+        *QUICK,
+        "--task-size",
+        "1",
+        "--stages",
+        "z,resid_pre,mlp_out",
+        "--positions",
+        "all",
+        "--out",
+        "run",
+        "--engine",
+        "ray",
+        "--workers",
+        "1",
+    ]
     process = subprocess.Popen(
         command, cwd=here, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -17,10 +17,18 @@ from sinklens.sweeps.schema import CELL
 from tests.helpers.sweeps import FORMATION, TARGET, N, tiny_batch
 
 OPTIONS: dict[str, Any] = {
-    "stages": "z,resid_pre", "layers": "0,2-3", "positions": "3-6", "units": "heads", "edits": "transplant,zero",
-    "readouts": "attention_received,loss", "target": TARGET, "formation": FORMATION, "task_size": 13, "group_size": 2,
+    "stages": "z,resid_pre",
+    "layers": "0,2-3",
+    "positions": "3-6",
+    "units": "heads",
+    "edits": "transplant,zero",
+    "readouts": "attention_received,loss",
+    "target": TARGET,
+    "formation": FORMATION,
+    "task_size": 13,
+    "group_size": 2,
     "min_gap": 0.02,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,16 @@ from sinklens.sweeps.store import FolderSink
 from tests.helpers.sweeps import FORMATION, TARGET, tiny_batch
 
 OPTIONS: dict[str, Any] = {
-    "stages": "z,resid_pre", "layers": "0-2", "positions": "3-5", "units": "heads", "target": TARGET,
-    "formation": FORMATION, "task_size": 7, "group_size": 2, "min_gap": 0.0,
-}  # fmt: skip
+    "stages": "z,resid_pre",
+    "layers": "0-2",
+    "positions": "3-5",
+    "units": "heads",
+    "target": TARGET,
+    "formation": FORMATION,
+    "task_size": 7,
+    "group_size": 2,
+    "min_gap": 0.0,
+}
 N_TASKS = 2 * 13
 """Two groups of prompts, 90 patches in tasks of 7."""
 

@@ -126,9 +126,15 @@ def test_groups_of_prompts_and_tasks_change_nothing(tiny_llama: Any, pair: str) 
 def everything(pair: str) -> dict[str, Any]:
     """A sweep over every edit and readout."""
     options: dict[str, Any] = {
-        "stages": ["value_aggregation", "mlp_post"], "layers": "0-2", "positions": "2-5", "units": "heads",
-        "edits": ["transplant", "mean", "resample"], "target": TARGET, "readouts": list(READOUTS), **COMMON,
-    }  # fmt: skip
+        "stages": ["value_aggregation", "mlp_post"],
+        "layers": "0-2",
+        "positions": "2-5",
+        "units": "heads",
+        "edits": ["transplant", "mean", "resample"],
+        "target": TARGET,
+        "readouts": list(READOUTS),
+        **COMMON,
+    }
     return options | ({"target": "natural", "positions": "target"} if pair == "natural" else {"pair": pair})
 
 
@@ -264,14 +270,24 @@ def test_edits_and_readouts_of_ones_own(tiny_llama: Any) -> None:
         return logits[:, -1, 5] + 100 * rows.prompts  # says which prompt it was told
 
     mine = over_positions(
-        "norm", RESID_PRE, (3,), lambda x, tokens: x.norm(dim=-1) + 100 * tokens.prompts,
+        "norm",
+        RESID_PRE,
+        (3,),
+        lambda x, tokens: x.norm(dim=-1) + 100 * tokens.prompts,
         lambda length: torch.eye(length)[TARGET].expand(N, -1),
-    )  # fmt: skip
+    )
     halfway = Function("halfway", lambda x, source: (x + source) / 2)
     result = sl.sweep(
-        tiny_llama, batch, stages=[RESID_PRE], layers=[1], edits=[halfway], readouts=[last_logit, mine], group_size=1,
-        target=TARGET, **COMMON,
-    )  # fmt: skip
+        tiny_llama,
+        batch,
+        stages=[RESID_PRE],
+        layers=[1],
+        edits=[halfway],
+        readouts=[last_logit, mine],
+        group_size=1,
+        target=TARGET,
+        **COMMON,
+    )
     assert set(seen) == {0, 1, 2}
     pair = induced_pair(tiny_llama, batch, FORMATION, TARGET)
     readouts = [Readout("last_logit", LOGITS, (N_LAYERS,), last_logit), mine]

@@ -98,8 +98,17 @@ def test_any_name_fits_and_is_text(name, vertical):
     svg = viz.chain_diagram(result, vertical=vertical)
     root = ElementTree.fromstring(svg)  # well-formed: nothing of the name was read as markup
     assert {element.tag.removeprefix(SVG) for element in root.iter()} <= {
-        "svg", "title", "desc", "g", "rect", "circle", "line", "polygon", "text", "tspan",
-    }  # fmt: skip
+        "svg",
+        "title",
+        "desc",
+        "g",
+        "rect",
+        "circle",
+        "line",
+        "polygon",
+        "text",
+        "tspan",
+    }
     assert max(map(len, texts(svg))) <= 60
     assert not re.search("[\u202a-\u202e]", svg)
 

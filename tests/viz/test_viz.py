@@ -50,9 +50,16 @@ def test_every_score_is_a_bar_with_its_interval_and_prediction(stacked):
 def test_controls_stand_below_their_edit_and_look_different():
     rows = viz.score_rows(made_result())
     assert rows.kind.tolist() == [
-        "header", "transplant", "control", "mechanism", "control",
-        "header", "transplant", "control", "mechanism",
-    ]  # fmt: skip
+        "header",
+        "transplant",
+        "control",
+        "mechanism",
+        "control",
+        "header",
+        "transplant",
+        "control",
+        "mechanism",
+    ]
     looks = {(colour, pattern) for colour, pattern, _ in KINDS.values()}
     assert len({c for c, _ in looks}) == len({p for _, p in looks}) == 3
 
@@ -127,9 +134,16 @@ def test_attention_view_holds_hostile_tokens_as_text():
         assert "window.hacked=1</script>" not in source
     props = _props(view.local_src)
     assert props["tokens"] == [
-        "</script><script>window…", "<img src=x onerror=wind…", "\"'`${window.hacked=1}", "🙂", "שלום", "\\u202eabc",
-        "\\n", "<!--<script>", "<img/src=x/onerror=wind…",
-    ]  # fmt: skip
+        "</script><script>window…",
+        "<img src=x onerror=wind…",
+        "\"'`${window.hacked=1}",
+        "🙂",
+        "שלום",
+        "\\u202eabc",
+        "\\n",
+        "<!--<script>",
+        "<img/src=x/onerror=wind…",
+    ]
     assert len(props["attention"]) == 2
 
 

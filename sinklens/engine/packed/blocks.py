@@ -123,9 +123,13 @@ class PackedPass:
         if grouped and not native:
             keys, values = self._repeated(keys), self._repeated(values)
         out = scaled_dot_product_attention(
-            queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
-            is_causal=True, scale=1 / weights.scale, enable_gqa=native,
-        )  # fmt: skip
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            is_causal=True,
+            scale=1 / weights.scale,
+            enable_gqa=native,
+        )
         return self._packed(out.transpose(1, 2))
 
     def _explicit(self, weights: PackedBlock, q, k, v, layer: int, stop: int) -> Tensor | None:  # noqa: ANN001

@@ -45,9 +45,15 @@ class PackedJob:
     """All rows of a list of patches; see :class:`sinklens.engine.plain.PlainJob` for the interface."""
 
     def __init__(
-        self, packed: PackedModel, tokens: Tensor, patches: Sequence[Patch], readouts: Sequence[Readout], runs: Runs,
-        device: torch.device, unchecked: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        packed: PackedModel,
+        tokens: Tensor,
+        patches: Sequence[Patch],
+        readouts: Sequence[Readout],
+        runs: Runs,
+        device: torch.device,
+        unchecked: bool = True,
+    ) -> None:
         self.packed, self.readouts, self.device = packed, readouts, device
         (n_prompts, length), self.n_layers = tokens.shape, model_shape(packed.model).n_layers
         self.last = max((layer for readout in readouts for layer in readout.layers), default=-1)

@@ -21,9 +21,16 @@ class Layout:
     """Index tensors of a batch of rows."""
 
     def __init__(
-        self, *, prompts: IntArray, contexts: IntArray, starts: IntArray, stops: IntArray, entries: IntArray,
-        length: int, device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        prompts: IntArray,
+        contexts: IntArray,
+        starts: IntArray,
+        stops: IntArray,
+        entries: IntArray,
+        length: int,
+        device: torch.device,
+    ) -> None:
         lengths = stops - starts
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.length, self.device, self.entries = length, device, entries

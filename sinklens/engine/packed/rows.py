@@ -64,9 +64,14 @@ class Rows:
     def layout(self, length: int, device: torch.device) -> Layout:
         """Where their tokens lie."""
         return Layout(
-            prompts=self.prompts, contexts=self.contexts, starts=self.starts, stops=self.stops, entries=self.entries,
-            length=length, device=device,
-        )  # fmt: skip
+            prompts=self.prompts,
+            contexts=self.contexts,
+            starts=self.starts,
+            stops=self.stops,
+            entries=self.entries,
+            length=length,
+            device=device,
+        )
 
 
 class Plan:
@@ -133,11 +138,20 @@ class Plan:
         units = None if group.units is None else to_device(group.units[mine][which], self.device)
         return [
             PackedOp(
-                group.site, layer, group.edit, table[0], table[1], table[2],
-                units=units, owners=table[3], source_run=group.source_run, source_positions=table[4],
+                group.site,
+                layer,
+                group.edit,
+                table[0],
+                table[1],
+                table[2],
+                units=units,
+                owners=table[3],
+                source_run=group.source_run,
+                source_positions=table[4],
             )
-            for layer in group.layers if layer <= last
-        ]  # fmt: skip
+            for layer in group.layers
+            if layer <= last
+        ]
 
     def _root(self, root: Patch, run: int, rows: Rows, layout: Layout, last: int) -> list[PackedOp]:
         where = _positions(root.positions, self.n_prompts)

@@ -15,10 +15,20 @@ from sinklens.models.view import Model, is_bridge
 _NORMS = ("RMS", "RMSPre", "LN", "LNPre")
 # Options of TransformerLens that change the computation in a way that the packed pass does not have.
 _OPTIONS = (
-    "attn_only", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in", "use_attn_result", "load_in_4bit",
-    "ungroup_grouped_query_attention", "use_normalization_before_and_after", "use_attention_sinks", "use_logn_attn",
-    "use_dynamic_ntk_rope", "num_experts", "clip_qkv",
-)  # fmt: skip
+    "attn_only",
+    "use_attn_in",
+    "use_split_qkv_input",
+    "use_hook_mlp_in",
+    "use_attn_result",
+    "load_in_4bit",
+    "ungroup_grouped_query_attention",
+    "use_normalization_before_and_after",
+    "use_attention_sinks",
+    "use_logn_attn",
+    "use_dynamic_ntk_rope",
+    "num_experts",
+    "clip_qkv",
+)
 _POST_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM")
 
 

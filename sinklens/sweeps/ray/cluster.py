@@ -65,8 +65,12 @@ def cluster_of(
         InputError: an option of another engine or out of range, no such GPUs, or Ray is not installed.
     """
     if engine != "ray":
-        given = {"workers": workers, "gpus_per_worker": gpus_per_worker, "threads_per_worker": threads_per_worker,
-                 "ray_address": ray_address}  # fmt: skip
+        given = {
+            "workers": workers,
+            "gpus_per_worker": gpus_per_worker,
+            "threads_per_worker": threads_per_worker,
+            "ray_address": ray_address,
+        }
         for name, value in given.items():
             if value is not None:
                 raise InputError(f"{name} is for engine ray, and this is {engine}: leave it out, or choose engine ray")
@@ -167,9 +171,13 @@ def _start(ray: ModuleType, cluster: Cluster, store: int) -> None:
         return
     try:
         ray.init(
-            "local", num_cpus=cluster.workers * cluster.threads, include_dashboard=False,
-            num_gpus=torch.cuda.device_count() if cluster.gpus else 0, object_store_memory=STORE + store, **quiet,
-        )  # fmt: skip
+            "local",
+            num_cpus=cluster.workers * cluster.threads,
+            include_dashboard=False,
+            num_gpus=torch.cuda.device_count() if cluster.gpus else 0,
+            object_store_memory=STORE + store,
+            **quiet,
+        )
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise EngineError(f"Ray cannot start on this machine ({_first_line(error)})") from error
 
