@@ -1,5 +1,5 @@
 """The nouns of patching: where from (:class:`Source`), what (:class:`Patch`), on what (runs), and to what effect
-(:class:`Readout`).
+(a readout, in :mod:`sinklens.readouts`).
 
 A *run* is the model on the prompts with a tuple of root patches in force: ``()`` is the clean model, and the anchored
 run of a sink pair has the patch that makes the sink. A :class:`Patch` names the run that it is applied in and the run
@@ -9,8 +9,8 @@ that its source activation comes from; denoising and noising are the two ways to
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -20,16 +20,61 @@ from torch import Tensor
 from sinklens.edits import Edit
 from sinklens.sites import HookSite
 
-Positions: TypeAlias = tuple[int, ...] | tuple[tuple[int, ...], ...]
-"""Token positions: the same for every prompt, or one tuple for each prompt."""
+
+@dataclass(frozen=True, repr=False)
+class Positions:
+    """Token positions: the same in every prompt, or each prompt's own."""
+
+    rows: tuple[tuple[int, ...], ...]
+    """Each prompt's positions; a single entry where all prompts share them."""
+    shared: bool
+    """Whether all prompts share them."""
+
+    @staticmethod
+    def of(where: Where) -> Positions:
+        """From ``(3, 5)``, which all prompts share, or ``((3,), (5,))``, one tuple for each prompt.
+
+        Raises:
+            ValueError: numbers and tuples side by side.
+        """
+        if isinstance(where, Positions):
+            return where
+        own = tuple(entry for entry in where if isinstance(entry, tuple))
+        alone = tuple(entry for entry in where if not isinstance(entry, tuple))
+        if own and alone:
+            raise ValueError(f"positions {where}: give numbers for all prompts, or a tuple for each")
+        return Positions(own, shared=False) if own else Positions((alone,), shared=True)
+
+    @staticmethod
+    def one_each(positions: Iterable[int]) -> Positions:
+        """One position for each prompt."""
+        return Positions(tuple((int(position),) for position in positions), shared=False)
+
+    def at(self, prompt: int) -> tuple[int, ...]:
+        """The positions of ``prompt``."""
+        return self.rows[0] if self.shared else self.rows[prompt]
+
+    def prompts(self, first: int, last: int) -> Positions:
+        """Those of prompts ``first .. last - 1`` alone."""
+        return self if self.shared else Positions(self.rows[first:last], shared=False)
+
+    def single(self, n_prompts: int) -> Int[Tensor, " prompt"]:
+        """One position for each prompt, as a tensor.
+
+        Raises:
+            ValueError: when a prompt has none or several.
+        """
+        chosen = [self.at(prompt) for prompt in range(n_prompts)]
+        if any(len(positions) != 1 for positions in chosen):
+            raise ValueError("exactly one position for each prompt is needed here")
+        return torch.tensor([positions[0] for positions in chosen])
+
+    def __repr__(self) -> str:
+        return repr(self.rows[0] if self.shared else self.rows)
 
 
-def positions_of(positions: Positions, prompt: int) -> tuple[int, ...]:
-    """The positions that belong to ``prompt``."""
-    first = positions[0] if positions else ()
-    if isinstance(first, tuple):
-        return positions[prompt]  # type: ignore[return-value]  # one tuple for each prompt
-    return positions  # type: ignore[return-value]  # shared by all prompts
+Where: TypeAlias = Positions | tuple[int, ...] | tuple[tuple[int, ...], ...]
+"""Positions as they may be written: ``(3, 5)`` for all prompts, ``((3,), (5,))`` for each its own."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +83,7 @@ class Source:
 
     run: str
     """Name of the run."""
-    positions: Positions | None = None
+    positions: Where | None = None
     """Positions in that run, matched one to one with the patch's; ``None``: the same positions."""
 
 
@@ -50,7 +95,7 @@ class Patch:
     """Where the activation is edited."""
     layers: tuple[int, ...]
     """Blocks in which it is edited."""
-    positions: Positions
+    positions: Where
     """Token positions that are edited."""
     edit: Edit
     """The edit."""
@@ -64,21 +109,48 @@ class Patch:
     """Free text for error messages."""
     allow_unchanged: bool = False
     """Accept that the edit changes nothing, as when a run's own activation is put back."""
+    also: tuple[Patch, ...] = ()
+    """Further interventions in the same run at the same time: all together are one patch, one row of a table."""
+
+    @property
+    def where(self) -> Positions:
+        """The positions that are edited."""
+        return Positions.of(self.positions)
+
+    @property
+    def source_where(self) -> Positions:
+        """The positions that the source activation comes from."""
+        given = None if self.source is None else self.source.positions
+        return self.where if given is None else Positions.of(given)
+
+    @property
+    def parts(self) -> tuple[Patch, ...]:
+        """The interventions one by one, this one first. At one place they act in this order."""
+        if not self.also:
+            return (self,)
+        return (replace(self, also=()), *(part for patch in self.also for part in patch.parts))
 
     @property
     def start(self) -> int:
         """The earliest block that the patch changes."""
-        return min(self.layers)
+        return min(min(part.layers) for part in self.parts)
 
     @property
     def id(self) -> str:
         """Content hash: equal for patches that do the same thing, whatever their label."""
-        parts = (self.site, self.layers, self.positions, self.units, self.run, self.source, self.edit.fingerprint())
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        contents = [
+            (part.site, part.layers, part.positions, part.units, part.run, part.source, part.edit.fingerprint())
+            for part in self.parts
+        ]
+        text = repr(contents[0] if len(contents) == 1 else tuple(contents))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def describe(self) -> str:
         """A short name for messages."""
-        return self.label or f"{self.edit.name} at {self.site.template} layers {self.layers} positions {self.positions}"
+        if self.label:
+            return self.label
+        alone = f"{self.edit.name} at {self.site.template} layers {self.layers} positions {self.positions}"
+        return " and ".join([alone, *(patch.describe() for patch in self.also)])
 
 
 Runs: TypeAlias = Mapping[str, Sequence[Patch]]
@@ -86,15 +158,3 @@ Runs: TypeAlias = Mapping[str, Sequence[Patch]]
 
 CLEAN: Runs = {"base": ()}
 """Just the model as it is."""
-
-
-def per_prompt_index(positions: Positions, n_prompts: int) -> Int[Tensor, " prompt"]:
-    """One position for each prompt as a tensor.
-
-    Raises:
-        ValueError: when a prompt has none or several.
-    """
-    chosen = [positions_of(positions, i) for i in range(n_prompts)]
-    if any(len(item) != 1 for item in chosen):
-        raise ValueError("exactly one position for each prompt is needed here")
-    return torch.tensor([item[0] for item in chosen])

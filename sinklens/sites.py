@@ -9,6 +9,7 @@ edit cannot mistake a key/value head for a query head. The names are Transformer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -76,3 +77,22 @@ Z = HookSite("blocks.{layer}.attn.hook_z", ("batch", "pos", "head", "d_head"))
 MLP_POST = HookSite("blocks.{layer}.mlp.hook_post", ("batch", "pos", "d_mlp"))
 LOGITS = HookSite("logits", ("batch", "pos", "d_vocab"))
 """Not a hook point: the model's output. A readout there makes the engine run to the end."""
+
+
+class UnitSizes(Protocol):
+    """Sizes of a model's unit axes, as :class:`sinklens.models.ModelShape` has them."""
+
+    @property
+    def n_heads(self) -> int: ...  # noqa: D102
+    @property
+    def n_kv_heads(self) -> int: ...  # noqa: D102
+    @property
+    def d_mlp(self) -> int: ...  # noqa: D102
+    @property
+    def d_model(self) -> int: ...  # noqa: D102
+
+
+def unit_count(site: HookSite, shape: UnitSizes) -> int | None:
+    """How many units a site has in a model of this shape; ``None`` where it has no units."""
+    sizes = {"head": shape.n_heads, "kv_head": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
+    return None if site.unit_name is None else sizes[site.unit_name]

@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinklens.attribution.groups import group_patches, unit_count
 from sinklens.attribution.passes import Estimation, Needs
 from sinklens.attribution.trace import Trace, without
 from sinklens.edits import Edit, Transplant
@@ -32,7 +31,7 @@ from sinklens.models.view import Model
 from sinklens.patches import CLEAN, Patch, Runs, Source
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
-from sinklens.sites import HookSite
+from sinklens.sites import HookSite, unit_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,8 +211,11 @@ def attribution_map(
     job = _job(model, prompts, [readout], runs, qk_fix)
     tokens, length = job.tokens, job.tokens.shape[1]
     everywhere = [Patch(site, (layer,), (pos,), edit, None, run, source) for layer in layers for pos in range(length)]
-    groups = group_patches(everywhere, 0, job.device)  # one for every block, in their order
-    out = torch.zeros(len(layers), *tokens.shape, unit_count(job.shape, site), dtype=torch.float64, device=job.device)
+    groups = job.groups(everywhere)  # one for every block, in their order
+    n_units = unit_count(site, job.shape)
+    if n_units is None:
+        raise InputError(f"{site.template} has no units to select")
+    out = torch.zeros(len(layers), *tokens.shape, n_units, dtype=torch.float64, device=job.device)
     for batch, traces in job.passes(job.needs(everywhere), memory_budget, max_rows):
         for i, group in enumerate(groups):
             if layers[i] > job.last:

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinklens.attribution.groups import Group, Pairs, check_places, group_patches, pairs_of
 from sinklens.attribution.qk import Attention, attention, nodes_for_fix
 from sinklens.attribution.trace import Node, Trace, trace_run, without
-from sinklens.edits import EditSite
-from sinklens.engine.hooks import gather
+from sinklens.engine.apply import Op, edited, gather
 from sinklens.engine.memory import is_out_of_memory, release_cached, row_budget
+from sinklens.engine.places import NOWHERE, PlaceGroup, group_patches, numbered_parts, pairs_of
 from sinklens.engine.validation import validate
-from sinklens.errors import EngineError
-from sinklens.models.view import Model, device_of, model_shape
+from sinklens.errors import EngineError, InputError
+from sinklens.models.view import Model, ModelShape, device_of, model_shape
 from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import Readout
-from sinklens.sites import LOGITS, HookSite, K, Q
+from sinklens.sites import LOGITS, HookSite, K, Q, unit_count
 
 SLAB = 1 << 16
 """Patches that are held as objects at once, where they are built as they are asked for."""
@@ -50,6 +50,26 @@ class Needs:
             return {node._replace(layer=layer) for node in nodes for layer in range(last + 1)}
 
         return Needs(*({run: everywhere(nodes) for run, nodes in part.items()} for part in (self.keep, self.wrt)))
+
+
+class Group(NamedTuple):
+    """Interventions that are estimated together."""
+
+    places: PlaceGroup
+    """They differ only in where they are."""
+    patches: Int[Tensor, " member"]
+    """The patch that each belongs to."""
+
+
+class Pairs(NamedTuple):
+    """The (intervention, prompt, position) triples of a slice of a group, one row for each."""
+
+    members: Int[Tensor, " pair"]
+    """Index of the intervention within the slice."""
+    rows: Int[Tensor, " pair"]
+    """Index of the prompt within the pass."""
+    op: Op
+    """The edit at these places, by (row, position)."""
 
 
 class Estimation:
@@ -81,21 +101,27 @@ class Estimation:
             return
         stream, first = iter(patches), 0
         while slab := list(islice(stream, SLAB)):
-            groups = group_patches(slab, first, self.device)
+            groups = self.groups(slab, first)
             if len(slab) == len(patches):
                 self._grouped = (patches, groups)
             yield groups
             first += len(slab)
+
+    def groups(self, patches: Sequence[Patch], first: int = 0) -> list[Group]:
+        """Patches in groups; the first one has the number ``first``."""
+        parts, patch_of = numbered_parts(patches, first)
+        of = torch.tensor(patch_of, device=self.device)
+        return [Group(group, of[group.members]) for group in group_patches(parts, self.device, by_run=True)]
 
     def needs(self, patches: Sequence[Patch]) -> Needs:
         """What has to be traced for these patches, which are checked on the way."""
         needs = Needs({}, {})
         self._grouped = None  # the caller may have changed the list since
         for groups in self.slabs(patches):
-            validate(self.model, self.tokens, [group.like for group in groups], self.readouts, self.runs)
+            validate(self.model, self.tokens, [group.places.like for group in groups], self.readouts, self.runs)
             for group in groups:
-                check_places(group, self.shape, *self.tokens.shape)
-                self._need(group.like, needs)
+                check_places(group.places, self.shape, *self.tokens.shape)
+                self._need(group.places.like, needs)
         return needs
 
     def _need(self, patch: Patch, needs: Needs) -> None:
@@ -107,7 +133,7 @@ class Estimation:
                 wrt |= more_wrt
             else:
                 wrt.add(Node(patch.site, layer))
-            reads = {Node(site, layer) for site in patch.edit.reads}
+            reads = {Node(place.site, place.layer) for place in patch.edit.reads_in(layer)}
             keep |= reads
             if patch.source is not None and patch.edit.uses_source:
                 needs.keep.setdefault(patch.source.run, set()).update(reads, {Node(patch.site, layer)})
@@ -170,7 +196,7 @@ class Estimation:
 
     def add(self, group: Group, prompts: Tensor, traces: Mapping[str, Trace], out: Tensor) -> None:
         """Add a group's estimates to ``out[readout, patch, prompt]``."""
-        for layer in self._moving(group.like):
+        for layer in self._moving(group.places.like):
             for patches, rows, change in self.changes(group, layer, prompts, traces):
                 index = (patches, prompts[rows])
                 for i in range(len(self.names)):
@@ -180,20 +206,43 @@ class Estimation:
         self, group: Group, layer: int, prompts: Tensor, traces: Mapping[str, Trace]
     ) -> Iterator[tuple[Tensor, Tensor, Float[Tensor, "readout pair unit"]]]:
         """``(patch of each pair, row of each pair, estimates unit by unit)``, one slice of the group after another."""
-        trace = traces[group.like.run]
-        fixed = self._attention_of(trace, layer) if self._fixed(group.like.site) else None
-        size = max(1, ENTRIES // self._entries(group, len(prompts), trace, layer))
+        like = group.places.like
+        trace = traces[like.run]
+        fixed = self._attention_of(trace, layer) if self._fixed(like.site) else None
+        size = max(1, ENTRIES // self._entries(group.places, len(prompts), trace, layer))
         for begin in range(0, len(group.patches), size):
             chosen = slice(begin, begin + size)
-            pairs = pairs_of(group, chosen, prompts)
-            old, new = self._edited(group.like, layer, pairs, prompts, traces)
+            pairs = self._pairs(group.places, chosen, layer, prompts)
+            old, new = self._edited(like.run, pairs.op, traces)
             if fixed is None:
-                node = Node(group.like.site, layer)
-                found = torch.stack([_dot(old, new, trace.grads.get((name, node)), pairs) for name in self.names])
-                patches, rows = pairs.patches, pairs.rows
+                node = Node(like.site, layer)
+                change = torch.stack([_dot(old, new, trace.grads.get((name, node)), pairs.op) for name in self.names])
+                members, rows = pairs.members, pairs.rows
             else:
-                found, patches, rows = _recomputed(fixed, group.like.site, old, new, pairs, len(prompts))
-            yield group.patches[chosen][patches], rows, found
+                change, members, rows = _recomputed(fixed, like.site, old, new, pairs, len(prompts))
+            yield group.patches[chosen][members], rows, change
+
+    def _pairs(self, group: PlaceGroup, chosen: slice, layer: int, prompts: Tensor) -> Pairs:
+        """The places of some members of a group in a block, on the prompts of a pass."""
+        n_members = len(group.members[chosen])
+        members = torch.arange(n_members, device=self.device).repeat_interleave(len(prompts))
+        rows = torch.arange(len(prompts), device=self.device).repeat(n_members)
+        first = chosen.start
+        single = pairs_of(group, members + first, prompts[rows])
+        members, rows = members[single.of], rows[single.of]
+        like = group.like
+        op = Op(
+            like.site,
+            layer,
+            like.edit,
+            (rows, single.positions),
+            prompts[rows],
+            single.positions,
+            single.units,
+            source_run=like.source.run if like.source else None,
+            source_positions=single.source_positions,
+        )
+        return Pairs(members, rows, op)
 
     def _attention_of(self, trace: Trace, layer: int) -> Attention:
         """The block's attention, recomputed once for all groups in it."""
@@ -202,7 +251,7 @@ class Estimation:
             self._attention = held = (trace, layer, attention(self.model, layer, trace, self.names))
         return held[2]
 
-    def _entries(self, group: Group, n_prompts: int, trace: Trace, layer: int) -> int:
+    def _entries(self, group: PlaceGroup, n_prompts: int, trace: Trace, layer: int) -> int:
         """Entries that one patch of a group takes: of the activation, or of rows of attention for every head."""
         act = trace.acts[Node(group.like.site, layer)]
         units = act.shape[2] if group.units is None else group.units.shape[1]
@@ -214,48 +263,62 @@ class Estimation:
         return group.positions.shape[2] * n_prompts * each
 
     def _edited(
-        self, patch: Patch, layer: int, pairs: Pairs, prompts: Tensor, traces: Mapping[str, Trace]
+        self, run: str, op: Op, traces: Mapping[str, Trace]
     ) -> tuple[Float[Tensor, "pair unit *rest"], Float[Tensor, "pair unit *rest"]]:
-        """The activation at the pairs, in the run and as the edit would have it."""
+        """The activation at an op's places in a run, and as the edit would have it."""
+        rows, positions = op.address
 
-        def at(run: str, site: HookSite, positions: Tensor, units: Tensor | None) -> Tensor:
-            return gather(traces[run].acts[Node(site, layer)], pairs.rows, positions, units)
+        def source_of(op: Op, site: HookSite, layer: int) -> Tensor:
+            assert op.source_positions is not None
+            units = op.units if site == op.site else None
+            return gather(traces[op.source_run or run].acts[Node(site, layer)], (rows, op.source_positions), units)
 
-        old = at(patch.run, patch.site, pairs.positions, pairs.units)
-        live = {site.template: at(patch.run, site, pairs.positions, None) for site in patch.edit.reads}
-        source, source_live = None, {}
-        if patch.source is not None and patch.edit.uses_source:
-            run, where = patch.source.run, pairs.source_positions
-            source = at(run, patch.site, where, pairs.units)
-            source_live = {site.template: at(run, site, where, None) for site in patch.edit.reads}
-        place = EditSite(layer, prompts[pairs.rows], pairs.positions, pairs.units, live, source_live)
-        new = patch.edit(old, source, place)
-        if new.shape != old.shape:
-            raise EngineError(f"the edit {patch.edit.name!r} returned shape {tuple(new.shape)} for {tuple(old.shape)}")
-        return old, new.to(old.dtype)
+        def at(site: HookSite, layer: int) -> Tensor:
+            return gather(traces[run].acts[Node(site, layer)], (rows, positions), None)
+
+        old = gather(traces[run].acts[Node(op.site, op.layer)], op.address, op.units)
+        live = {place.key: at(place.site, place.layer) for place in op.edit.reads_in(op.layer)}
+        return old, edited(op, old, live, source_of if op.source_run is not None else None)
 
 
-def _dot(
-    old: Float[Tensor, "pair unit *rest"], new: Tensor, grad: Tensor | None, pairs: Pairs
-) -> Float[Tensor, "pair unit"]:
+def check_places(group: PlaceGroup, shape: ModelShape, n_prompts: int, length: int) -> None:
+    """Refuse positions and units that do not exist, which on a GPU would bring the process down.
+
+    Raises:
+        InputError: with what is wrong.
+    """
+    for places in (group.positions, group.source_positions):
+        if places.shape[1] not in (1, n_prompts):
+            raise InputError(f"positions are given for {places.shape[1]} prompts, but there are {n_prompts}")
+        if (places >= length).any() or (places < NOWHERE).any() or (places == NOWHERE).all(-1).any():
+            raise InputError(f"positions are not all in 0..{length - 1}: {group.like.describe()}")
+    if group.units is not None:
+        size = unit_count(group.like.site, shape)
+        if size is None:
+            raise InputError(f"{group.like.site.template} has no units to select: {group.like.describe()}")
+        if (group.units < 0).any() or (group.units >= size).any():
+            raise InputError(f"units are not all in 0..{size - 1}: {group.like.describe()}")
+
+
+def _dot(old: Float[Tensor, "pair unit *rest"], new: Tensor, grad: Tensor | None, op: Op) -> Float[Tensor, "pair unit"]:
     wide = (new.double() - old.double()).flatten(1).view(*old.shape[:2], -1)
     if grad is None:  # nothing leads from here to the readout
         return wide.new_zeros(wide.shape[:2])
-    return (wide * gather(grad, pairs.rows, pairs.positions, pairs.units).view_as(wide)).sum(-1)
+    return (wide * gather(grad, op.address, op.units).view_as(wide)).sum(-1)
 
 
 def _recomputed(
     fixed: Attention, site: HookSite, old: Tensor, new: Tensor, pairs: Pairs, n_prompts: int
 ) -> tuple[Float[Tensor, "readout pair unit"], Int[Tensor, " pair"], Int[Tensor, " pair"]]:
     """Estimates with an exact softmax: for every query and every key, keys of the same patch together."""
-    units = pairs.units
+    units = pairs.op.units
     if units is None:
         units = torch.arange(old.shape[1], device=old.device).expand(len(old), -1)
-    where = (pairs.rows, pairs.positions, units)
+    where = (pairs.rows, pairs.op.positions, units)
     if site == Q:
-        return fixed.queries(old, new, *where), pairs.patches, pairs.rows
-    places, number = torch.unique(pairs.patches * n_prompts + pairs.rows, return_inverse=True)
+        return fixed.queries(old, new, *where), pairs.members, pairs.rows
+    places, number = torch.unique(pairs.members * n_prompts + pairs.rows, return_inverse=True)
     if len(places) == len(number):
-        return fixed.keys(old, new, *where), pairs.patches, pairs.rows
-    found = fixed.keys_together(old, new, *where, number, len(places))
-    return found, places // n_prompts, places % n_prompts
+        return fixed.keys(old, new, *where), pairs.members, pairs.rows
+    together = fixed.keys_together(old, new, *where, number, len(places))
+    return together, places // n_prompts, places % n_prompts

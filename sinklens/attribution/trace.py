@@ -11,15 +11,14 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinklens.engine.capture import place_patch
-from sinklens.engine.hooks import Op, Program, _check_fired, _hook_points, readouts_in
+from sinklens.engine.hooks import Program, check_fired, hook_points, readouts_in, root_ops
 from sinklens.errors import EngineError, InputError
 from sinklens.models.view import Model, check_hook_name, device_of, forward, model_shape
 from sinklens.patches import Patch
@@ -115,17 +114,19 @@ class _Pass:
             check_hook_name(model, name)
 
     def program(self, roots: Sequence[Patch], readouts: Sequence[Readout], last: int) -> Program:
-        checked = [replace(readout, reduce=_passes_gradients(readout)) for readout in readouts]
+        checked = [
+            Readout(readout.name, readout.site, readout.layers, _passes_gradients(readout), readout.combine)
+            for readout in readouts
+        ]
         program = Program(self.prompts, readouts=readouts_in(checked, 0))
         pairs = [(row, int(prompt)) for row, prompt in enumerate(self.prompts)]
-        for root in roots:
-            place = place_patch(root, pairs, -1, self.prompts.device)
-            program.ops += [Op(place, layer) for layer in root.layers if layer <= last]
+        for root in (part for patch in roots for part in patch.parts):
+            program.ops += root_ops(root, pairs, [layer for layer in root.layers if layer <= last], self.prompts.device)
         return program
 
     def hooks(self, program: Program) -> tuple[dict, list[tuple[str, Hook]]]:
         """Hook points, and hooks in the order in which they fire: the start of the graph, root edits, captures."""
-        points = _hook_points(program)
+        points = hook_points(program)
         starts = [(name, self._before(name)) for name in self.nodes]
         ends = [(name, self._after(name)) for name in self.nodes]
         gates = [(site.at(layer), self._gate(layer)) for layer in self.drops for site in (ATTN_OUT, MLP_OUT)]
@@ -198,7 +199,7 @@ def _run(model: Model, tokens: Tensor, program: Program, pass_: _Pass, last: int
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale/hook_normalized")
         stop = None if logits else last + 1
         out = forward(model, tokens.to(pass_.prompts.device), stop_at=stop, return_type="logits" if logits else None)
-    _check_fired(points)
+    check_fired(points)
     for readout, layer in program.readouts:
         if readout.site == LOGITS:
             assert out is not None

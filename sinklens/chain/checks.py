@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sinklens import metrics, readouts
 from sinklens.engine.capture import capture_runs
-from sinklens.patches import Positions, per_prompt_index
+from sinklens.patches import Positions
 from sinklens.readouts.base import Readout
 from sinklens.sites import LN1_NORMALIZED, MLP_POST, RESID_POST, Z
 from sinklens.stages.base import Setting
@@ -45,8 +45,8 @@ def _places(setting: Setting) -> dict[str, tuple[Tensor, Positions]]:
     """Marks of the queries at each kind of place, and one position for each prompt there."""
     n, length = setting.batch.n, setting.batch.length
     target = torch.zeros(n, length)
-    target[torch.arange(n), per_prompt_index(setting.pair.target, n)] = 1
-    sinks: Positions = tuple((p,) for p in setting.formation.sink_positions)
+    target[torch.arange(n), setting.pair.target.single(n)] = 1
+    sinks = Positions.one_each(setting.formation.sink_positions)
     places = {
         "target": (target, setting.pair.target),
         "ordinary position": (setting.pair.ordinary, setting.pair.reference),

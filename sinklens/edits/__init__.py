@@ -16,7 +16,7 @@ There are two families, and the score they give is read differently:
   carries the sink into a run without one.
 """
 
-from sinklens.edits.base import Edit, EditSite, SourceEdit
+from sinklens.edits.base import Edit, EditSite, Read, SourceEdit
 from sinklens.edits.draws import random_orthonormal, random_permutations, rotate_rows
 from sinklens.edits.general import (
     Constant,
@@ -52,6 +52,7 @@ __all__ = [
     "OfSource",
     "PerPrompt",
     "PermuteWithin",
+    "Read",
     "RemoveDirection",
     "Rescale",
     "SameNormScaling",

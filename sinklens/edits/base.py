@@ -31,9 +31,38 @@ class EditSite:
     units: Int[Tensor, "pair unit"] | None = None
     """Selected unit indices, or ``None`` for the whole axis."""
     live: Mapping[str, Gathered] = field(default_factory=dict)
-    """Activations of this forward pass at the sites in ``Edit.reads`` (keys are site templates)."""
+    """Activations of this forward pass at the places in ``Edit.reads``, by :func:`read_key`."""
     source_live: Mapping[str, Gathered] = field(default_factory=dict)
-    """The source run's activations at the sites in ``Edit.reads``."""
+    """The source run's activations there."""
+
+    def read(self, site: HookSite, block: int | None = None) -> Gathered:
+        """What ``Edit.reads`` asked for at ``site``, in the edit's own block or in ``block``."""
+        return self.live[read_key(site, block)]
+
+    def read_source(self, site: HookSite, block: int | None = None) -> Gathered:
+        """The same of the source run."""
+        return self.source_live[read_key(site, block)]
+
+
+Read: TypeAlias = HookSite | tuple[HookSite, int]
+"""A place that an edit must see: a site of its own block, or a site of a block that it names."""
+
+
+def read_key(site: HookSite, block: int | None = None) -> str:
+    """What a read is called in :attr:`EditSite.live`: the template in the edit's own block, else the hook point."""
+    return site.template if block is None else site.at(block)
+
+
+@dataclass(frozen=True)
+class ReadPlace:
+    """A read of an edit in one block, as a place of the model."""
+
+    key: str
+    """What it is called in :attr:`EditSite.live`."""
+    site: HookSite
+    """Where."""
+    layer: int
+    """In which block."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +73,20 @@ class Edit:
     """Short name, used in tables."""
 
     @property
-    def reads(self) -> tuple[HookSite, ...]:
-        """Sites of the same block, earlier in the forward pass, whose activations the edit needs."""
+    def reads(self) -> tuple[Read, ...]:
+        """Places, earlier in the forward pass, whose activations the edit needs at its own positions.
+
+        A site is read in the edit's own block; ``(site, block)`` in that one.
+        """
         return ()
+
+    def reads_in(self, layer: int) -> tuple[ReadPlace, ...]:
+        """Where :attr:`reads` lie when the edit is in block ``layer``."""
+        places = []
+        for read in self.reads:
+            site, block = (read, None) if isinstance(read, HookSite) else read
+            places.append(ReadPlace(read_key(site, block), site, layer if block is None else block))
+        return tuple(places)
 
     @property
     def uses_source(self) -> bool:

@@ -10,8 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from sinklens.edits.base import Edit, EditSite, Gathered, SourceEdit, need, select, select_own
-from sinklens.sites import HookSite
+from sinklens.edits.base import Edit, EditSite, Gathered, Read, SourceEdit, need, select, select_own
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +100,7 @@ class SameNormScaling(Edit):
 
     @property
     @override
-    def reads(self) -> tuple[HookSite, ...]:
+    def reads(self) -> tuple[Read, ...]:
         return self.of.reads
 
     @property
@@ -176,7 +175,7 @@ class OfSource(SourceEdit):
 
     @property
     @override
-    def reads(self) -> tuple[HookSite, ...]:
+    def reads(self) -> tuple[Read, ...]:
         return self.edit.reads
 
     @override

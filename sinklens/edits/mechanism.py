@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from sinklens.edits.base import Edit, EditSite, Gathered, SourceEdit, need
+from sinklens.edits.base import Edit, EditSite, Gathered, Read, SourceEdit, need
 from sinklens.edits.general import Rescale
 from sinklens.sites import MLP_POST, RESID_PRE, HookSite
 
@@ -84,7 +84,7 @@ class NeuronContribution(SourceEdit):
 
     @property
     @override
-    def reads(self) -> tuple[HookSite, ...]:
+    def reads(self) -> tuple[Read, ...]:
         return (self.site,)
 
     @override
@@ -93,9 +93,8 @@ class NeuronContribution(SourceEdit):
         rows = self.rows.to(x)
         keep = torch.zeros(rows.shape[-1], dtype=x.dtype, device=x.device)
         keep[list(self.dims)] = 1
-        key = self.site.template
-        new = contribution(at.source_live[key], self.neurons, rows)
-        return x + (new - contribution(at.live[key], self.neurons, rows)) * keep
+        new = contribution(at.read_source(self.site), self.neurons, rows)
+        return x + (new - contribution(at.read(self.site), self.neurons, rows)) * keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,13 +116,13 @@ class DensifyRows(Edit):
 
     @property
     @override
-    def reads(self) -> tuple[HookSite, ...]:
+    def reads(self) -> tuple[Read, ...]:
         return (self.site,)
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         delta = self.rotated.to(x) - self.rows.to(x)
-        return x + contribution(at.live[self.site.template], self.neurons, delta)
+        return x + contribution(at.read(self.site), self.neurons, delta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,12 +145,12 @@ class DropDimsBeforeNorm(Edit):
 
     @property
     @override
-    def reads(self) -> tuple[HookSite, ...]:
+    def reads(self) -> tuple[Read, ...]:
         return (RESID_PRE,)
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
-        resid = at.live[RESID_PRE.template].to(x.dtype)
+        resid = at.read(RESID_PRE).to(x.dtype)
         dropped = resid.clone()
         dropped[:, list(self.dims)] = 0
         numerator = resid if self.denominator_only else dropped

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinklens.engine.hooks import Op, Placement, Program, execute, gather, readouts_in
+from sinklens.engine.apply import gather
+from sinklens.engine.hooks import Program, execute, readouts_in, root_ops
 from sinklens.engine.memory import is_out_of_memory, release_cached
 from sinklens.errors import EngineError, InputError
 from sinklens.models.view import Model, device_of
-from sinklens.patches import Patch, Runs, positions_of
+from sinklens.patches import Runs
 from sinklens.readouts.base import PositionReadout, Readout, Rows
 from sinklens.sites import HookSite
 
@@ -79,10 +80,12 @@ class ActivationStore:
         key = (run, site, layer)
         if key not in self.kept:
             raise EngineError(f"{site.at(layer)} was not captured in the run {run!r}")
-        kept = self.kept[key]
+        kept, held = self.kept[key], self.tensor(run, site, layer)
+        device, there = positions.device, held.device  # blocks of one model may lie on several
+        prompts, positions = prompts.to(there), positions.to(there)
         if kept is not None:
-            positions = self._lookup(kept, positions.device)[positions]
-        return gather(self.tensor(run, site, layer), prompts, positions, units)
+            positions = self._lookup(kept, there)[positions]
+        return gather(held, (prompts, positions), None if units is None else units.to(there)).to(device)
 
     def _lookup(self, kept: tuple[int, ...], device: torch.device) -> Int[Tensor, " pos"]:
         """Position to its index among the kept ones."""
@@ -142,29 +145,6 @@ class ActivationStore:
         return self.gather(run, site, layer, torch.arange(len(positions), device=positions.device), positions)
 
 
-def place_patch(patch: Patch, rows: Sequence[tuple[int, int]], owner: int, device: torch.device) -> Placement:
-    """The placement of ``patch`` on some ``(row, prompt)`` pairs of a batch."""
-    pairs = [(row, prompt, at) for row, prompt in rows for at in enumerate(positions_of(patch.positions, prompt))]
-    where = patch.source.positions if patch.source else None
-    source = [at[1] if where is None else positions_of(where, prompt)[at[0]] for _, prompt, at in pairs]
-    columns = torch.tensor([(r, p, at[1], s) for (r, p, at), s in zip(pairs, source, strict=True)], device=device)
-    columns = columns.view(-1, 4)
-    units = None
-    if patch.units is not None:
-        units = torch.tensor(patch.units, device=device).expand(len(columns), -1)
-    return Placement(
-        site=patch.site,
-        edit=patch.edit,
-        rows=columns[:, 0],
-        prompts=columns[:, 1],
-        positions=columns[:, 2],
-        owners=torch.full((len(columns),), owner, device=device),
-        units=units,
-        source_run=patch.source.run if patch.source else None,
-        source_positions=columns[:, 3],
-    )
-
-
 def capture_runs(
     model: Model,
     tokens: Int[Tensor, "prompt pos"],
@@ -206,15 +186,14 @@ def _capture(model, tokens, runs, wanted, readouts, stop_at, store, max_rows) ->
         program = Program(prompts.to(device), readouts=[(_running(r), layer) for r, layer in readouts_in(readouts, 0)])
         for run, span in spans.items():
             pairs = [(row, chunk[row][1]) for row in range(span.start, span.stop)]
-            for patch in runs[run]:
-                place = place_patch(patch, pairs, -1, device)
-                program.ops += [Op(place, layer) for layer in patch.layers if layer < stop_at]
+            for root in (part for patch in runs[run] for part in patch.parts):
+                program.ops += root_ops(root, pairs, [layer for layer in root.layers if layer < stop_at], device)
         part: dict = {}
         for site, layer in dict.fromkeys(key for run in spans for key in wanted[run]):
             keepers = [(run, span, wanted[run]) for run, span in spans.items() if (site, layer) in wanted[run]]
             program.captures[site.at(layer)] = _keeper(part, site, layer, keepers)
         try:
-            readings = execute(model, tokens[prompts].to(device), program, start_at=0, stop_at=stop_at)
+            readings = execute(model, tokens[prompts].to(device), program, stop_at=stop_at)
         except RuntimeError as error:
             if not is_out_of_memory(error) or max_rows == 1:
                 raise

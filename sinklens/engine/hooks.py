@@ -1,72 +1,31 @@
-"""One packed forward pass: every row with its own edits, and readouts reduced while it runs.
+"""A pass through TransformerLens with everything that happens on the way: edits, captures, readouts.
 
-A :class:`Placement` says at which (row, position) pairs, with which units and from which source, one edit applies; an
-:class:`Op` is a placement in one block. All that happens at a hook point happens in one hook function, in a fixed
-order: the run's root edits, the patches' edits, what other edits read live, captures, readouts. So a readout and a
-capture always see the edited activation, and a source captured from a run holds that run's root edits.
+All that happens at a hook point happens in one hook function, in a fixed order: the runs' root edits, the patches'
+edits, what other edits read, captures, readouts. So a readout and a capture always see the edited activation, and a
+source captured from a run holds that run's root edits.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from sinklens.edits import Edit, EditSite
+from sinklens.engine.apply import Op, SourceOf, apply_edit, gather, not_computed
+from sinklens.engine.places import group_patches, pairs_of
 from sinklens.errors import EngineError
 from sinklens.models.view import Model, check_hook_name, forward, model_shape
+from sinklens.patches import Patch
 from sinklens.readouts.base import Readout, Rows
 from sinklens.sites import LOGITS, HookSite
 
-SourceOf = Callable[[HookSite, int, "Placement"], Tensor]
-"""``(site, block, placement) -> [pair, unit, ...]``: a source run's activation at the placement's source positions."""
-
-
-@dataclass(frozen=True, eq=False)
-class Placement:
-    """The (row, position) pairs of a batch at which one edit applies."""
-
-    site: HookSite
-    """Where the edit is written."""
-    edit: Edit
-    """The edit."""
-    rows: Int[Tensor, " pair"]
-    """Row of the batch."""
-    prompts: Int[Tensor, " pair"]
-    """Prompt of that row."""
-    positions: Int[Tensor, " pair"]
-    """Position that is edited."""
-    owners: Int[Tensor, " pair"]
-    """Index of the patch that each pair belongs to, for the check that an edit changed something; -1: do not check."""
-    units: Int[Tensor, "pair unit"] | None = None
-    """Units that are edited."""
-    source_run: str | None = None
-    """Run that the source activation comes from."""
-    source_positions: Int[Tensor, " pair"] | None = None
-    """Positions in the source run."""
-
-    def on(self, device: torch.device) -> Placement:
-        """The same with its indices on ``device``: the blocks of one model may lie on several."""
-        if self.rows.device == device:
-            return self
-        names = ("rows", "prompts", "positions", "owners", "units", "source_positions")
-        moved = {name: value.to(device) for name in names if (value := getattr(self, name)) is not None}
-        return replace(self, **moved)
-
-
-@dataclass(frozen=True, eq=False)
-class Op:
-    """A placement in one block."""
-
-    place: Placement
-    """Where and what."""
-    layer: int
-    """Block."""
+BeforeOf = Callable[[Op, HookSite, int], Tensor]
+"""``(op, site, block) -> [pair, unit, ...]``: the activation at an op's places in a block before those that are run."""
 
 
 @dataclass(eq=False)
@@ -83,8 +42,12 @@ class Program:
     """Hook name to a function that is given the (edited) activation there and copies what it keeps."""
     source_of: SourceOf | None = None
     """Looks up source activations."""
+    before_of: BeforeOf | None = None
+    """Looks up what edits read of blocks that are not run."""
+    first: int = 0
+    """The first block that is run."""
     changed: Tensor | None = None
-    """``[patch]`` boolean, set where a patch's edit changed an activation."""
+    """``[intervention]``: how many of its places each intervention has changed."""
     readings: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """``(readout, block) -> [row, ...]``, filled by the pass."""
     finite: Tensor | None = None
@@ -92,68 +55,38 @@ class Program:
     turns a NaN attention pattern into zeros, so a readout alone would not show it."""
 
 
-def gather(canonical: Tensor, rows: Tensor, positions: Tensor, units: Tensor | None) -> Tensor:
-    """``[pair, unit, ...]`` from an activation laid out as ``[batch, pos, unit, ...]``."""
-    if units is None:
-        return canonical[rows, positions]
-    return canonical[rows[:, None], positions[:, None], units]
+def root_ops(root: Patch, rows: Sequence[tuple[int, int]], layers: Iterable[int], device: torch.device) -> list[Op]:
+    """The edits of a root patch on some ``(row, prompt)`` pairs of a batch, in some of its blocks."""
+    (group,) = group_patches([(0, root)], device, by_run=False)
+    row, prompt = torch.tensor(rows, device=device, dtype=torch.long).view(-1, 2).unbind(-1)
+    pairs = pairs_of(group, torch.zeros_like(prompt), prompt)
+    address = (row[pairs.of], pairs.positions)
+    return [
+        Op(root.site, layer, root.edit, address, prompt[pairs.of], pairs.positions, pairs.units) for layer in layers
+    ]
 
 
-def has_moved(old: Tensor, new: Tensor) -> Bool[Tensor, " pair"]:
-    """Whether an edit changed what it was given by more than the rounding of a forward pass.
-
-    In float32 and up, relative to the root mean square of each activation. Half precision rounds so coarsely that a
-    real change could pass for rounding: there any difference counts.
-    """
-    old, new = old.flatten(1), new.flatten(1)
-    if old.element_size() < 4:
-        return (new != old).any(-1)
-    return ((new - old).abs() > 1e-5 * old.pow(2).mean(-1, keepdim=True).sqrt()).any(-1) | ~torch.isfinite(new).all(-1)
-
-
-def apply_in_place(canonical: Tensor, op: Op, at: EditSite, source: Tensor | None, changed: Tensor | None) -> None:
-    """Write one edit into ``canonical`` (``[batch, pos, unit, ...]``), which must be the caller's own copy.
-
-    Raises:
-        EngineError: when the edit returns another shape than it was given.
-    """
-    place = op.place
-    old = gather(canonical, place.rows, place.positions, place.units)
-    new = place.edit(old, source, at)
-    if new.shape != old.shape:
-        raise EngineError(f"the edit {place.edit.name!r} returned shape {tuple(new.shape)} for {tuple(old.shape)}")
-    new = new.to(old.dtype)
-    if changed is not None:
-        moved = has_moved(old, new) & (place.owners >= 0)
-        changed[place.owners[moved].to(changed.device)] = 1
-    if place.units is None:
-        canonical[place.rows, place.positions] = new
-    else:
-        canonical[place.rows[:, None], place.positions[:, None], place.units] = new
-
-
-class _HookPoint:
+class HookPoint:
     """All that happens at one hook point; callable as a TransformerLens hook."""
 
-    def __init__(self, program: Program, live: dict) -> None:
+    def __init__(self, program: Program, live: dict[tuple[int, str], Tensor]) -> None:
         self.program, self.live = program, live
         self.ops: list[Op] = []
-        self.live_reads: list[tuple[Op, HookSite]] = []
+        self.reads: list[tuple[Op, str, HookSite]] = []
         self.readouts: list[tuple[Readout, int]] = []
         self.capture: Callable[[Tensor], None] | None = None
         self.fired = 0
 
     def __call__(self, act: Tensor, hook: object) -> Tensor | None:  # noqa: ARG002
+        """Edit, read, capture and measure ``act``; the edited activation, ``None`` where nothing is edited."""
         self.fired += 1
         edited = act.clone() if self.ops else act
         for op in self.ops:
-            canonical = op.place.site.to_canonical(edited)
-            here = Op(op.place.on(act.device), op.layer)
-            apply_in_place(canonical, here, self._site(op, here), self._source(here), self.program.changed)
-        for op, site in self.live_reads:
-            place = op.place.on(act.device)
-            key = (id(op.place), site.template, op.layer)
-            self.live[key] = gather(site.to_canonical(edited), place.rows, place.positions, None)
+            live = self._live(op)
+            apply_edit(op.site.to_canonical(edited), op, live, self.program.source_of, self.program.changed)
+        for op, key, site in self.reads:
+            here = op.on(act.device)
+            self.live[id(op), key] = gather(site.to_canonical(edited), here.address, None)
         if self.capture is not None:
             self.capture(edited)
         for readout, layer in self.readouts:
@@ -161,33 +94,29 @@ class _HookPoint:
             self.program.readings[readout.name, layer] = value
         return edited if self.ops else None
 
-    def _source(self, op: Op) -> Tensor | None:
-        if not op.place.edit.uses_source or self.program.source_of is None:
-            return None
-        return self.program.source_of(op.place.site, op.layer, op.place)
-
-    def _site(self, op: Op, here: Op) -> EditSite:
-        place, live, source_live = here.place, {}, {}
-        for site in place.edit.reads:
-            key = (id(op.place), site.template, op.layer)
-            if key not in self.live:
-                raise EngineError(
-                    f"the edit {place.edit.name!r} at {place.site.at(op.layer)} reads {site.at(op.layer)}, "
-                    "which the model has not computed by then: edits can only read earlier sites of the same block"
-                )
-            live[site.template] = self.live[key]
-            if place.edit.uses_source and self.program.source_of is not None:
-                source_live[site.template] = self.program.source_of(site, op.layer, place)
-        return EditSite(op.layer, place.prompts, place.positions, place.units, live, source_live)
+    def _live(self, op: Op) -> dict[str, Tensor]:
+        """What the edit reads in this pass."""
+        live = {}
+        for place in op.edit.reads_in(op.layer):
+            if place.layer < self.program.first:
+                assert self.program.before_of is not None
+                live[place.key] = self.program.before_of(op, place.site, place.layer)
+                continue
+            if (id(op), place.key) not in self.live:
+                raise not_computed(op, place.site.at(place.layer))
+            live[place.key] = self.live[id(op), place.key]
+        return live
 
 
-def _hook_points(program: Program) -> dict[str, _HookPoint]:
-    live: dict = {}
-    points: dict[str, _HookPoint] = defaultdict(lambda: _HookPoint(program, live))
+def hook_points(program: Program) -> dict[str, HookPoint]:
+    """Hook names, with all that happens at each."""
+    live: dict[tuple[int, str], Tensor] = {}
+    points: dict[str, HookPoint] = defaultdict(lambda: HookPoint(program, live))
     for op in program.ops:
-        points[op.place.site.at(op.layer)].ops.append(op)
-        for site in op.place.edit.reads:
-            points[site.at(op.layer)].live_reads.append((op, site))
+        points[op.site.at(op.layer)].ops.append(op)
+        for place in op.edit.reads_in(op.layer):
+            if place.layer >= program.first:
+                points[place.site.at(place.layer)].reads.append((op, place.key, place.site))
     for name, capture in program.captures.items():
         points[name].capture = capture
     for readout, layer in program.readouts:
@@ -196,16 +125,16 @@ def _hook_points(program: Program) -> dict[str, _HookPoint]:
     return dict(points)
 
 
-def execute(model: Model, x: Tensor, program: Program, *, start_at: int, stop_at: int) -> dict[tuple[str, int], Tensor]:
-    """Run blocks ``start_at`` to ``stop_at - 1`` on ``x`` with the program's hooks; returns ``program.readings``.
+def execute(model: Model, x: Tensor, program: Program, *, stop_at: int) -> dict[tuple[str, int], Tensor]:
+    """Run blocks ``program.first`` to ``stop_at - 1`` on ``x`` with the program's hooks; returns ``program.readings``.
 
-    ``x`` is a batch of tokens, or of residual streams entering block ``start_at``. ``stop_at`` beyond the last block
+    ``x`` is a batch of tokens, or of residual streams entering the first block. ``stop_at`` beyond the last block
     asks for the logits.
 
     Raises:
         EngineError: when a hook name does not exist or a hook did not fire. The model has no hooks left in any case.
     """
-    points = _hook_points(program)
+    points = hook_points(program)
     for name in points:
         check_hook_name(model, name)
     n_layers = model_shape(model).n_layers
@@ -214,8 +143,8 @@ def execute(model: Model, x: Tensor, program: Program, *, start_at: int, stop_at
     with torch.no_grad(), warnings.catch_warnings(), model.hooks(fwd_hooks=list(points.items())):
         # A bridge warns that editing a normalised activation takes another path than the unhooked forward: it is meant.
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale/hook_normalized")
-        out = forward(model, x, start_at=start_at, stop_at=stop, return_type="logits" if wants_logits else None)
-    _check_fired(points)
+        out = forward(model, x, start_at=program.first, stop_at=stop, return_type="logits" if wants_logits else None)
+    check_fired(points)
     assert out is not None
     program.finite = torch.isfinite(out).flatten(1).all(-1)
     for readout, layer in program.readouts:
@@ -224,7 +153,12 @@ def execute(model: Model, x: Tensor, program: Program, *, start_at: int, stop_at
     return program.readings
 
 
-def _check_fired(points: Mapping[str, _HookPoint]) -> None:
+def check_fired(points: Mapping[str, HookPoint]) -> None:
+    """Refuse a pass in which a hook never fired.
+
+    Raises:
+        EngineError: one did not.
+    """
     silent = [name for name, point in points.items() if not point.fired]
     if silent:
         raise EngineError(

@@ -6,19 +6,20 @@ where it cannot, and run all positions.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from sinklens.engine.capture import ActivationStore, Want, place_patch
-from sinklens.engine.hooks import Op, Placement, Program, execute, readouts_in
-from sinklens.errors import EngineError
+from sinklens.engine.apply import Op, source_at
+from sinklens.engine.capture import ActivationStore, Want
+from sinklens.engine.hooks import Program, execute, readouts_in, root_ops
+from sinklens.engine.places import group_patches, numbered_parts, pairs_of
 from sinklens.models.view import Model, supports_resume
-from sinklens.patches import Patch, Runs, positions_of
+from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import Readout
 from sinklens.sites import RESID_PRE, HookSite
 
@@ -41,11 +42,13 @@ class PlainJob:
     ) -> None:
         self.model, self.tokens, self.patches, self.readouts = model, tokens, patches, readouts
         self.runs, self.store, self.out, self.device = runs, store, out, out.device
+        self.names = list(dict.fromkeys(patch.run for patch in patches))
         self.resume = supports_resume(model)
-        self.changed = torch.zeros(len(patches), dtype=torch.int32, device=self.device)
+        self.parts, self.patch_of = numbered_parts(patches)
+        self.changed = torch.zeros(len(self.parts), dtype=torch.int32, device=self.device)
         self.finite = torch.ones(len(patches), dtype=torch.bool, device=self.device)
         last = max(layer for readout in readouts for layer in readout.layers) if readouts else -1
-        self.ran = torch.tensor([patch.start <= last for patch in patches], dtype=torch.bool)
+        self.ran = torch.tensor([part.start <= last for _, part in self.parts], dtype=torch.bool)
         order = sorted((patch.start, index) for index, patch in enumerate(patches) if patch.start <= last)
         self.rows: list[Row] = [(index, prompt) for _, index in order for prompt in range(len(tokens))]
 
@@ -63,111 +66,124 @@ class PlainJob:
         """Run a batch of rows."""
         chunk = self.rows[begin:end]
         start = self.patches[chunk[0][0]].start
-        prompts = torch.tensor([prompt for _, prompt in chunk], device=self.device)
-        owners = torch.tensor([index for index, _ in chunk], device=self.device)
+        owners, prompts = torch.tensor(chunk, device=self.device).unbind(-1)
+        contexts = self._contexts(chunk)
         first = start if self.resume else 0
         program = Program(
             prompts,
-            ops=_ops(self.patches, self.runs, chunk, first, self.resume, self.device),
+            ops=self._ops(chunk, first),
             readouts=readouts_in(self.readouts, start),
-            source_of=self._source_of,
+            source_of=lambda op, site, layer: source_at(self.store.gather, op, site, layer),
+            before_of=lambda op, site, layer: self._before(op, site, layer, contexts),
+            first=first,
             changed=self.changed,
         )
         last = max(layer for _, layer in program.readouts)
         program.ops = [op for op in program.ops if op.layer <= last]
-        x = self._residual(first, chunk) if self.resume else self.tokens.to(self.device)[prompts]
-        execute(self.model, x, program, start_at=first, stop_at=last + 1)
+        x = self._run_of(RESID_PRE, first)[contexts] if self.resume else self.tokens.to(self.device)[prompts]
+        execute(self.model, x, program, stop_at=last + 1)
         assert program.finite is not None
         self.finite[owners[~program.finite.to(self.device)]] = False
         for i, readout in enumerate(self.readouts):
-            parts = [self._reading(program, readout, layer, start, chunk) for layer in readout.layers]
+            parts = [self._reading(program, readout, layer, contexts) for layer in readout.layers]
             self.out[i, owners, prompts] = readout.combine(torch.stack(parts)).to(self.out)
 
-    def _residual(self, start: int, chunk: list[Row]) -> Tensor:
-        """The cached residual stream entering block ``start``, one row for each (patch, prompt)."""
-        parts = []
-        for run, rows in _segments(self.patches, chunk):
-            parts.append(self.store.tensor(run, RESID_PRE, start)[[prompt for _, prompt in rows]])
-        return torch.cat(parts)
+    def _contexts(self, chunk: Sequence[Row]) -> Int[Tensor, " row"]:
+        """The (run, prompt) pair of every row, as one index into what was captured of all runs."""
+        n_prompts = len(self.tokens)
+        contexts = [self.names.index(self.patches[index].run) * n_prompts + prompt for index, prompt in chunk]
+        return torch.tensor(contexts, device=self.device)
 
-    def _reading(self, program: Program, readout: Readout, layer: int, start: int, chunk: list[Row]) -> Tensor:
-        if layer >= start:
+    def _run_of(self, site: HookSite, layer: int) -> Tensor:
+        """``[context, pos, unit, ...]``: the unpatched runs' own activation."""
+        return self.store.joined(self.names, site, layer)
+
+    def _before(self, op: Op, site: HookSite, layer: int, contexts: Int[Tensor, " row"]) -> Tensor:
+        """What an edit reads in a block before its row's first one: the run's own activation."""
+        rows, positions = op.address
+        held = self._run_of(site, layer)
+        return held[contexts[rows].to(held.device), positions.to(held.device)]
+
+    def _reading(self, program: Program, readout: Readout, layer: int, contexts: Int[Tensor, " row"]) -> Tensor:
+        if (readout.name, layer) in program.readings:
             return program.readings[readout.name, layer].to(self.device)
         # Nothing before the first edited block can have moved: the run's own reading is exact.
-        parts = []
-        for run, rows in _segments(self.patches, chunk):
-            parts.append(self.store.readings[run, readout.name, layer][[prompt for _, prompt in rows]])
-        return torch.cat(parts)
+        return torch.cat([self.store.readings[run, readout.name, layer] for run in self.names])[contexts]
 
-    def _source_of(self, site: HookSite, layer: int, place: Placement) -> Tensor:
-        if place.source_run is None or place.source_positions is None:
-            raise EngineError(f"the edit {place.edit.name!r} needs a source run: give the patch source=Source(...)")
-        units = place.units if site == place.site else None
-        return self.store.gather(place.source_run, site, layer, place.prompts, place.source_positions, units)
-
-
-def _segments(patches: Sequence[Patch], chunk: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Consecutive rows of the same run, in order."""
-    segments: list[tuple[str, list[Row]]] = []
-    for row in chunk:
-        run = patches[row[0]].run
-        if not segments or segments[-1][0] != run:
-            segments.append((run, []))
-        segments[-1][1].append(row)
-    return segments
-
-
-def _ops(
-    patches: Sequence[Patch], runs: Runs, chunk: Sequence[Row], first: int, resumed: bool, device: torch.device
-) -> list[Op]:
-    """All edits of a batch from block ``first`` on: root edits of each row's run, then the row's own patch."""
-    by_run: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    by_patch: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for row, (index, prompt) in enumerate(chunk):
-        by_run[patches[index].run].append((row, prompt))
-        by_patch[index].append((row, prompt))
-    ops = []
-    for run, pairs in by_run.items():
-        for root in runs[run]:
-            place = place_patch(root, pairs, -1, device)
-            # The residual stream that rows resume from was captured after the root edit there.
-            begin = first + (resumed and root.site == RESID_PRE)
-            ops += [Op(place, layer) for layer in root.layers if layer >= begin]
-    groups: dict[tuple, list[Placement]] = defaultdict(list)
-    for index, pairs in by_patch.items():
-        patch = patches[index]
-        size = None if patch.units is None else len(patch.units)
-        key = (patch.site, patch.layers, id(patch.edit), size, patch.source.run if patch.source else None)
-        groups[key].append(place_patch(patch, pairs, index, device))
-    for (_, layers, *_), places in groups.items():
-        merged = _merge(places)
-        ops += [Op(merged, layer) for layer in layers]
-    return ops
+    def _ops(self, chunk: Sequence[Row], first: int) -> list[Op]:
+        """All edits of a batch from block ``first`` on: root edits of each row's run, then the row's own patch."""
+        ops = []
+        for run in dict.fromkeys(self.patches[index].run for index, _ in chunk):
+            rows = [(row, prompt) for row, (index, prompt) in enumerate(chunk) if self.patches[index].run == run]
+            for root in (part for patch in self.runs[run] for part in patch.parts):
+                # The residual stream that rows resume from was captured after the root edit there.
+                begin = first + (self.resume and root.site == RESID_PRE)
+                ops += root_ops(root, rows, [layer for layer in root.layers if layer >= begin], self.device)
+        rows_of: dict[int, list[int]] = {}
+        for row, (index, _) in enumerate(chunk):
+            rows_of.setdefault(index, []).append(row)
+        present = [(number, part) for number, part in self.parts if self.patch_of[number] in rows_of]
+        prompts = torch.tensor([prompt for _, prompt in chunk])
+        for group in group_patches(present, by_run=False):
+            rows = [rows_of[self.patch_of[int(number)]] for number in group.members]
+            members = torch.tensor([member for member, mine in enumerate(rows) for _ in mine])
+            row = torch.tensor([row for mine in rows for row in mine])
+            pairs = pairs_of(group, members, prompts[row])
+            like, row = group.like, row[pairs.of]
+            op = Op(
+                like.site,
+                like.layers[0],
+                like.edit,
+                (row, pairs.positions),
+                prompts[row],
+                pairs.positions,
+                pairs.units,
+                source_run=like.source.run if like.source else None,
+                source_positions=pairs.source_positions,
+            ).on(self.device)
+            owners = group.members[members[pairs.of]].to(self.device)
+            ops += [replace(op, layer=layer, owners=owners) for layer in like.layers]
+        return ops
 
 
-def _merge(places: Sequence[Placement]) -> Placement:
-    """Placements of the same edit on the same site as one, so that a sweep's edits run as one kernel."""
-    if len(places) == 1:
-        return places[0]
-    joined = {
-        name: torch.cat([getattr(place, name) for place in places])
-        for name in ("rows", "prompts", "positions", "owners", "source_positions", "units")
-        if getattr(places[0], name) is not None
-    }
-    return replace(places[0], **joined)
-
-
-def plain_wants(model: Model, patches: Sequence[Patch], n_prompts: int) -> list[Want]:
-    """What the patches need of the runs: residuals to resume from, and source activations where they are used."""
+def plain_wants(model: Model, patches: Sequence[Patch], runs: Runs, n_prompts: int) -> list[Want]:
+    """What the patches need of the runs: residuals to resume from, what edits read before, source activations."""
     wants: dict[Want, None] = {}
+    names = list(dict.fromkeys(patch.run for patch in patches))
     for patch in patches:
         if supports_resume(model):
-            wants[Want(patch.run, RESID_PRE, patch.start)] = None
-        if patch.source is None or not patch.edit.uses_source:
-            continue
-        where = patch.positions if patch.source.positions is None else patch.source.positions
-        used = {p for prompt in range(n_prompts) for p in positions_of(where, prompt)}
-        for site in (patch.site, *patch.edit.reads):
-            for layer in patch.layers:
-                wants[Want(patch.source.run, site, layer, tuple(sorted(used)))] = None
+            # Of every run that is patched: they are looked up together.
+            for run in names:
+                wants[Want(run, RESID_PRE, patch.start)] = None
+                roots = [part for root in runs[run] for part in root.parts]
+                for place in reads_before(patch.start, [*patch.parts, *roots]):
+                    wants[Want(run, *place)] = None
+        for part in patch.parts:
+            if part.source is None or not part.edit.uses_source:
+                continue
+            used = {p for prompt in range(n_prompts) for p in part.source_where.at(prompt)}
+            for site, layer in source_places(part):
+                wants[Want(part.source.run, site, layer, tuple(sorted(used)))] = None
     return list(wants)
+
+
+def reads_before(start: int, parts: Sequence[Patch]) -> list[tuple[HookSite, int]]:
+    """What edits in force from block ``start`` on read in blocks before it."""
+    places = [
+        (place.site, place.layer)
+        for part in parts
+        for layer in part.layers
+        if layer >= start
+        for place in part.edit.reads_in(layer)
+        if place.layer < start
+    ]
+    return list(dict.fromkeys(places))
+
+
+def source_places(part: Patch) -> list[tuple[HookSite, int]]:
+    """Where the source run's activations are needed."""
+    return [
+        (site, block)
+        for layer in part.layers
+        for site, block in ((part.site, layer), *((p.site, p.layer) for p in part.edit.reads_in(layer)))
+    ]

@@ -190,7 +190,7 @@ class PatchRunner:
             self._batches(job, stats, progress)
         stats.n_forwards += self._captured([]).n_forwards - captured
         values = {readout.name: job.out[i].double().cpu() for i, readout in enumerate(self.readouts)}
-        _check_changed(job, patches)
+        _check_changed(job)
         if self.allow_nonfinite:
             values = {name: _only_finite(value, job.finite.cpu()) for name, value in values.items()}
         else:
@@ -204,7 +204,7 @@ class PatchRunner:
             return None
         if unpackable(self.model, self.tokens.shape[1], self.readouts, self.runs, patches) is not None:
             return None
-        for name in dict.fromkeys(patch.site.at(patch.start) for patch in patches):
+        for name in dict.fromkeys(part.site.at(part.start) for patch in patches for part in patch.parts):
             check_hook_name(self.model, name)
         if self._packed is None:
             self._packed = PackedModel(self.model, self.tokens.shape[1])
@@ -215,7 +215,7 @@ class PatchRunner:
         return job
 
     def _plain_job(self, patches: Sequence[Patch]) -> PlainJob:
-        store = self._captured(plain_wants(self.model, patches, len(self.tokens)))
+        store = self._captured(plain_wants(self.model, patches, self.runs, len(self.tokens)))
         return PlainJob(self.model, self.tokens, patches, self.readouts, self.runs, store, self._out(patches))
 
     def _captured(self, wants: Sequence[Want]) -> ActivationStore:
@@ -242,41 +242,40 @@ class PatchRunner:
         return torch.stack(rows)[:, run.to(self.device)]
 
     def _batches(self, job: PackedJob | PlainJob, stats: EngineStats, progress: Progress | None) -> None:
+        """Run all rows, as many at a time as fit; on out-of-memory the batch is halved."""
         begin, skipped = 0, stats.n_rows - len(job.rows)
         while begin < len(job.rows):
             end = job.end(begin, self.pace.rows)
-            if not self._try(job, begin, end, stats):
+            timed, began = self.pace.measuring, time.perf_counter()
+            try:
+                job.forward(begin, end)
+                if timed:
+                    torch.cuda.synchronize(self.device)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._shrink(end - begin, error)
+            else:
+                if timed:
+                    self.pace.record(end - begin, job.work(begin, end), time.perf_counter() - began)
+                stats.n_forwards += 1
+                begin = end
+                if progress is not None:
+                    progress(skipped + begin, stats.n_rows)
                 continue
-            stats.n_forwards += 1
-            begin = end
-            if progress is not None:
-                progress(skipped + begin, stats.n_rows)
+            stats.n_halvings += 1
+            release_cached(self.device)  # not above: the traceback still held the batch's tensors
         if progress is not None and not len(job.rows):
             progress(stats.n_rows, stats.n_rows)
         stats.max_rows = self.pace.rows
 
-    def _try(self, job: PackedJob | PlainJob, begin: int, end: int, stats: EngineStats) -> bool:
-        """Run one batch; on out-of-memory halve the batch size and report False."""
-        timed, began = self.pace.measuring, time.perf_counter()
-        try:
-            job.forward(begin, end)
-            if timed:
-                torch.cuda.synchronize(self.device)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if end - begin == 1:
-                raise EngineError(
-                    "not even one prompt fits in memory: use shorter prompts, a smaller dtype or another device"
-                ) from error
-            self.pace.halve(end - begin)
-            stats.n_halvings += 1
-        else:
-            if timed:
-                self.pace.record(end - begin, job.work(begin, end), time.perf_counter() - began)
-            return True
-        release_cached(self.device)
-        return False
+    def _shrink(self, rows: int, error: RuntimeError) -> None:
+        """A batch of ``rows`` did not fit: the next ones are to be half as large."""
+        if rows == 1:
+            raise EngineError(
+                "not even one prompt fits in memory: use shorter prompts, a smaller dtype or another device"
+            ) from error
+        self.pace.halve(rows)
 
 
 def _of_run(store: ActivationStore, run: str, readout: Readout) -> Tensor:
@@ -287,9 +286,9 @@ def _only_finite(value: Float[Tensor, "patch prompt"], finite: Bool[Tensor, " pa
     return value.masked_fill(~(torch.isfinite(value) & finite[:, None]), torch.nan)
 
 
-def _check_changed(job: PackedJob | PlainJob, patches: Sequence[Patch]) -> None:
+def _check_changed(job: PackedJob | PlainJob) -> None:
     still = (job.ran & (job.changed == 0).cpu()).nonzero().flatten().tolist()
-    idle = [patches[index] for index in still if not patches[index].allow_unchanged]
+    idle = [job.parts[number][1] for number in still if not job.parts[number][1].allow_unchanged]
     if idle:
         raise EngineError(
             f"{len(idle)} patch(es) changed nothing, the first is: {idle[0].describe()}. "

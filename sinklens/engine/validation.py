@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sinklens.errors import InputError
 from sinklens.models.view import Model, ModelShape, device_of, model_shape
-from sinklens.patches import Patch, Runs, positions_of
+from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import Readout
-from sinklens.sites import LOGITS
+from sinklens.sites import LOGITS, unit_count
 
 
 def validate(
@@ -50,13 +50,19 @@ def validate(
             _validate_patch(root, shape, n_prompts, length)
     seen: set[tuple] = set()  # a sweep repeats few places in thousands of patches
     for patch in patches:
-        places = (patch.site, patch.layers, patch.positions, patch.units, patch.source and patch.source.positions)
-        if places not in seen:
-            _validate_patch(patch, shape, n_prompts, length)
-            seen.add(places)
-        if patch.run not in runs or (patch.source is not None and patch.source.run not in runs):
-            unknown = min({patch.run, *([patch.source.run] if patch.source else [])} - set(runs))
-            raise InputError(f"unknown run {unknown!r} in patch {patch.describe()}; the runs are {sorted(runs)}")
+        for part in patch.parts:
+            places = (part.site, part.layers, part.positions, part.units, part.source and part.source.positions)
+            if places not in seen:
+                _validate_patch(part, shape, n_prompts, length)
+                seen.add(places)
+            if part.run not in runs or (part.source is not None and part.source.run not in runs):
+                unknown = min({part.run, *([part.source.run] if part.source else [])} - set(runs))
+                raise InputError(f"unknown run {unknown!r} in patch {part.describe()}; the runs are {sorted(runs)}")
+            if part.run != patch.run:
+                raise InputError(
+                    f"a patch and those that go with it are in one run, but {part.describe()} is in {part.run!r} and "
+                    f"not in {patch.run!r}"
+                )
 
 
 def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int) -> None:
@@ -65,20 +71,27 @@ def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int
         raise InputError(f"blocks {patch.layers} are not all in 0..{n_layers - 1}: {patch.describe()}")
     if len(set(patch.layers)) != len(patch.layers):
         raise InputError(f"blocks {patch.layers} repeat: {patch.describe()}")
-    for places in (patch.positions, patch.source.positions if patch.source else None):
-        if places is None:
-            continue
-        if places and isinstance(places[0], tuple) and len(places) != n_prompts:
-            raise InputError(f"positions are given for {len(places)} prompts, but there are {n_prompts}")
-        shared = not places or not isinstance(places[0], tuple)
-        for prompt in range(1 if shared else n_prompts):
-            mine = positions_of(places, prompt)
-            if not mine or not all(0 <= p < length for p in mine):
-                raise InputError(f"positions {mine} are not all in 0..{length - 1}: {patch.describe()}")
+    for where in {patch.where, patch.source_where}:
+        if not where.shared and len(where.rows) != n_prompts:
+            raise InputError(f"positions are given for {len(where.rows)} prompts, but there are {n_prompts}")
+        for positions in where.rows:
+            if not positions or not all(0 <= p < length for p in positions):
+                raise InputError(f"positions {positions} are not all in 0..{length - 1}: {patch.describe()}")
+    _validate_reads(patch)
     if patch.units is not None:
-        sizes = {"head": shape.n_heads, "kv_head": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
-        name = patch.site.unit_name
-        if name is None:
+        size = unit_count(patch.site, shape)
+        if size is None:
             raise InputError(f"{patch.site.template} has no units to select: {patch.describe()}")
-        if not patch.units or not all(0 <= unit < sizes[name] for unit in patch.units):
-            raise InputError(f"units {patch.units} are not all in 0..{sizes[name] - 1} ({name}): {patch.describe()}")
+        if not patch.units or not all(0 <= unit < size for unit in patch.units):
+            name = patch.site.unit_name
+            raise InputError(f"units {patch.units} are not all in 0..{size - 1} ({name}): {patch.describe()}")
+
+
+def _validate_reads(patch: Patch) -> None:
+    for layer in patch.layers:
+        for place in patch.edit.reads_in(layer):
+            if not 0 <= place.layer <= layer:
+                raise InputError(
+                    f"the edit {patch.edit.name!r} in block {layer} reads block {place.layer}, but it can only read "
+                    f"blocks up to its own: {patch.describe()}"
+                )

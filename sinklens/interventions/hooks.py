@@ -21,12 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens import edits
-from sinklens.edits import EditSite
-from sinklens.engine.capture import place_patch
-from sinklens.engine.hooks import Op, apply_in_place, gather
+from sinklens.engine.apply import Op, apply_edit, gather
+from sinklens.engine.places import group_patches, pairs_of
 from sinklens.errors import InputError
 from sinklens.models.view import Model, block_weights, model_shape
-from sinklens.patches import Patch, Positions
+from sinklens.patches import Patch
 from sinklens.sites import ATTN_OUT, MLP_OUT, MLP_POST, PATTERN, RESID_POST, HookSite, K, V, Z
 
 Hook = Callable[[Tensor, Any], Tensor | None]
@@ -45,51 +44,67 @@ def hooks_of(patch: Patch, source: Mapping[str, Tensor] | None = None) -> Hooks:
     Raises:
         InputError: no units where some are to be chosen, or a negative block, position or unit.
     """
-    if patch.units == ():
-        raise InputError("choose at least one neuron, dimension or head")
-    for name, numbers in (("blocks", patch.layers), ("positions", patch.positions), ("units", patch.units or ())):
-        if any(isinstance(number, int) and number < 0 for number in numbers):
-            raise InputError(f"{name} count from 0, but {tuple(numbers)} has a negative one")
-    hooks: Hooks = []
-    for layer in patch.layers:
-        live: dict[str, Tensor] = {}
-        for site in patch.edit.reads:
-            hooks.append((site.at(layer), _reader(site, live)))
-        hooks.append((patch.site.at(layer), _writer(patch, layer, live, source)))
-    return hooks
+    for part in patch.parts:
+        if part.units == ():
+            raise InputError("choose at least one neuron, dimension or head")
+        positions = tuple(position for row in part.where.rows for position in row)
+        for name, numbers in (("blocks", part.layers), ("positions", positions), ("units", part.units or ())):
+            if any(number < 0 for number in numbers):
+                raise InputError(f"{name} count from 0, but {tuple(numbers)} has a negative one")
+    writers: Hooks = []
+    readers: Hooks = []
+    for part in patch.parts:
+        for layer in part.layers:
+            live: dict[str, Tensor] = {}
+            writers.append((part.site.at(layer), _writer(part, layer, live, source)))
+            for place in part.edit.reads_in(layer):
+                readers.append((place.site.at(place.layer), _reader(place.key, live)))
+    # What is read at a hook point is read as edited: there a reader stands behind the writers.
+    edited = {name for name, _ in writers}
+    early = [(name, hook) for name, hook in readers if name not in edited]
+    late = [(name, hook) for name, hook in readers if name in edited]
+    return [*early, *writers, *late]
 
 
-def _rows(patch: Patch, act: Tensor):  # noqa: ANN202
+def _op(patch: Patch, layer: int, act: Tensor) -> Op:
+    """The edit at the patch's positions of every row of ``act``; no positions mean all of them."""
     length = act.shape[patch.site.pos_axis]
-    positions: Positions = patch.positions or tuple(range(length))
-    filled = Patch(patch.site, patch.layers, positions, patch.edit, patch.units, source=patch.source)
-    return place_patch(filled, [(row, row) for row in range(len(act))], -1, act.device)
+    placed = patch if any(patch.where.rows) else replace(patch, positions=tuple(range(length)))
+    (group,) = group_patches([(0, placed)], act.device, by_run=False)
+    rows = torch.arange(len(act), device=act.device)
+    pairs = pairs_of(group, torch.zeros_like(rows), rows)
+    return Op(
+        patch.site,
+        layer,
+        patch.edit,
+        (pairs.of, pairs.positions),
+        pairs.of,
+        pairs.positions,
+        pairs.units,
+        source_positions=pairs.source_positions,
+    )
 
 
-def _reader(site: HookSite, live: dict[str, Tensor]) -> Hook:
+def _reader(key: str, live: dict[str, Tensor]) -> Hook:
     def read(act: Tensor, hook: Any) -> None:  # noqa: ARG001
-        live[site.template] = act
+        live[key] = act
 
     return read
 
 
 def _writer(patch: Patch, layer: int, live: dict[str, Tensor], source: Mapping[str, Tensor] | None) -> Hook:
-    def take(act: Tensor, site: HookSite, place, units, positions) -> Tensor:  # noqa: ANN001
-        return gather(site.to_canonical(act), place.prompts, positions, units)
+    def source_of(op: Op, site: HookSite, block: int) -> Tensor:
+        if source is None:
+            raise InputError(f"the edit {op.edit.name!r} needs the source run's activations")
+        assert op.source_positions is not None
+        units = op.units if site == op.site else None
+        return gather(site.to_canonical(source[site.at(block)]), (op.prompts, op.source_positions), units)
 
     def write(act: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        place = _rows(patch, act)
-        there = place.positions if place.source_positions is None else place.source_positions
-        read = {s.template: take(live[s.template], s, place, None, place.positions) for s in patch.edit.reads}
-        given, given_reads = None, {}
-        if patch.edit.uses_source:
-            if source is None:
-                raise InputError(f"the edit {patch.edit.name!r} needs the source run's activations")
-            given = take(source[patch.site.at(layer)], patch.site, place, place.units, there)
-            given_reads = {s.template: take(source[s.at(layer)], s, place, None, there) for s in patch.edit.reads}
-        at = EditSite(layer, place.prompts, place.positions, place.units, read, given_reads)
-        edited = act.clone()
-        apply_in_place(patch.site.to_canonical(edited), Op(place, layer), at, given, None)
+        op, edited = _op(patch, layer, act), act.clone()
+        places = patch.edit.reads_in(layer)
+        reads = {place.key: gather(place.site.to_canonical(live[place.key]), op.address, None) for place in places}
+        apply_edit(patch.site.to_canonical(edited), op, reads, source_of, None)
         return edited
 
     return write

@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sinklens.edits import AttendSelf, Constant, Edit, EditSite, Function, PerPrompt, Transplant
-from sinklens.edits.base import Gathered
+from sinklens.edits.base import Gathered, Read
 from sinklens.engine.capture import Want, capture_runs
 from sinklens.errors import InputError
 from sinklens.models.view import Model
@@ -62,7 +62,7 @@ class Shifted(Edit):
 
     @property
     @override
-    def reads(self) -> tuple[HookSite, ...]:
+    def reads(self) -> tuple[Read, ...]:
         return self.edit.reads
 
     @property

@@ -112,7 +112,13 @@ def induced_pair(
         raise InputError(f"unknown pair {kind!r}: block_aggregation or amplify_variance")
     ordinary, reference = _ordinary(batch, formation.sink_positions, (target,) * batch.n, seed)
     return SinkPair(
-        kind, (target,), {"base": (), "anchored": (root,)}, Source("base"), Source("anchored"), ordinary, reference
+        kind,
+        Positions.of((target,)),
+        {"base": (), "anchored": (root,)},
+        Source("base"),
+        Source("anchored"),
+        ordinary,
+        reference,
     )
 
 
@@ -133,7 +139,7 @@ def check_target(batch: PromptBatch, target: int) -> None:
 
 def natural_pair(batch: PromptBatch, formation: Formation, seed: int = 0) -> SinkPair:
     """The sink that the data has, against ordinary positions of the same run."""
-    target = tuple((position,) for position in formation.sink_positions)
+    target = Positions.one_each(formation.sink_positions)
     ordinary, reference = _ordinary(batch, formation.sink_positions, formation.sink_positions, seed)
     without = Source("natural", reference)
     return SinkPair("natural", target, {"natural": ()}, without, Source("natural"), ordinary, reference)
@@ -172,4 +178,4 @@ def _ordinary(
     if (middle.sum(-1) == 0).any():
         raise InputError(f"prompts of {length} tokens have no ordinary position: use longer ones")
     drawn = torch.multinomial(middle, 1, generator=torch.Generator().manual_seed(seed)).flatten().tolist()
-    return marks, tuple((position,) for position in drawn)
+    return marks, Positions.one_each(drawn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -64,10 +64,18 @@ class PositionReadout(Readout):
     :func:`sinklens.readouts.build.over_positions`.
     """
 
+    reduce: Callable[[Tensor, Rows], Tensor] = field(init=False, repr=False)
+    """Follows from :attr:`at` and :attr:`weigh`, so that it cannot say anything else."""
     at: Callable[[Float[Tensor, "token *unit"], Tokens], Float[Tensor, "token *rest"]] = lambda act, _tokens: act
     """``(activation [token, unit, ...], tokens) -> [token, ...]``; attention rows are ``[token, head, key]``."""
     weigh: Callable[[int], Float[Tensor, "prompt pos"]] = lambda length: torch.ones(1, length)
     """Length of the prompts to the weight of every position; where it is 0 the activation is not looked at."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reduce", self._sum)
+
+    def _sum(self, act: Tensor, rows: Rows) -> Tensor:
+        return self.terms(self.site.to_canonical(act), rows).sum(1)
 
     def terms(self, canonical: Float[Tensor, "row pos *unit"], rows: Rows) -> Float[Tensor, "row pos *rest"]:
         """The weighted terms of every position: their sum over positions is the reading."""

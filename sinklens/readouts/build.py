@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens import metrics
-from sinklens.patches import Positions, per_prompt_index
+from sinklens.patches import Positions, Where
 from sinklens.readouts.base import PositionReadout, Rows, Tokens
 from sinklens.sites import PATTERN, HookSite
 
@@ -45,18 +45,13 @@ def over_positions(
         weigh: length of the prompts to the weights ``[prompt pos]``; 0 where a position does not count.
         combine: ``[layer, row, ...] -> [row]``.
     """
-
-    def reduce(act: Tensor, rows: Rows) -> Tensor:
-        return readout.terms(site.to_canonical(act), rows).sum(1)
-
-    given = {} if combine is None else {"combine": combine}
-    readout = PositionReadout(name, site, tuple(layers), reduce, at=at, weigh=weigh, **given)
-    return readout
+    options = {} if combine is None else {"combine": combine}
+    return PositionReadout(name, site, tuple(layers), at=at, weigh=weigh, **options)
 
 
-def attention_received(name: str, layers: Sequence[int], positions: Positions, n_prompts: int) -> PositionReadout:
+def attention_received(name: str, layers: Sequence[int], positions: Where, n_prompts: int) -> PositionReadout:
     """Attention received by each prompt's position from later queries, averaged over heads and blocks."""
-    key = per_prompt_index(positions, n_prompts)
+    key = Positions.of(positions).single(n_prompts)
 
     def weigh(length: int) -> Tensor:
         later = (torch.arange(length) > key[:, None]).float()
@@ -89,13 +84,13 @@ def vector_readout(
     name: str,
     site: HookSite,
     layers: Sequence[int],
-    positions: Positions,
+    positions: Where,
     n_prompts: int,
     function: Callable[[Tensor, int], Tensor],
     combine: Callable[[Tensor], Tensor] | None = None,
 ) -> PositionReadout:
     """``function(vector [row, unit, ...], block) -> [row, ...]`` of the activation at each prompt's position."""
-    where = per_prompt_index(positions, n_prompts)
+    where = Positions.of(positions).single(n_prompts)
 
     def weigh(length: int) -> Tensor:
         return torch.nn.functional.one_hot(where, length).float()
@@ -107,7 +102,7 @@ def deviation(
     name: str,
     site: HookSite,
     layers: Sequence[int],
-    positions: Positions,
+    positions: Where,
     n_prompts: int,
     statistics: Mapping[int, tuple[Tensor, Tensor]],
 ) -> PositionReadout:

@@ -27,7 +27,7 @@ from torch import Tensor
 from sinklens import metrics, readouts
 from sinklens.edits import Function
 from sinklens.errors import InputError
-from sinklens.patches import Positions, per_prompt_index
+from sinklens.patches import Positions
 from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens
 from sinklens.sites import LOGITS, PATTERN, RESID_PRE
 
@@ -85,7 +85,10 @@ def fingerprint(readout: ReadoutLike) -> object:
         return readout
     if not isinstance(readout, Readout):
         return [readout_name(readout), _code(readout)]
-    return [readout.name, readout.site.template, list(readout.layers), _code(readout.reduce), _code(readout.combine)]
+    functions = [readout.reduce, readout.combine]
+    if isinstance(readout, PositionReadout):
+        functions = [readout.at, readout.weigh, readout.combine]
+    return [readout.name, readout.site.template, list(readout.layers), *map(_code, functions)]
 
 
 def _code(function: Any) -> str:
@@ -105,16 +108,15 @@ def build(readout: ReadoutLike, context: Context) -> Readout:
 
 def _shifted(readout: Readout, offset: int, n: int) -> Readout:
     reduce = readout.reduce
-    moved = replace(readout, reduce=lambda act, rows: reduce(act, Rows(rows.prompts + offset, rows.layer)))
     if not isinstance(readout, PositionReadout):
-        return moved
+        return replace(readout, reduce=lambda act, rows: reduce(act, Rows(rows.prompts + offset, rows.layer)))
     at, weigh = readout.at, readout.weigh
 
     def weigh_some(length: int) -> Tensor:
         weights = weigh(length)
         return weights if len(weights) == 1 else weights[offset : offset + n]
 
-    return replace(moved, at=lambda act, tokens: at(act, _numbered(tokens, offset)), weigh=weigh_some)  # type: ignore[call-arg]
+    return replace(readout, at=lambda act, tokens: at(act, _numbered(tokens, offset)), weigh=weigh_some)  # type: ignore[call-arg]
 
 
 def _numbered(tokens: Tokens, offset: int) -> Tokens:
@@ -142,7 +144,7 @@ def _received_ordinary(name: str, context: Context) -> Readout:
 
 def _alpha_by_head(context: Context) -> tuple[Callable[[Tensor, Tokens], Tensor], Callable[[int], Tensor]]:
     """Terms ``[token head]`` and weights of ``alpha`` of the target: a mean over the queries from its own on."""
-    key = per_prompt_index(context.target, len(context.tokens))
+    key = context.target.single(len(context.tokens))
 
     def at(row: Tensor, tokens: Tokens) -> Tensor:
         own = key.to(row.device)[tokens.prompts]

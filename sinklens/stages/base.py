@@ -20,7 +20,7 @@ from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.view import BlockWeights, Model, ModelShape, block_weights, model_shape
 from sinklens.pairs.pair import Direction, SinkPair
-from sinklens.patches import Patch, Positions, Source, per_prompt_index
+from sinklens.patches import Patch, Positions, Source, Where
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.build import vector_readout
@@ -73,7 +73,7 @@ class Setting:
         edit: Edit,
         *,
         units: Sequence[int] | None = None,
-        positions: Positions | None = None,
+        positions: Where | None = None,
     ) -> Patch:
         """A patch at the target (or at other ``positions``), from the run and source that the direction implies."""
         run, source = self.pair.ends(direction)
@@ -129,7 +129,7 @@ class Setting:
         return self._stores[key]
 
     def spread(
-        self, source: Source, site: HookSite, layers: Sequence[int], positions: Positions | None = None
+        self, source: Source, site: HookSite, layers: Sequence[int], positions: Where | None = None
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """Mean and standard deviation over prompts, per unit and dimension, at one position of every prompt.
 
@@ -139,7 +139,7 @@ class Setting:
         if self.batch.n < 2:
             raise InputError(f"a variance over prompts needs at least 2 prompts, there is {self.batch.n}")
         where = source.positions or positions or self.pair.target
-        index = per_prompt_index(where, self.batch.n)
+        index = Positions.of(where).single(self.batch.n)
         store = self.activations(source.run, site, layers)
         found = {layer: store.at(source.run, site, layer, index).float() for layer in layers}
         return {layer: (x.mean(0), x.std(0)) for layer, x in found.items()}

@@ -10,7 +10,7 @@ from torch import Generator
 from sinklens import edits
 from sinklens.edits.draws import others
 from sinklens.pairs.pair import Direction
-from sinklens.patches import Patch, per_prompt_index
+from sinklens.patches import Patch
 from sinklens.stages.base import ISOLATED, NOTHING, Experiment, Setting, Stage
 
 
@@ -30,9 +30,9 @@ def _elsewhere(setting: Setting, stage: Stage, direction: Direction, generator: 
 def other_positions(setting: Setting, generator: Generator) -> tuple[tuple[int, ...], ...]:
     """An ordinary position of every prompt, after the target where there is one: earlier ones cannot differ."""
     marks = setting.pair.ordinary.clone()
-    target = per_prompt_index(setting.pair.target, setting.batch.n)
+    target = setting.pair.target.single(setting.batch.n)
     later = marks * (torch.arange(marks.shape[1]) > target[:, None])
-    later[torch.arange(len(later)), per_prompt_index(setting.pair.reference, setting.batch.n)] = 0
+    later[torch.arange(len(later)), setting.pair.reference.single(setting.batch.n)] = 0
     marks = torch.where(later.sum(-1, keepdim=True) > 0, later, marks)
     return tuple((p,) for p in torch.multinomial(marks, 1, generator=generator).flatten().tolist())
 

@@ -9,7 +9,7 @@ from sinklens import sites
 from sinklens.errors import InputError
 from sinklens.models.view import ModelShape
 from sinklens.records.ranges import Range, numbers, short
-from sinklens.sites import HookSite
+from sinklens.sites import HookSite, unit_count
 from sinklens.stages import STAGES, Stage
 from sinklens.stages.base import Setting
 from sinklens.sweeps.grid import StageAxis
@@ -140,12 +140,6 @@ def units_of(
     if size is None:
         raise InputError(f"units {units}: {site_name(site)} has none; leave units out, or choose another stage")
     return numbers("units", units, size, f"the units ({site.unit_name}) of {site_name(site)}")
-
-
-def unit_count(site: HookSite, shape: ModelShape) -> int | None:
-    """How many units a site has."""
-    sizes = {"head": shape.n_heads, "kv_head": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
-    return None if site.unit_name is None else sizes[site.unit_name]
 
 
 def check_units(axes: Sequence[StageAxis], units: Range | None) -> None:

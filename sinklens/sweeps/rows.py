@@ -10,7 +10,7 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 
 from sinklens.pairs.effects import effect, gaps
-from sinklens.patches import Positions, positions_of
+from sinklens.patches import Positions
 from sinklens.readouts.named import readout_name
 from sinklens.sweeps.grid import Cells, Task
 from sinklens.sweeps.plan import Plan
@@ -59,7 +59,7 @@ def tabulate(plan: Plan, task: Task, cells: Cells, numbers: Numbers, target: Pos
     if target is None:
         position = each_patch(np.asarray(grid.positions)[cells.position])
     else:
-        position = each_prompt(np.array([positions_of(target, prompt)[0] for prompt in range(n_prompts)]))
+        position = each_prompt(target.single(n_prompts).numpy())
     one = np.zeros(value.size, dtype=np.int32)
     columns = {
         "stage": text_column(each_patch(cells.stage), tuple(axis.name for axis in grid.stages)),

@@ -157,7 +157,7 @@ class Worker:
         grid, pair = self.plan.grid, group.pair
         sites = [axis.site for axis in grid.stages]
         windows, units = self._windows, self._units
-        places: list[Positions] = [pair.target] if grid.positions is None else [(p,) for p in grid.positions]
+        places = [pair.target] if grid.positions is None else [Positions.of((p,)) for p in grid.positions]
         present = {*zip(cells.stage.tolist(), cells.edit.tolist(), strict=True)}
         edits = {(s, e): self._edit(s, e, group.first) for s, e in present}
         ends = [pair.ends(_direction(name)) for name in grid.directions]
@@ -206,22 +206,16 @@ def _direction(name: str) -> Direction:
 def pair_for_prompts(pair: SinkPair, first: int, last: int) -> SinkPair:
     """A pair on prompts ``first .. last - 1`` alone."""
 
-    def places(positions: Positions | None) -> Positions | None:
-        if positions and isinstance(positions[0], tuple):
-            return positions[first:last]
-        return positions
+    def source(of_all: Source) -> Source:
+        where = of_all.positions
+        return of_all if where is None else Source(of_all.run, Positions.of(where).prompts(first, last))
 
-    def source(given: Source) -> Source:
-        return Source(given.run, places(given.positions))
-
-    target, reference = places(pair.target), places(pair.reference)
-    assert target is not None and reference is not None
     return SinkPair(
         kind=pair.kind,
-        target=target,
+        target=pair.target.prompts(first, last),
         runs={run: roots_for_prompts(roots, first) for run, roots in pair.runs.items()},
         without=source(pair.without),
         with_sink=source(pair.with_sink),
         ordinary=pair.ordinary[first:last],
-        reference=reference,
+        reference=pair.reference.prompts(first, last),
     )

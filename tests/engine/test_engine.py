@@ -233,7 +233,7 @@ def test_the_model_is_clean_after_an_exception(tiny, where):
         __call__ = boom  # type: ignore[assignment]
 
     edit = Broken("broken") if where == "edit" else edits.Constant()
-    readout = replace(received(), reduce=boom, at=boom) if where == "readout" else received()
+    readout = replace(received(), at=boom) if where == "readout" else received()
     before = hooks_left(tiny)
     with pytest.raises(Boom):
         run_patches(tiny, tokens_for(tiny), [transplant(edit=edit, source=None)], [readout])

@@ -142,13 +142,14 @@ def test_every_site_can_be_edited_and_moves_what_comes_later(family: str) -> Non
 def test_rows_hold_only_the_positions_that_can_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     seen: list[tuple[int, int]] = []
-    real = PackedJob._pass
+    real = PackedJob.forward
 
-    def spy(self: PackedJob, rows: Any, n_tries: int) -> Any:
-        seen.extend(zip(rows.starts[n_tries:].tolist(), rows.stops[n_tries:].tolist(), strict=True))
-        return real(self, rows, n_tries)
+    def spy(self: PackedJob, begin: int, end: int) -> None:
+        rows = self.rows[begin:end]
+        seen.extend(zip(rows.starts.tolist(), rows.stops.tolist(), strict=True))
+        real(self, begin, end)
 
-    monkeypatch.setattr(PackedJob, "_pass", spy)
+    monkeypatch.setattr(PackedJob, "forward", spy)
     norm = [readouts.vector_readout("norm", sites.RESID_POST, (2,), (6,), N, lambda x, _: x.norm(dim=-1))]
     places = [(0, 2), (0, 6), (0, 7), (3, 2)]  # the third lies behind the readout, the fourth above it
     patches = [Patch(sites.RESID_PRE, (layer,), (p,), SHRINK) for layer, p in places]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sinklens.interventions.hooks import Hooks, hooks_of
-from sinklens.patches import Patch, Runs, Source, positions_of
+from sinklens.patches import Patch, Positions, Runs, Source
 from sinklens.readouts.base import Readout, Rows
 
 
@@ -23,7 +23,7 @@ def _for_prompt(patch: Patch, prompt: int) -> Patch:
     """The patch for one prompt, which is prompt 0 of a batch of one; an edit that looks prompts up gets that one."""
     source = patch.source
     if source is not None and source.positions is not None:
-        source = Source(source.run, positions_of(source.positions, prompt))
+        source = Source(source.run, Positions.of(source.positions).at(prompt))
     edit = patch.edit
     if hasattr(edit, "values") and edit.name == "resample":
         edit = replace(edit, values={k: v[prompt : prompt + 1] for k, v in edit.values.items()})  # type: ignore[call-arg]
@@ -31,7 +31,7 @@ def _for_prompt(patch: Patch, prompt: int) -> Patch:
     if inner is not None and inner.name == "resample":
         inner = replace(inner, values={k: v[prompt : prompt + 1] for k, v in inner.values.items()})
         edit = replace(edit, edit=inner)  # type: ignore[call-arg]
-    return replace(patch, positions=positions_of(patch.positions, prompt), source=source, edit=edit)
+    return replace(patch, positions=patch.where.at(prompt), source=source, edit=edit)
 
 
 def cache_of(model: Any, tokens: Tensor, hooks: Hooks, names: set[str]) -> dict[str, Tensor]:
@@ -65,15 +65,17 @@ class OneAtATime:
 
     def __call__(self, patch: Patch, prompt: int) -> list[float]:
         """All readouts of one patch on one prompt."""
-        mine = _for_prompt(patch, prompt)
-        source = None if patch.source is None else self._source(patch, prompt)
-        row = self.tokens[prompt : prompt + 1]
-        cache = cache_of(self.model, row, [*self._roots(patch.run, prompt), *hooks_of(mine, source)], self.names)
+        hooks = self._roots(patch.run, prompt)
+        for part in patch.parts:
+            source = None if part.source is None else self._source(part, prompt)
+            hooks += hooks_of(_for_prompt(part, prompt), source)
+        cache = cache_of(self.model, self.tokens[prompt : prompt + 1], hooks, self.names)
         return [read(cache, readout, prompt) for readout in self.readouts]
 
     def _source(self, patch: Patch, prompt: int) -> dict[str, Tensor]:
         assert patch.source is not None
-        names = {site.at(layer) for site in (patch.site, *patch.edit.reads) for layer in patch.layers}
+        names = {patch.site.at(layer) for layer in patch.layers}
+        names |= {place.site.at(place.layer) for layer in patch.layers for place in patch.edit.reads_in(layer)}
         key = (patch.source.run, prompt, tuple(sorted(names)))
         if key not in self.sources:
             row = self.tokens[prompt : prompt + 1]

@@ -15,7 +15,7 @@ from sinklens.errors import InputError
 from sinklens.formation import Formation, FormationEvent
 from sinklens.models.families import D_HEAD, N_HEADS
 from sinklens.pairs.pair import SinkPair, induced_pair, natural_pair
-from sinklens.patches import Source, positions_of
+from sinklens.patches import Positions, Source
 from sinklens.prompts import PromptBatch, from_tokens
 from sinklens.sites import ATTN_OUT, PATTERN, Z
 from tests.helpers.one_at_a_time import cache_of
@@ -62,7 +62,7 @@ def test_targets_that_cannot_be_a_sink_are_refused(tiny_llama, batch, kind, targ
 def test_targets_at_the_ends_are_allowed(tiny_llama, batch):
     clear = replace(FORMATION, sink_positions=(0, 0, 0))
     for target in (1, LENGTH - 2):
-        assert pair_at(tiny_llama, batch, target, clear).target == (target,)
+        assert pair_at(tiny_llama, batch, target, clear).target == Positions.of((target,))
 
 
 @pytest.mark.parametrize("layers", [(0, 1, 2, 3), (3,), (-1, 0), ()])
@@ -112,7 +112,7 @@ def test_blocks_can_be_chosen(tiny_llama, batch, kind):
 def test_an_induced_pair_is_run_both_ways(tiny_llama, batch):
     pair = pair_at(tiny_llama, batch)
     assert pair.kind == "block_aggregation"
-    assert pair.target == (TARGET,)
+    assert pair.target == Positions.of((TARGET,))
     assert pair.runs["base"] == ()
     assert pair.directions == ("denoise", "noise")
     assert pair.ends("denoise") == ("base", Source("anchored"))
@@ -192,7 +192,7 @@ def test_ordinary_positions_of_an_induced_pair(tiny_llama, batch):
 def test_a_natural_pair_with_different_sinks(batch):
     pair = natural_pair(batch, FORMATION, seed=0)
     assert pair.kind == "natural"
-    assert pair.target == ((0,), (2,), (1,))
+    assert pair.target == Positions.of(((0,), (2,), (1,)))
     assert pair.runs == {"natural": ()}
     assert pair.directions == ("noise",)
     assert pair.ends("noise") == ("natural", Source("natural", pair.reference))
@@ -206,7 +206,7 @@ def test_a_natural_pair_with_different_sinks(batch):
 
 def drawn_by(batch: PromptBatch, seed: int) -> list[int]:
     reference = natural_pair(batch, FORMATION, seed).reference
-    chosen = [positions_of(reference, prompt) for prompt in range(N)]
+    chosen = [reference.at(prompt) for prompt in range(N)]
     assert all(len(item) == 1 for item in chosen)
     return [item[0] for item in chosen]
 
@@ -217,7 +217,7 @@ def test_the_reference_is_ordinary_and_from_the_middle(tiny_llama, batch):
     assert [sorted(set(column.tolist())) for column in draws.T] == [[3, 4, 5, 6, 7, 8]] * 3
     for seed in range(50):
         reference = pair_at(tiny_llama, batch, seed=seed).reference
-        assert all(position in {3, 5, 6, 7, 8} for (position,) in reference)  # type: ignore[misc]  # one tuple each
+        assert all(position in {3, 5, 6, 7, 8} for (position,) in reference.rows)
 
 
 def test_the_reference_is_drawn_by_the_seed(tiny_llama, batch):
@@ -234,7 +234,7 @@ def test_the_reference_comes_from_outside_the_middle_when_it_must(tiny_llama):
     batch = from_tokens(tiny_llama, tiny_tokens(1, 4))
     pair = pair_at(tiny_llama, batch, 2, replace(FORMATION, sink_positions=(1,)))
     assert pair.ordinary.tolist() == [[1, 0, 0, 0]]
-    assert pair.reference == ((0,),)
+    assert pair.reference == Positions.of(((0,),))
 
 
 def test_prompts_without_an_ordinary_position_are_refused(tiny_llama):

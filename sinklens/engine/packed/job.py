@@ -8,18 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sinklens.engine.apply import source_at
 from sinklens.engine.capture import ActivationStore, Want
 from sinklens.engine.hooks import readouts_in
 from sinklens.engine.packed.blocks import PackedPass, keys_site
-from sinklens.engine.packed.layout import to_device
-from sinklens.engine.packed.points import PackedOp, Points, is_known, reach
+from sinklens.engine.packed.layout import Layout, to_device
+from sinklens.engine.packed.points import Points, is_known, reach
 from sinklens.engine.packed.rows import Plan, Rows
 from sinklens.engine.packed.weights import PackedModel, unsupported
-from sinklens.errors import EngineError
+from sinklens.engine.places import NOWHERE
 from sinklens.models.view import Model, model_shape
 from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import PositionReadout, Readout
-from sinklens.sites import LOGITS, RESID_POST, RESID_PRE, HookSite, V
+from sinklens.sites import LOGITS, RESID_POST, RESID_PRE, V
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
 """How far, relative to its size, a reading of the packed pass may be from the model's own in the check of the two."""
@@ -35,8 +36,9 @@ def unpackable(
     """Why the packed pass cannot do this; None when it can."""
     sites = {readout.site for readout in readouts}
     for patch in [*patches, *(root for roots in runs.values() for root in roots)]:
-        sites.add(patch.site)
-        sites.update(patch.edit.reads)
+        for part in patch.parts:
+            sites.add(part.site)
+            sites.update(place.site for layer in part.layers for place in part.edit.reads_in(layer))
     unknown = next((site for site in sites if not is_known(site)), None)
     return f"the site {unknown.template}" if unknown is not None else unsupported(model, length)
 
@@ -60,15 +62,15 @@ class PackedJob:
         stops = reach(readouts, n_prompts, length).numpy()
         self.plan = Plan(patches, runs, n_prompts, stops, self.last, device)
         self.rows, self.length, self.stops = self.plan.rows, length, stops
-        self.changed = torch.zeros(len(patches), dtype=torch.int32, device=device)
+        self.parts = self.plan.parts
+        self.changed = torch.zeros(len(self.parts), dtype=torch.int32, device=device)
         self.finite = torch.ones(len(patches), dtype=torch.bool, device=device)
         self.unchecked = unchecked
-        self.ran = torch.zeros(len(patches), dtype=torch.bool)
-        self.ran[torch.from_numpy(np.unique(self.rows.patches))] = True
+        self.ran = self.plan.acting()
 
     def wants(self) -> list[Want]:
         """What must have been captured of the runs."""
-        return [*self._run_wants(), *self._source_wants()]
+        return [*self._run_wants(), *self._read_wants(), *self._source_wants()]
 
     def attach(self, store: ActivationStore, out: Tensor) -> None:
         """Where the captured runs are, and where results go: ``[readout, patch, prompt]``."""
@@ -91,7 +93,12 @@ class PackedJob:
         """
         rows = self.rows[begin:end]
         tries = self._tries(int(rows.entries[0])) if self.unchecked else rows[:0]
-        readings = self._pass(tries.followed_by(rows), len(tries))
+        batch = tries.followed_by(rows)
+        points = self._points(batch)
+        first = int(batch.entries.min())
+        x = PackedPass(self.packed, points.layout, points).run(first, self.last)
+        self._note_finite(x, points.layout, rows, len(tries))
+        readings = {readout.name: self._reading(readout, points, batch) for readout in self.readouts}
         if self.unchecked:
             self._check(tries, readings)
             self.unchecked = False
@@ -116,39 +123,43 @@ class PackedJob:
             if off.any():
                 raise DifferentModelError(f"{readout.name}: {found[off][0]:.6g} instead of {expected[off][0]:.6g}")
 
-    def _pass(self, rows: Rows, n_tries: int) -> dict[str, Tensor]:
-        """Every readout of every row, of which the first ``n_tries`` have no patch of their own."""
+    def _points(self, rows: Rows) -> Points:
+        """All that happens in a pass over ``rows``."""
         layout = rows.layout(self.length, self.device)
-        n_layers, top = self.n_layers, min(self.last, self.n_layers - 1)
-        points = Points(
+        return Points(
             layout,
-            self.plan.ops(rows, layout, top),
+            self.plan.ops(rows, layout, min(self.last, self.n_layers - 1)),
             readouts_in(self.readouts, int(rows.entries.min())),
             captured=lambda site, layer: self.store.joined(self.plan.names, site, layer),
-            source_of=self._source_of,
+            source_of=lambda op, site, layer: source_at(self.store.gather, op, site, layer),
             changed=self.changed,
-            n_layers=n_layers,
+            n_layers=self.n_layers,
         )
-        x = PackedPass(self.packed, layout, points).run(int(rows.entries.min()), self.last)
+
+    def _note_finite(self, x: Tensor, layout: Layout, rows: Rows, n_tries: int) -> None:
+        """Remember the patches whose last residual is not finite; the first ``n_tries`` rows have no patch."""
         bad = ~torch.isfinite(x).all(-1).to(self.device)
         # An index_add_ of integers is exact in any order.
-        count = torch.zeros(len(rows), dtype=torch.int32, device=self.device)
+        count = torch.zeros(n_tries + len(rows), dtype=torch.int32, device=self.device)
         count.index_add_(0, layout.row[: len(x)].to(self.device), bad.to(count.dtype))
-        owners = to_device(rows.patches[n_tries:], self.device)
-        self.finite &= torch.zeros_like(self.changed).index_add_(0, owners, count[n_tries:]) == 0
-        found = {}
-        for readout in self.readouts:
-            stack = self._before(readout, rows)
-            for i, layer in enumerate(readout.layers):
-                if (value := points.readings.get((readout.name, layer))) is None:
-                    continue
-                n = len(value)
-                value = value.to(self.device)
-                if isinstance(readout, PositionReadout):
-                    value = value + self._prefix(readout, layer, rows[slice(0, n)])
-                stack[i, :n] = value
-            found[readout.name] = readout.combine(stack)
-        return found
+        owners = to_device(rows.patches, self.device)
+        self.finite &= (
+            torch.zeros(len(self.finite), dtype=torch.int32, device=self.device).index_add_(0, owners, count[n_tries:])
+            == 0
+        )
+
+    def _reading(self, readout: Readout, points: Points, rows: Rows) -> Tensor:
+        """A readout of every row."""
+        stack = self._before(readout, rows)
+        for i, layer in enumerate(readout.layers):
+            if (value := points.readings.get((readout.name, layer))) is None:
+                continue
+            n = len(value)
+            value = value.to(self.device)
+            if isinstance(readout, PositionReadout):
+                value = value + self._prefix(readout, layer, rows[slice(0, n)])
+            stack[i, :n] = value
+        return readout.combine(stack)
 
     def _before(self, readout: Readout, rows: Rows) -> Tensor:
         """``[layer, row, ...]``: the runs' own readings, which stand where a row is not patched yet."""
@@ -163,12 +174,6 @@ class PackedJob:
         before = torch.cat([self.store.before[name, readout.name, layer] for name in self.plan.names])
         contexts, starts = to_device(np.stack([rows.contexts, rows.starts]), self.device)
         return before[contexts, starts]
-
-    def _source_of(self, op: PackedOp, site: HookSite) -> Tensor:
-        if op.source_run is None or op.source_positions is None:
-            raise EngineError(f"the edit {op.edit.name!r} needs a source run: give the patch source=Source(...)")
-        units = op.units if site == op.site else None
-        return self.store.gather(op.source_run, site, op.layer, op.prompts, op.source_positions, units)
 
     def _run_wants(self) -> Iterable[Want]:
         entries = sorted({int(entry) for entry in np.unique(self.rows.entries)})
@@ -186,12 +191,21 @@ class PackedJob:
                     site, layers = (RESID_POST, (self.n_layers - 1,)) if at_end else (readout.site, readout.layers)
                     yield from (Want(run, site, layer) for layer in layers if layer >= entries[0])
 
+    def _read_wants(self) -> Iterable[Want]:
+        """What edits read of earlier blocks: rows that were not under way there have it from their run."""
+        for part in [like for _, like in self.parts] + [root for roots in self.plan.roots.values() for root in roots]:
+            for layer in part.layers:
+                for place in part.edit.reads_in(layer):
+                    if place.layer < layer <= self.last:
+                        yield from (Want(run, place.site, place.layer) for run in self.plan.names)
+
     def _source_wants(self) -> Iterable[Want]:
         for group in self.plan.groups:
-            if group.source_run is None or not group.edit.uses_source:
+            like = group.like
+            if like.source is None or not like.edit.uses_source:
                 continue
-            used = tuple(int(p) for p in np.unique(group.source_positions))
-            for site in (group.site, *group.edit.reads):
-                for layer in group.layers:
-                    if layer <= self.last:
-                        yield Want(group.source_run, site, layer, used)
+            used = tuple(int(p) for p in group.source_positions.unique() if p != NOWHERE)
+            for layer in like.layers:
+                if layer <= self.last:
+                    yield Want(like.source.run, like.site, layer, used)
+                    yield from (Want(like.source.run, p.site, p.layer, used) for p in like.edit.reads_in(layer))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinklens.edits import Edit, EditSite
-from sinklens.engine.hooks import has_moved
+from sinklens.engine.apply import Op, SourceOf, apply_edit, not_computed
 from sinklens.engine.packed.layout import Layout
-from sinklens.errors import EngineError
 from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens
 from sinklens.sites import LOGITS, RESID_POST, HookSite
 
@@ -51,48 +49,18 @@ def is_known(site: HookSite) -> bool:
     return site.template in SITES and site.pos_axis == 1 and site.unit_axis in (2, None)
 
 
-@dataclass(frozen=True, eq=False)
-class PackedOp:
-    """One edit in one block, at packed tokens."""
-
-    site: HookSite
-    """Where."""
-    layer: int
-    """Block."""
-    edit: Edit
-    """What."""
-    tokens: Int[Tensor, " pair"]
-    """Packed index of every place."""
-    prompts: Int[Tensor, " pair"]
-    """Its prompt."""
-    positions: Int[Tensor, " pair"]
-    """Its position."""
-    units: Int[Tensor, "pair unit"] | None = None
-    """Units that are edited."""
-    owners: Int[Tensor, " pair"] | None = None
-    """Patch of every place, for the check that it changed something; None for root edits."""
-    source_run: str | None = None
-    """Run that the source activation comes from."""
-    source_positions: Int[Tensor, " pair"] | None = None
-    """Positions in that run."""
-
-    def on(self, device: torch.device) -> PackedOp:
-        """The same with its indices on ``device``; the owners stay where they are counted."""
-        if self.tokens.device == device:
-            return self
-        names = ("tokens", "prompts", "positions", "units", "source_positions")
-        return replace(self, **{name: value.to(device) for name in names if (value := getattr(self, name)) is not None})
-
-
 @dataclass(eq=False)
-class _Point:
-    ops: list[PackedOp] = field(default_factory=list)
-    reads: list[PackedOp] = field(default_factory=list)
+class Point:
+    """What happens at one hook point of one block."""
+
+    ops: list[Op] = field(default_factory=list)
+    """Edits, in their order."""
+    reads: list[tuple[Op, str]] = field(default_factory=list)
+    """Edits that read here, and what they call it."""
     readouts: list[Readout] = field(default_factory=list)
+    """Readouts."""
 
 
-SourceOf = Callable[[PackedOp, HookSite], Tensor]
-"""``(edit, site) -> [pair, unit, ...]``: the source run's activation at the edit's source places."""
 Captured = Callable[[HookSite, int], Tensor]
 """``(site, block) -> [context, pos, unit, ...]``: the unpatched runs' activations."""
 
@@ -103,7 +71,7 @@ class Points:
     def __init__(
         self,
         layout: Layout,
-        ops: Sequence[PackedOp],
+        ops: Sequence[Op],
         readouts: Sequence[tuple[Readout, int]],
         *,
         captured: Captured,
@@ -114,17 +82,14 @@ class Points:
         self.layout, self.captured, self.source_of, self.changed = layout, captured, source_of, changed
         self.n_layers = n_layers
         self.readings: dict[tuple[str, int], Tensor] = {}
-        self._live: dict[tuple[int, str], Tensor] = {}
-        self._at: dict[tuple[str, int], _Point] = defaultdict(_Point)
+        self._live: dict[tuple[int, str], tuple[Bool[Tensor, " pair"] | None, Tensor]] = {}
+        self._at: dict[tuple[str, int], Point] = defaultdict(Point)
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
         for op in ops:
-            for site in op.edit.reads:
-                if SITES.index(site.template) >= SITES.index(op.site.template):
-                    raise EngineError(
-                        f"the edit {op.edit.name!r} at {op.site.at(op.layer)} reads {site.at(op.layer)}, which the "
-                        "model has not computed by then: edits can only read earlier sites of the same block"
-                    )
-                self._at[site.template, op.layer].reads.append(op)
+            for place in op.edit.reads_in(op.layer):
+                if (place.layer, SITES.index(place.site.template)) >= (op.layer, SITES.index(op.site.template)):
+                    raise not_computed(op, place.site.at(place.layer))
+                self._at[place.site.template, place.layer].reads.append((op, place.key))
             self._at[op.site.template, op.layer].ops.append(op)
         for readout, layer in readouts:
             self._at[readout.site.template, layer].readouts.append(readout)
@@ -132,10 +97,6 @@ class Points:
     def asked(self, template: str, layer: int) -> bool:
         """Whether anything happens there."""
         return (template, layer) in self._at
-
-    def edited(self, template: str, layer: int) -> bool:
-        """Whether something is written there."""
-        return self.asked(template, layer) and bool(self._at[template, layer].ops)
 
     def last(self, layer: int) -> int:
         """Index in :data:`SITES` of the last point of a block at which anything happens, -1 without any."""
@@ -148,9 +109,14 @@ class Points:
         point = self._at[template, layer]
         self.layout = self.layout.on(act.device)
         for op in point.ops:
-            self._edit(act, op)
-        for op in point.reads:
-            self._live[id(op), template] = act[op.tokens.to(act.device)]
+            apply_edit(act, op, self._reads(op), self.source_of, self.changed)
+        for op, key in point.reads:
+            (tokens,) = op.on(act.device).address
+            if op.layer == layer:
+                self._live[id(op), key] = (None, act[tokens])
+            else:
+                here = tokens < len(act)  # rows that come in later have this from their run
+                self._live[id(op), key] = (here, act[tokens[here]])
         for readout in point.readouts:
             self.readings[readout.name, layer] = self._read(readout, layer, act)
         return act
@@ -167,24 +133,25 @@ class Points:
                 read = readout.reduce(logits, Rows(self.layout.prompts[: len(full)], self.n_layers))
             self.readings[readout.name, self.n_layers] = read
 
-    def _edit(self, act: Tensor, op: PackedOp) -> None:
-        here = op.on(act.device)
-        index = (here.tokens,) if here.units is None else (here.tokens[:, None], here.units)
-        old = act[index]
-        reads = {site.template: self._live[id(op), site.template] for site in op.edit.reads}
-        source, source_reads = None, {}
-        if op.edit.uses_source:
-            source = self.source_of(here, op.site)
-            source_reads = {site.template: self.source_of(here, site) for site in op.edit.reads}
-        at = EditSite(op.layer, here.prompts, here.positions, here.units, reads, source_reads)
-        new = op.edit(old, source, at)
-        if new.shape != old.shape:
-            raise EngineError(f"the edit {op.edit.name!r} returned shape {tuple(new.shape)} for {tuple(old.shape)}")
-        new = new.to(old.dtype)
-        if op.owners is not None:
-            moved = has_moved(old, new)
-            self.changed.index_add_(0, op.owners, moved.to(self.changed))
-        act[index] = new
+    def _reads(self, op: Op) -> dict[str, Tensor]:
+        """What the edit reads: as this pass has computed it, and the run's own for rows that were not under way yet."""
+        live = {}
+        for place in op.edit.reads_in(op.layer):
+            if (id(op), place.key) not in self._live:  # the pass begins behind it
+                live[place.key] = self._of_run(op, place.site, place.layer)
+                continue
+            here, act = self._live[id(op), place.key]
+            if here is not None:
+                of_run = self._of_run(op, place.site, place.layer).to(act.device)
+                of_run[here], act = act, of_run
+            live[place.key] = act
+        return live
+
+    def _of_run(self, op: Op, site: HookSite, layer: int) -> Tensor:
+        """The unpatched run's activation at the op's places."""
+        (tokens,), held = op.address, self.captured(site, layer)
+        contexts = self.layout.contexts[self.layout.row[tokens.to(self.layout.device)]]
+        return held[contexts.to(held.device), op.positions.to(held.device)]
 
     def _read(self, readout: Readout, layer: int, act: Tensor) -> Tensor:
         if isinstance(readout, PositionReadout):

@@ -1,0 +1,147 @@
+"""Where an edit is applied: gather what is there, call the edit, check what it gives, write it, note what moved.
+
+An :class:`Op` is one edit in one block at some places of a batch. Its *address* says where these lie in an activation
+laid out as ``[*address, unit, ...]``: ``(rows, positions)`` in a batch of whole prompts, ``(tokens,)`` where rows are
+packed. Everything that patches goes through here: the packed pass, TransformerLens's pass, gradients, plain hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sinklens.edits import Edit, EditSite
+from sinklens.edits.base import Gathered
+from sinklens.errors import EngineError
+from sinklens.sites import HookSite
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One edit in one block, at some places of a batch."""
+
+    site: HookSite
+    """Where the edit is written."""
+    layer: int
+    """Block."""
+    edit: Edit
+    """The edit."""
+    address: tuple[Int[Tensor, " pair"], ...]
+    """Where every place lies in the activation."""
+    prompts: Int[Tensor, " pair"]
+    """Its prompt."""
+    positions: Int[Tensor, " pair"]
+    """Its position in that prompt."""
+    units: Int[Tensor, "pair unit"] | None = None
+    """Units that are edited; ``None``: all."""
+    owners: Int[Tensor, " pair"] | None = None
+    """Number of the intervention that each place belongs to, for the check that it changed something; ``None`` for root
+    edits."""
+    source_run: str | None = None
+    """Run that the source activation comes from."""
+    source_positions: Int[Tensor, " pair"] | None = None
+    """Positions in that run."""
+
+    def on(self, device: torch.device) -> Op:
+        """The same with its indices on ``device``: blocks of one model may lie on several.
+
+        Owners stay where they are counted.
+        """
+        if self.prompts.device == device:
+            return self
+        names = ("prompts", "positions", "units", "source_positions")
+        moved = {name: value.to(device) for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, address=tuple(index.to(device) for index in self.address), **moved)
+
+
+SourceOf = Callable[[Op, HookSite, int], Tensor]
+"""``(op, site, block) -> [pair, unit, ...]``: a source run's activation at the op's source places."""
+
+
+def gather(laid_out: Tensor, address: tuple[Tensor, ...], units: Tensor | None) -> Gathered:
+    """``[pair, unit, ...]`` from an activation laid out as ``[*address, unit, ...]``."""
+    return laid_out[_index(address, units)]
+
+
+def _index(address: tuple[Tensor, ...], units: Tensor | None) -> tuple[Tensor, ...]:
+    return address if units is None else (*(index[:, None] for index in address), units)
+
+
+def source_at(gather_from: Callable[..., Tensor], op: Op, site: HookSite, layer: int) -> Tensor:
+    """The source run's activation at an op's source places, from a store's ``gather``.
+
+    Raises:
+        EngineError: the patch names no source.
+    """
+    if op.source_run is None or op.source_positions is None:
+        raise EngineError(f"the edit {op.edit.name!r} needs a source run: give the patch source=Source(...)")
+    units = op.units if site == op.site else None
+    return gather_from(op.source_run, site, layer, op.prompts, op.source_positions, units)
+
+
+def not_computed(op: Op, name: str) -> EngineError:
+    """The refusal of a read, at the hook point ``name``, of what comes later in the forward pass than the edit."""
+    return EngineError(
+        f"the edit {op.edit.name!r} at {op.site.at(op.layer)} reads {name}, which the model has not computed by then: "
+        "edits can only read what comes earlier in the forward pass"
+    )
+
+
+def edited(op: Op, old: Gathered, live: Mapping[str, Tensor], source_of: SourceOf | None) -> Gathered:
+    """What the edit makes of ``old``, in its shape and dtype.
+
+    Args:
+        op: the edit and its places, on the device of ``old``.
+        old: the activation there, ``[pair, unit, ...]``.
+        live: what the edit reads in this pass, by the keys of :attr:`EditSite.live`.
+        source_of: looks up the source run's activations; ``None`` where there are none.
+
+    Raises:
+        EngineError: the edit returns another shape than it was given.
+    """
+    source, source_live = None, {}
+    if op.edit.uses_source and source_of is not None:
+        source = source_of(op, op.site, op.layer)
+        source_live = {place.key: source_of(op, place.site, place.layer) for place in op.edit.reads_in(op.layer)}
+    at = EditSite(op.layer, op.prompts, op.positions, op.units, live, source_live)
+    new = op.edit(old, source, at)
+    if new.shape != old.shape:
+        raise EngineError(f"the edit {op.edit.name!r} returned shape {tuple(new.shape)} for {tuple(old.shape)}")
+    return new.to(old.dtype)
+
+
+def apply_edit(
+    laid_out: Tensor,
+    op: Op,
+    live: Mapping[str, Tensor],
+    source_of: SourceOf | None,
+    changed: Int[Tensor, " intervention"] | None,
+) -> None:
+    """Write one edit into ``laid_out`` (``[*address, unit, ...]``), which must be the caller's own copy.
+
+    Places that moved are counted in ``changed``, at the number of their intervention.
+    """
+    op = op.on(laid_out.device)
+    index = _index(op.address, op.units)
+    old = laid_out[index]
+    new = edited(op, old, {key: act.to(old.device) for key, act in live.items()}, source_of)
+    if changed is not None and op.owners is not None:
+        # An index_add_ of integers is exact in any order.
+        changed.index_add_(0, op.owners, has_moved(old, new).to(changed))
+    laid_out[index] = new
+
+
+def has_moved(old: Tensor, new: Tensor) -> Bool[Tensor, " pair"]:
+    """Whether an edit changed what it was given by more than the rounding of a forward pass.
+
+    In float32 and up, relative to the root mean square of each activation. Half precision rounds so coarsely that a
+    real change could pass for rounding: there any difference counts.
+    """
+    old, new = old.flatten(1), new.flatten(1)
+    if old.element_size() < 4:
+        return (new != old).any(-1)
+    return ((new - old).abs() > 1e-5 * old.pow(2).mean(-1, keepdim=True).sqrt()).any(-1) | ~torch.isfinite(new).all(-1)
