@@ -26,6 +26,7 @@ from torch import Tensor
 from sinklens.attribution.passes import Estimation, Needs
 from sinklens.attribution.trace import Trace, without
 from sinklens.edits import Edit, Transplant
+from sinklens.engine.places import group_parts, parts_of
 from sinklens.errors import InputError
 from sinklens.models.view import Model
 from sinklens.patches import CLEAN, Patch, Runs, Source
@@ -211,7 +212,7 @@ def attribution_map(
     job = _job(model, prompts, [readout], runs, qk_fix)
     tokens, length = job.tokens, job.tokens.shape[1]
     everywhere = [Patch(site, (layer,), (pos,), edit, None, run, source) for layer in layers for pos in range(length)]
-    groups = job.groups(everywhere)  # one for every block, in their order
+    groups = group_parts(parts_of(everywhere), job.device, by_run=True)  # one for every block, in their order
     n_units = unit_count(site, job.shape)
     if n_units is None:
         raise InputError(f"{site.template} has no units to select")

@@ -15,7 +15,7 @@ from sinklens.attribution.qk import Attention, attention, nodes_for_fix
 from sinklens.attribution.trace import Node, Trace, trace_run, without
 from sinklens.engine.apply import Op, edited, gather
 from sinklens.engine.memory import is_out_of_memory, release_cached, row_budget
-from sinklens.engine.places import NOWHERE, PlaceGroup, group_patches, numbered_parts, pairs_of
+from sinklens.engine.places import NOWHERE, PlaceGroup, group_parts, pairs_of, parts_of
 from sinklens.engine.validation import validate
 from sinklens.errors import EngineError, InputError
 from sinklens.models.view import Model, ModelShape, device_of, model_shape
@@ -52,15 +52,6 @@ class Needs:
         return Needs(*({run: everywhere(nodes) for run, nodes in part.items()} for part in (self.keep, self.wrt)))
 
 
-class Group(NamedTuple):
-    """Interventions that are estimated together."""
-
-    places: PlaceGroup
-    """They differ only in where they are."""
-    patches: Int[Tensor, " member"]
-    """The patch that each belongs to."""
-
-
 class Pairs(NamedTuple):
     """The (intervention, prompt, position) triples of a slice of a group, one row for each."""
 
@@ -91,37 +82,31 @@ class Estimation:
         self.names = [without(readout.name, drop) for readout in readouts for drop in (None, *self.drops)]
         self.readings: dict[str, dict[str, list[Tensor]]] = {}
         self.n_forwards = self.n_backwards = 0
-        self._grouped: tuple[Sequence[Patch], list[Group]] | None = None
+        self._grouped: tuple[Sequence[Patch], list[PlaceGroup]] | None = None
         self._attention: tuple[Trace, int, Attention] | None = None
 
-    def slabs(self, patches: Sequence[Patch]) -> Iterator[list[Group]]:
+    def slabs(self, patches: Sequence[Patch]) -> Iterator[list[PlaceGroup]]:
         """The patches in groups, some tens of thousands at a time."""
         if self._grouped is not None and self._grouped[0] is patches:
             yield self._grouped[1]
             return
         stream, first = iter(patches), 0
         while slab := list(islice(stream, SLAB)):
-            groups = self.groups(slab, first)
+            groups = group_parts(parts_of(slab, first), self.device, by_run=True)
             if len(slab) == len(patches):
                 self._grouped = (patches, groups)
             yield groups
             first += len(slab)
-
-    def groups(self, patches: Sequence[Patch], first: int = 0) -> list[Group]:
-        """Patches in groups; the first one has the number ``first``."""
-        parts, patch_of = numbered_parts(patches, first)
-        of = torch.tensor(patch_of, device=self.device)
-        return [Group(group, of[group.members]) for group in group_patches(parts, self.device, by_run=True)]
 
     def needs(self, patches: Sequence[Patch]) -> Needs:
         """What has to be traced for these patches, which are checked on the way."""
         needs = Needs({}, {})
         self._grouped = None  # the caller may have changed the list since
         for groups in self.slabs(patches):
-            validate(self.model, self.tokens, [group.places.like for group in groups], self.readouts, self.runs)
+            validate(self.model, self.tokens, [group.like for group in groups], self.readouts, self.runs)
             for group in groups:
-                check_places(group.places, self.shape, *self.tokens.shape)
-                self._need(group.places.like, needs)
+                check_places(group, self.shape, *self.tokens.shape)
+                self._need(group.like, needs)
         return needs
 
     def _need(self, patch: Patch, needs: Needs) -> None:
@@ -194,25 +179,25 @@ class Estimation:
             self.n_backwards += len(readouts) * (1 + len(self.drops)) if wrt else 0
         return traces
 
-    def add(self, group: Group, prompts: Tensor, traces: Mapping[str, Trace], out: Tensor) -> None:
+    def add(self, group: PlaceGroup, prompts: Tensor, traces: Mapping[str, Trace], out: Tensor) -> None:
         """Add a group's estimates to ``out[readout, patch, prompt]``."""
-        for layer in self._moving(group.places.like):
+        for layer in self._moving(group.like):
             for patches, rows, change in self.changes(group, layer, prompts, traces):
                 index = (patches, prompts[rows])
                 for i in range(len(self.names)):
                     out[i].index_put_(index, change[i].sum(-1), accumulate=True)
 
     def changes(
-        self, group: Group, layer: int, prompts: Tensor, traces: Mapping[str, Trace]
+        self, group: PlaceGroup, layer: int, prompts: Tensor, traces: Mapping[str, Trace]
     ) -> Iterator[tuple[Tensor, Tensor, Float[Tensor, "readout pair unit"]]]:
         """``(patch of each pair, row of each pair, estimates unit by unit)``, one slice of the group after another."""
-        like = group.places.like
+        like = group.like
         trace = traces[like.run]
         fixed = self._attention_of(trace, layer) if self._fixed(like.site) else None
-        size = max(1, ENTRIES // self._entries(group.places, len(prompts), trace, layer))
+        size = max(1, ENTRIES // self._entries(group, len(prompts), trace, layer))
         for begin in range(0, len(group.patches), size):
             chosen = slice(begin, begin + size)
-            pairs = self._pairs(group.places, chosen, layer, prompts)
+            pairs = self._pairs(group, chosen, layer, prompts)
             old, new = self._edited(like.run, pairs.op, traces)
             if fixed is None:
                 node = Node(like.site, layer)

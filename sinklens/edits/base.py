@@ -76,7 +76,8 @@ class Edit:
     def reads(self) -> tuple[Read, ...]:
         """Places, earlier in the forward pass, whose activations the edit needs at its own positions.
 
-        A site is read in the edit's own block; ``(site, block)`` in that one.
+        A site is read in the edit's own block; ``(site, block)`` in that one. They are read as they stand there in this
+        pass, with all edits of that place.
         """
         return ()
 

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.engine.apply import Op, SourceOf, apply_edit, gather, not_computed
-from sinklens.engine.places import group_patches, pairs_of
+from sinklens.engine.places import group_of, pairs_of
 from sinklens.errors import EngineError
 from sinklens.models.view import Model, check_hook_name, forward, model_shape
 from sinklens.patches import Patch
@@ -57,7 +57,7 @@ class Program:
 
 def root_ops(root: Patch, rows: Sequence[tuple[int, int]], layers: Iterable[int], device: torch.device) -> list[Op]:
     """The edits of a root patch on some ``(row, prompt)`` pairs of a batch, in some of its blocks."""
-    (group,) = group_patches([(0, root)], device, by_run=False)
+    group = group_of(root, device)
     row, prompt = torch.tensor(rows, device=device, dtype=torch.long).view(-1, 2).unbind(-1)
     pairs = pairs_of(group, torch.zeros_like(prompt), prompt)
     address = (row[pairs.of], pairs.positions)

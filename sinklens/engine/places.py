@@ -29,7 +29,9 @@ class PlaceGroup:
     like: Patch
     """One of them: site, blocks, edit and source run are those of all."""
     members: Int[Tensor, " member"]
-    """Their numbers."""
+    """Their numbers among all interventions."""
+    patches: Int[Tensor, " member"]
+    """Numbers of the patches that they belong to."""
     positions: Int[Tensor, "member prompt place"]
     """Positions; one prompt on that axis where all share them, :data:`NOWHERE` where there are no more."""
     source_positions: Int[Tensor, "member prompt place"]
@@ -57,32 +59,44 @@ class Pairs:
     """Selected units."""
 
 
-def group_patches(
-    numbered: Iterable[tuple[int, Patch]], device: torch.device = HOST, *, by_run: bool
-) -> list[PlaceGroup]:
-    """Groups of interventions, in the order in which each group's first one comes.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One intervention of a patch, which may have several."""
+
+    number: int
+    """Its number among all interventions."""
+    patch: int
+    """Number of the patch that it belongs to."""
+    rank: int
+    """Its place in that patch: at one hook point interventions act in this order."""
+    edit: Patch
+    """The intervention, without those that go with it."""
+
+
+def parts_of(patches: Sequence[Patch], first: int = 0) -> list[Part]:
+    """All interventions of some patches, those of a lower rank first; the first patch has the number ``first``."""
+    ranked = [(rank, first + number, part) for number, p in enumerate(patches) for rank, part in enumerate(p.parts)]
+    ranked.sort(key=lambda item: item[0])
+    return [Part(number, patch, rank, part) for number, (rank, patch, part) in enumerate(ranked)]
+
+
+def group_parts(parts: Iterable[Part], device: torch.device = HOST, *, by_run: bool = False) -> list[PlaceGroup]:
+    """Groups of interventions, those of a lower rank first.
 
     Args:
-        numbered: interventions (patches without companions), with their numbers.
+        parts: the interventions.
         device: where the index arrays go.
         by_run: whether interventions in different runs are kept apart.
     """
-    groups: dict[Hashable, list[tuple[int, Patch]]] = defaultdict(list)
-    for number, patch in numbered:
-        groups[_key(patch, by_run)].append((number, patch))
+    groups: dict[Hashable, list[Part]] = defaultdict(list)
+    for part in parts:
+        groups[part.rank, _key(part.edit, by_run)].append(part)
     return [_group(members, device) for members in groups.values()]
 
 
-def numbered_parts(patches: Sequence[Patch], first: int = 0) -> tuple[list[tuple[int, Patch]], list[int]]:
-    """All interventions of some patches, and for each the number of its patch.
-
-    First ones come first, then all second ones and so on: at one place a patch's edits act in their order.
-    """
-    parts = [
-        (rank, first + number, part) for number, patch in enumerate(patches) for rank, part in enumerate(patch.parts)
-    ]
-    parts.sort(key=lambda item: item[0])
-    return [(index, part) for index, (_, _, part) in enumerate(parts)], [number for _, number, _ in parts]
+def group_of(patch: Patch, device: torch.device = HOST) -> PlaceGroup:
+    """A group of one intervention alone."""
+    return _group([Part(0, 0, 0, patch)], device)
 
 
 def pairs_of(group: PlaceGroup, members: Int[Tensor, " combination"], prompts: Int[Tensor, " combination"]) -> Pairs:
@@ -113,19 +127,18 @@ def _key(patch: Patch, by_run: bool) -> Hashable:
     )
 
 
-def _group(members: Sequence[tuple[int, Patch]], device: torch.device) -> PlaceGroup:
-    like = members[0][1]
-    positions = _table([patch.where for _, patch in members]).to(device)
+def _group(members: Sequence[Part], device: torch.device) -> PlaceGroup:
+    edits = [part.edit for part in members]
+    like = edits[0]
+    positions = _table([patch.where for patch in edits]).to(device)
     own_sources = like.source is not None and like.source.positions is not None
-    units = None
-    if like.units is not None:
-        units = torch.tensor([patch.units for _, patch in members], device=device)
     return PlaceGroup(
         like=like,
-        members=torch.tensor([number for number, _ in members], device=device),
+        members=torch.tensor([part.number for part in members], device=device),
+        patches=torch.tensor([part.patch for part in members], device=device),
         positions=positions,
-        source_positions=_table([p.source_where for _, p in members]).to(device) if own_sources else positions,
-        units=units,
+        source_positions=_table([patch.source_where for patch in edits]).to(device) if own_sources else positions,
+        units=None if like.units is None else torch.tensor([patch.units for patch in edits], device=device),
     )
 
 

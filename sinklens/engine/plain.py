@@ -17,7 +17,7 @@ from torch import Tensor
 from sinklens.engine.apply import Op, source_at
 from sinklens.engine.capture import ActivationStore, Want
 from sinklens.engine.hooks import Program, execute, readouts_in, root_ops
-from sinklens.engine.places import group_patches, numbered_parts, pairs_of
+from sinklens.engine.places import group_parts, pairs_of, parts_of
 from sinklens.models.view import Model, supports_resume
 from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import Readout
@@ -44,11 +44,11 @@ class PlainJob:
         self.runs, self.store, self.out, self.device = runs, store, out, out.device
         self.names = list(dict.fromkeys(patch.run for patch in patches))
         self.resume = supports_resume(model)
-        self.parts, self.patch_of = numbered_parts(patches)
+        self.parts = parts_of(patches)
         self.changed = torch.zeros(len(self.parts), dtype=torch.int32, device=self.device)
         self.finite = torch.ones(len(patches), dtype=torch.bool, device=self.device)
         last = max(layer for readout in readouts for layer in readout.layers) if readouts else -1
-        self.ran = torch.tensor([part.start <= last for _, part in self.parts], dtype=torch.bool)
+        self.ran = torch.tensor([part.edit.start <= last for part in self.parts], dtype=torch.bool)
         order = sorted((patch.start, index) for index, patch in enumerate(patches) if patch.start <= last)
         self.rows: list[Row] = [(index, prompt) for _, index in order for prompt in range(len(tokens))]
 
@@ -122,10 +122,10 @@ class PlainJob:
         rows_of: dict[int, list[int]] = {}
         for row, (index, _) in enumerate(chunk):
             rows_of.setdefault(index, []).append(row)
-        present = [(number, part) for number, part in self.parts if self.patch_of[number] in rows_of]
+        present = [part for part in self.parts if part.patch in rows_of]
         prompts = torch.tensor([prompt for _, prompt in chunk])
-        for group in group_patches(present, by_run=False):
-            rows = [rows_of[self.patch_of[int(number)]] for number in group.members]
+        for group in group_parts(present):
+            rows = [rows_of[patch] for patch in group.patches.tolist()]
             members = torch.tensor([member for member, mine in enumerate(rows) for _ in mine])
             row = torch.tensor([row for mine in rows for row in mine])
             pairs = pairs_of(group, members, prompts[row])

@@ -288,7 +288,7 @@ def _only_finite(value: Float[Tensor, "patch prompt"], finite: Bool[Tensor, " pa
 
 def _check_changed(job: PackedJob | PlainJob) -> None:
     still = (job.ran & (job.changed == 0).cpu()).nonzero().flatten().tolist()
-    idle = [job.parts[number][1] for number in still if not job.parts[number][1].allow_unchanged]
+    idle = [job.parts[number].edit for number in still if not job.parts[number].edit.allow_unchanged]
     if idle:
         raise EngineError(
             f"{len(idle)} patch(es) changed nothing, the first is: {idle[0].describe()}. "

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sinklens import edits
 from sinklens.engine.apply import Op, apply_edit, gather
-from sinklens.engine.places import group_patches, pairs_of
+from sinklens.engine.places import group_of, pairs_of
 from sinklens.errors import InputError
 from sinklens.models.view import Model, block_weights, model_shape
 from sinklens.patches import Patch
@@ -70,7 +70,7 @@ def _op(patch: Patch, layer: int, act: Tensor) -> Op:
     """The edit at the patch's positions of every row of ``act``; no positions mean all of them."""
     length = act.shape[patch.site.pos_axis]
     placed = patch if any(patch.where.rows) else replace(patch, positions=tuple(range(length)))
-    (group,) = group_patches([(0, placed)], act.device, by_run=False)
+    group = group_of(placed, act.device)
     rows = torch.arange(len(act), device=act.device)
     pairs = pairs_of(group, torch.zeros_like(rows), rows)
     return Op(

@@ -193,9 +193,10 @@ class PackedJob:
 
     def _read_wants(self) -> Iterable[Want]:
         """What edits read of earlier blocks: rows that were not under way there have it from their run."""
-        for part in [like for _, like in self.parts] + [root for roots in self.plan.roots.values() for root in roots]:
-            for layer in part.layers:
-                for place in part.edit.reads_in(layer):
+        roots = [root for roots in self.plan.roots.values() for root in roots]
+        for patch in [*(part.edit for part in self.parts), *roots]:
+            for layer in patch.layers:
+                for place in patch.edit.reads_in(layer):
                     if place.layer < layer <= self.last:
                         yield from (Want(run, place.site, place.layer) for run in self.plan.names)
 

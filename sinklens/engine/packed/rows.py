@@ -10,7 +10,7 @@ import torch
 
 from sinklens.engine.apply import Op
 from sinklens.engine.packed.layout import IntArray, Layout, to_device
-from sinklens.engine.places import PlaceGroup, group_patches, numbered_parts, pairs_of
+from sinklens.engine.places import PlaceGroup, group_of, group_parts, pairs_of, parts_of
 from sinklens.patches import Patch, Runs
 from sinklens.sites import RESID_PRE
 
@@ -66,18 +66,17 @@ class Plan:
         """Runs that are patched; a context is ``index of the run * number of prompts + prompt``."""
         self.roots = {name: [part for root in runs[name] for part in root.parts] for name in self.names}
         """Root edits of these runs."""
-        self.parts, patch_of = numbered_parts(patches)
+        self.parts = parts_of(patches)
         """All interventions of the patches."""
-        self.groups = group_patches(self.parts, by_run=False)
+        self.groups = group_parts(self.parts)
         """The same in groups that are edited together."""
-        self._patch_of = np.array(patch_of, dtype=np.int64)
         self._reach, self._last, self._n = reach, last, len(patches)
         self.rows = self._rows(patches)
 
     def _rows(self, patches: Sequence[Patch]) -> Rows:
         first = np.full((self._n, self.n_prompts), np.iinfo(np.int64).max)
         for group in self.groups:
-            np.minimum.at(first, self._patch_of[group.members.numpy()], group.first().numpy())
+            np.minimum.at(first, group.patches.numpy(), group.first().numpy())
         entry = np.array([patch.start for patch in patches], dtype=np.int64)
         run = np.array([self.names.index(patch.run) for patch in patches], dtype=np.int64)
         # What is read before the edit, in depth or in position, cannot move: such rows are not run at all.
@@ -108,7 +107,7 @@ class Plan:
         row_of = np.full((self._n, self.n_prompts), -1, dtype=np.int64)
         row_of[rows.patches[own], rows.prompts[own]] = own
         for group in self.groups:
-            row = row_of[self._patch_of[group.members.numpy()]]
+            row = row_of[group.patches.numpy()]
             member, prompt = (row >= 0).nonzero()
             if len(member):
                 ops += self._own(group, member, prompt, row[member, prompt], layout, last)
@@ -144,7 +143,7 @@ class Plan:
         ]
 
     def _root(self, root: Patch, mine: IntArray, rows: Rows, layout: Layout, last: int) -> list[Op]:
-        (group,) = group_patches([(0, root)], by_run=False)
+        group = group_of(root)
         prompt = rows.prompts[mine]
         pairs = pairs_of(group, torch.zeros(len(prompt), dtype=torch.long), torch.from_numpy(prompt))
         positions, of = pairs.positions.numpy(), pairs.of.numpy()
