@@ -137,7 +137,7 @@ def _group(members: Sequence[Part], device: torch.device) -> PlaceGroup:
         members=torch.tensor([part.number for part in members], device=device),
         patches=torch.tensor([part.patch for part in members], device=device),
         positions=positions,
-        source_positions=_table([patch.source_where for patch in edits]).to(device) if own_sources else positions,
+        source_positions=_sources(edits, positions.shape[-1]).to(device) if own_sources else positions,
         units=None if like.units is None else torch.tensor([patch.units for patch in edits], device=device),
     )
 
@@ -146,3 +146,10 @@ def _table(wheres: Sequence[Positions]) -> Int[Tensor, "member prompt place"]:
     longest = max(len(positions) for where in wheres for positions in where.rows)
     padded = [[(*row, *[NOWHERE] * (longest - len(row))) for row in where.rows] for where in wheres]
     return torch.tensor(padded, dtype=torch.long).view(len(wheres), -1, longest)
+
+
+def _sources(edits: Sequence[Patch], places: int) -> Int[Tensor, "member prompt place"]:
+    """Source positions for so many places each; where there is but one it serves all of them."""
+    wheres = [patch.source_where for patch in edits]
+    repeated = [Positions(tuple(row * places if len(row) == 1 else row for row in w.rows), w.shared) for w in wheres]
+    return _table(repeated)

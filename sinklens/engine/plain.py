@@ -112,6 +112,9 @@ class PlainJob:
 
     def _ops(self, chunk: Sequence[Row], first: int) -> list[Op]:
         """All edits of a batch from block ``first`` on: root edits of each row's run, then the row's own patch."""
+        return [*self._root_ops(chunk, first), *self._own_ops(chunk)]
+
+    def _root_ops(self, chunk: Sequence[Row], first: int) -> list[Op]:
         ops = []
         for run in dict.fromkeys(self.patches[index].run for index, _ in chunk):
             rows = [(row, prompt) for row, (index, prompt) in enumerate(chunk) if self.patches[index].run == run]
@@ -119,6 +122,10 @@ class PlainJob:
                 # The residual stream that rows resume from was captured after the root edit there.
                 begin = first + (self.resume and root.site == RESID_PRE)
                 ops += root_ops(root, rows, [layer for layer in root.layers if layer >= begin], self.device)
+        return ops
+
+    def _own_ops(self, chunk: Sequence[Row]) -> list[Op]:
+        ops = []
         rows_of: dict[int, list[int]] = {}
         for row, (index, _) in enumerate(chunk):
             rows_of.setdefault(index, []).append(row)

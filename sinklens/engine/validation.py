@@ -71,12 +71,18 @@ def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int
         raise InputError(f"blocks {patch.layers} are not all in 0..{n_layers - 1}: {patch.describe()}")
     if len(set(patch.layers)) != len(patch.layers):
         raise InputError(f"blocks {patch.layers} repeat: {patch.describe()}")
-    for where in {patch.where, patch.source_where}:
+    for where in (patch.where, patch.source_where):
         if not where.shared and len(where.rows) != n_prompts:
             raise InputError(f"positions are given for {len(where.rows)} prompts, but there are {n_prompts}")
         for positions in where.rows:
             if not positions or not all(0 <= p < length for p in positions):
                 raise InputError(f"positions {positions} are not all in 0..{length - 1}: {patch.describe()}")
+    matched = [(len(patch.where.at(i)), len(patch.source_where.at(i))) for i in range(n_prompts)]
+    if any(n_sources != n for n, n_sources in matched) and any(n_sources != 1 for _, n_sources in matched):
+        raise InputError(
+            f"give one source position for each of the positions {patch.where}, or one for all, not "
+            f"{patch.source_where}: {patch.describe()}"
+        )
     _validate_reads(patch)
     if patch.units is not None:
         size = unit_count(patch.site, shape)

@@ -6,6 +6,7 @@ bridge, which does not), and the gradients.
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -243,6 +244,45 @@ def test_what_a_patch_of_several_edits_is_called() -> None:
     assert len({patch.id for patch in several()}) == len(several())
     assert one.start == 2 and [part.also for part in one.parts] == [(), ()]
     assert "transplant" in one.describe() and "and zero" in one.describe()
+
+
+@pytest.mark.parametrize("path", ["packed", "model"])
+def test_one_source_position_for_several(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "model":
+        monkeypatch.setattr(engine, "unpackable", lambda *_, **__: "for this test")
+    model, tokens = tiny_model("llama", "hooked"), tiny_tokens(N, LENGTH)
+    one = Patch(sites.RESID_PRE, (2,), (3, 5), TRANSPLANT, source=Source("other", (6,)))
+    each = replace(one, source=Source("other", (6, 6)))
+    ragged = replace(one, positions=((3, 5), (4,), (2, 3, 6)), source=Source("other", ((7,), (6,), (1,))))
+    result = run_patches(model, tokens, [one, each, ragged], measured(4), runs=RUNS)
+    assert result.stats.path == path
+    values = result.values["logit"]
+    assert torch.allclose(values[0], values[1], atol=1e-6) and not torch.allclose(values[0], values[2], atol=1e-3)
+    for positions in (((6, 7, 8)), ((6, 7), (6,), (6, 7))):
+        with pytest.raises(InputError, match="one source position for each"):
+            run_patches(model, tokens, [replace(one, source=Source("other", positions))], measured(4), runs=RUNS)
+
+
+def test_a_readout_over_positions_cannot_say_two_things() -> None:
+    readout = measured(4)[1]
+    assert isinstance(readout, readouts.PositionReadout)
+    act = torch.rand(N, LENGTH, 32)
+    rows = readouts.Rows(torch.arange(N), 2)
+    doubled = replace(readout, at=lambda x, tokens: 2 * readout.at(x, tokens))
+    assert torch.allclose(doubled.reduce(act, rows), 2 * readout.reduce(act, rows))
+    with pytest.raises((TypeError, ValueError)):
+        replace(readout, reduce=lambda act, _rows: act.sum())
+    pickled = pytest.importorskip("cloudpickle").dumps(replace(readout, at=first_entry, weigh=last_position))
+    sent = pickle.loads(pickled)
+    assert torch.equal(sent.reduce(act, rows), act[:, -1, 0])
+
+
+def first_entry(x: Tensor, tokens: readouts.Tokens) -> Tensor:  # noqa: ARG001
+    return x[:, 0]
+
+
+def last_position(length: int) -> Tensor:
+    return (torch.arange(length) == length - 1).float().expand(N, -1)
 
 
 def test_positions() -> None:
