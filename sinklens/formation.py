@@ -8,9 +8,8 @@ Everything is found in the data; nothing is assumed about the model or the first
   ``r_l = |h_l[sink]| / median_j |h_l[j]|``, block l is one when ``r_after >= min_ratio`` and
   ``r_after / r_before >= min_jump``. The block to explain is the one with the largest growth ``r_after - r_before``.
 * *Super neurons* (of that block) have outlying norms of both their W_gate and W_up columns (robust z of each, the
-  smaller
-  one counts) and fire selectively: their mean magnitude on the sink token is ``selectivity`` times what they reach on
-  other tokens (95th percentile). A plain MLP has no gate, so W_in alone is asked.
+  smaller one counts) and fire selectively: their mean magnitude on the sink token is ``selectivity`` times what they
+  reach on other tokens (95th percentile). A plain MLP has no gate, so W_in alone is asked.
 * *Outlier dimensions* are the residual dimensions in which the super neurons' joint contribution on the sink token
   outlies that in all others (robust z of its magnitude); where a norm stands behind the MLP, so that a neuron's own
   contribution cannot be told, all that the MLP adds takes its place.
@@ -345,7 +344,7 @@ def formation_to_json(formation: Formation) -> dict[str, Any]:
 
 
 def formation_from_json(data: Mapping[str, Any]) -> Formation:
-    """The inverse of :func:`formation_to_json`, also of what :func:`to_plain` made of it.
+    """The inverse of :func:`formation_to_json`, also of what :func:`sinklens.records.plain.to_plain` made of it.
 
     Raises:
         LookupError, TypeError: something is missing.
@@ -364,7 +363,7 @@ _Item = TypeVar("_Item", SuperNeuron, OutlierDim, FormationEvent)
 
 
 def _from_plain(kind: type[_Item], item: Mapping[str, Any]) -> _Item:
-    """The inverse of :func:`to_plain`: a number that JSON could not hold is NaN again."""
+    """The inverse of :func:`sinklens.records.plain.to_plain`: a number that JSON could not hold is NaN again."""
     missing = {f.name: np.nan for f in fields(kind) if f.type == "float" and item[f.name] is None}
     return kind(**{**item, **missing})
 

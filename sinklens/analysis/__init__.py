@@ -1,6 +1,6 @@
 """An analysis: a question about the sink, its table, its figure, and a verdict on the claim by a stated rule.
 
-An analysis is a file with an :class:`Analysis` named ``ANALYSIS``. Its ``run`` takes a :class:`~sinklens.study.Study`
+An analysis is a file with an :class:`Analysis` named ``ANALYSIS``. Its ``run`` takes a :class:`sinklens.Study`
 and its own options by keyword, and returns :class:`Findings`; its ``draw`` makes a plotly figure of these. What is
 measured and what is drawn stay apart, so that numbers can be had without a plotting library.
 

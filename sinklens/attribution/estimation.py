@@ -67,7 +67,7 @@ def estimate(
         prompts: equal-length prompts, ``[prompt pos]``.
         patches: any sequence, also one that builds its patches when they are asked for.
         readouts: what to estimate; ``reduce`` and ``combine`` must pass gradients on.
-        runs: root patches of every run, as for :func:`~sinklens.engine.run.run_patches`.
+        runs: root patches of every run, as for :func:`sinklens.run_patches`.
         qk_fix: recompute the softmax for patches of queries and keys; False: plain attribution patching.
         memory_budget: bytes that one pass's activations may take (as for the engine by default).
         max_rows: prompts for one pass, in place of the memory budget.

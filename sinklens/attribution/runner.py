@@ -20,7 +20,7 @@ from sinklens.readouts.base import Readout
 
 
 class AttributionRunner:
-    """In place of a :class:`~sinklens.engine.run.PatchRunner`: values are the run's own plus the estimated change.
+    """In place of a :class:`sinklens.engine.PatchRunner`: values are the run's own plus the estimated change.
 
     The arguments are the same. Runs are measured, not estimated.
     """

@@ -110,7 +110,7 @@ def screen(
     """Estimate all patches, then run the ``top`` that look largest and ``sample`` drawn at random.
 
     Args:
-        model: as in :func:`~sinklens.attribution.estimate`.
+        model: as in :func:`sinklens.attribution.estimate`.
         prompts: equal-length prompts.
         patches: any sequence, also one that builds its patches when they are asked for.
         readout: what to measure.
@@ -118,15 +118,15 @@ def screen(
         top: patches to verify: those whose mean estimate over prompts is largest in absolute value.
         sample: patches to draw from all, whatever their estimate.
         seed: draws the sample and the bootstrap.
-        qk_fix: as in :func:`~sinklens.attribution.estimate`.
-        drop_blocks: choose the top by the sizes of :func:`~sinklens.attribution.grad_drop`, in place of the estimates'.
+        qk_fix: as in :func:`sinklens.attribution.estimate`.
+        drop_blocks: choose the top by the sizes of :func:`sinklens.attribution.grad_drop`, in place of the estimates'.
         memory_budget: bytes that one pass's activations may take.
         max_rows: rows for one pass, in place of the memory budget.
         progress: of the exact runs, called with (rows done, rows in all).
 
     Raises:
-        InputError: a number of patches that is not positive, or what :func:`~sinklens.attribution.estimate` refuses.
-        EngineError: what it, or :func:`~sinklens.engine.run.run_patches`, cannot trust.
+        InputError: a number of patches that is not positive, or what :func:`sinklens.attribution.estimate` refuses.
+        EngineError: what it, or :func:`sinklens.run_patches`, cannot trust.
     """
     if top < 1 or sample < 3:
         raise InputError("top must be at least 1, and the random sample at least 3")

@@ -1,9 +1,9 @@
 """What else the pair changes: the questions that a careful reader of an intervention asks.
 
 An intervention that makes a sink could do so by side effects. For both runs of the pair this measures, at the target
-and
-at the other positions: attention entropy (nats) and how many values a query effectively averages, in the blocks up to
-formation and in those after; the variance of the aggregated value; the super neurons' activations; and residual norms.
+and at the other positions: attention entropy (nats) and how many values a query effectively averages, in the blocks up
+to formation and in those after; the variance of the aggregated value; the super neurons' activations; and residual
+norms.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ formation) and every prompt i,
 * noise (is it necessary?): ``effect_i = (M_anchored - M_patched) / (M_anchored - M_base)``.
 
 Effects are per prompt, aggregated last, never clipped. Two identities are asserted in every run, because nothing that
-is
-printed can be trusted if they fail: the transplant of the aggregated value must carry exactly all of the effect of an
-induced pair, and every stage's transplant must move its own readout by exactly 1.
+is printed can be trusted if they fail: the transplant of the aggregated value must carry exactly all of the effect of
+an induced pair, and every stage's transplant must move its own readout by exactly 1.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def run_chain(
         target: position that is made a sink, or ``"natural"`` for the sink that the data has.
         pair: how the sink is made at ``target``: ``block_aggregation`` or ``amplify_variance``.
         strength: lambda of ``amplify_variance``.
-        pair_layers: blocks of that intervention (see :func:`~sinklens.pairs.pair.induced_pair` for the default).
+        pair_layers: blocks of that intervention (see :func:`sinklens.induced_pair` for the default).
         stages: stages to score, the six of the chain by default.
         formation: where the sink forms; found if not given.
         readout_blocks: in how many blocks after the formation block attention is measured.

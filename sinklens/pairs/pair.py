@@ -1,14 +1,13 @@
 """Sink pairs: two runs on the same tokens, one without a sink at a position and one with.
 
 The *induced* pair has the clean model as ``base`` and an intervention at the root of the chain as ``anchored``: the
-token
-at the target may attend only to itself (``block_aggregation``), or the deviation of its aggregated value is amplified
-(``amplify_variance``). Because both are interventions on one token's attention alone, transplanting that token's
-aggregated value must carry over all of the effect: the identity check of every chain.
+token at the target may attend only to itself (``block_aggregation``), or the deviation of its aggregated value is
+amplified (``amplify_variance``). Because both are interventions on one token's attention alone, transplanting that
+token's aggregated value must carry over all of the effect: the identity check of every chain.
 
-The *natural* pair has one run, the clean model, and compares the sink that the data has with ordinary positions.
-There is
-no run without the sink to denoise, so it is noised only, with activations of an ordinary position of the same prompt.
+The *natural* pair has one run, the clean model, and compares the sink that the data has with ordinary positions. There
+is no run without the sink to denoise, so it is noised only, with activations of an ordinary position of the same
+prompt.
 """
 
 from __future__ import annotations

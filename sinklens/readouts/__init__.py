@@ -1,7 +1,7 @@
 """Readouts: scalars that say how far a run has gone, for the engine to reduce inside the forward pass.
 
-:mod:`~sinklens.readouts.base` says what a readout is, :mod:`~sinklens.readouts.build` makes them, and
-:mod:`~sinklens.readouts.named` has those with a name.
+:mod:`sinklens.readouts.base` says what a readout is, :mod:`sinklens.readouts.build` makes them, and
+:mod:`sinklens.readouts.named` has those with a name.
 """
 
 from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens

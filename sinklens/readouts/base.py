@@ -61,7 +61,7 @@ class PositionReadout(Readout):
     Under a causal mask nothing before a patched position moves, so the engine recomputes the later terms alone and adds
     the run's own sum of the others. Most readouts are such: what a position receives is a sum over queries,
     a norm is a sum with one term, a loss a mean over positions. Make one with
-    :func:`sinklens.readouts.build.over_positions`.
+    :func:`sinklens.readouts.over_positions`.
     """
 
     reduce: Callable[[Tensor, Rows], Tensor] = field(init=False, repr=False)

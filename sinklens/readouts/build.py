@@ -1,6 +1,6 @@
 """Readouts: scalars that say how far a run has gone, for the engine to reduce inside the forward pass.
 
-Each function builds a :class:`~sinklens.patches.PositionReadout`, a weighted sum over positions, of which the engine
+Each function builds a :class:`PositionReadout`, a weighted sum over positions, of which the engine
 recomputes only what a patch can move. Positions are given as one position for each prompt.
 """
 

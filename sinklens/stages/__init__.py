@@ -1,12 +1,11 @@
 """The six stages of the proposed chain, and what a stage is.
 
 A :class:`Stage` is a claim about *where* the effect passes: a site, blocks, units, and a readout that says how far it
-has
-gone. Each :class:`Experiment` tests it: a *transplant* (does the stage carry the effect?), *mechanism* edits
-(by what the claim names?), and for each a *control* of equal size that should do nothing of the kind. ``predicted`` is
-what the claim says the (denoise, noise) effects are. Isolating edits carry over only the mechanism: 1 and 1. Removing
-edits take the mechanism away: putting what is left into the base run should not restore the sink (0), and taking it
-out of the anchored run should remove it (1); for their controls it is the other way round.
+has gone. Each :class:`Experiment` tests it: a *transplant* (does the stage carry the effect?), *mechanism* edits (by
+what the claim names?), and for each a *control* of equal size that should do nothing of the kind. ``predicted`` is what
+the claim says the (denoise, noise) effects are. Isolating edits carry over only the mechanism: 1 and 1. Removing edits
+take the mechanism away: putting what is left into the base run should not restore the sink (0), and taking it out of
+the anchored run should remove it (1); for their controls it is the other way round.
 
 The weight counterfactuals (permuted z, rotated W_out rows) are written as activation edits: no weight is touched.
 """

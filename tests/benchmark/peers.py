@@ -33,7 +33,7 @@ ROWS = {"cuda": (64, 256, 1024), "cpu": (8, 32, 128)}
 
 
 class Peer(ABC):
-    """A library, and a way to run the sweep with it; made from the :class:`~tests.benchmark.shapes.Models`."""
+    """A library, and a way to run the sweep with it; made from the :class:`tests.benchmark.shapes.Models`."""
 
     name: ClassVar[str]
     """What tables call it."""

@@ -1,9 +1,8 @@
 """Scores of the planted model against what they must be, worked out by hand.
 
 Prompt 0 has no sink of its own: in the base run every later query i spreads attention evenly over its i + 1 keys, so
-the
-target receives ``mean 1 / (i + 1)``; in the anchored run it receives 1. Prompt 1 has a sink at position 0: there the
-target receives 0 in the base run, and shares evenly with position 0 in the anchored run: 1/2.
+the target receives ``mean 1 / (i + 1)``; in the anchored run it receives 1. Prompt 1 has a sink at position 0: there
+the target receives 0 in the base run, and shares evenly with position 0 in the anchored run: 1/2.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 Residual dimensions: 0 aggregated value, 1 sign of the token, 2 outlier, 3 the constant 1, 4 junk, 5-7 unused.
 
 Block 0: attention is uniform over the causal context (no queries, no keys), the value is the token's sign after
-RMSNorm,
-and W_O writes it into dimension 0: a token that averages gets nearly 0, one that attends to itself alone its own sign.
-Neuron 0 fires when dimension 0 exceeds half of the constant, and writes 100 times its activation into dimension 2
-(and a little everywhere). The other neurons fire for everyone, more with dimension 0, and write into dimension 4 only.
+RMSNorm, and W_O writes it into dimension 0: a token that averages gets nearly 0, one that attends to itself alone its
+own sign. Neuron 0 fires when dimension 0 exceeds half of the constant, and writes 100 times its activation into
+dimension 2 (and a little everywhere). The other neurons fire for everyone, more with dimension 0, and write into
+dimension 4 only.
 
 Block 1: every query is the constant, the key is dimension 2 after RMSNorm, so scores are 0 for ordinary tokens and
 over 60 for one on which neuron 0 fired: attention to it is 1 up to e^-60.

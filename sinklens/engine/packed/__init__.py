@@ -5,7 +5,7 @@ position that it edits, so here a row holds only the positions from there on; th
 those of the unpatched run. Rows of different lengths lie one after another in one tensor ``[token, ...]``, without
 padding, and join the pass at the block that they are patched in: one pass serves patches of all blocks and positions.
 
-The arithmetic is the model's own, block by block, with the same weights. :mod:`~sinklens.engine.packed.weights`
+The arithmetic is the model's own, block by block, with the same weights. :mod:`sinklens.engine.packed.weights`
 says which models have a part that is not known here; the engine runs those with TransformerLens. The first batch
 of every runner is checked against the model's own numbers.
 """
