@@ -2,7 +2,7 @@
 #
 #   make chain   the main job on the default model     make check      what CI runs: lint, types, tests
 #   make test    the tests                             make benchmark  time a sweep beside other libraries
-#   make clean   remove the environments
+#   make docs    the API reference, in build/docs      make clean      remove the environments
 #
 # PYTHON=python3.12 picks another interpreter; ARGS="--length 32" adds options to the main job or to pytest.
 
@@ -16,7 +16,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help chain test lint types check format benchmark clean
+.PHONY: help chain test lint types check format docs benchmark clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +32,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m tests.helpers.references
 
 types: $(VENV)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -41,6 +42,9 @@ check: lint types test
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.helpers.api build/docs
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmark $(ARGS)

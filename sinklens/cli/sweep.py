@@ -254,8 +254,6 @@ def _print(result: SweepResult, out: Path, shard: Any, seconds: float, as_json: 
         screen.print(line, markup=False, soft_wrap=True)
     verified = result.verified
     if verified is not None:
-        from sinklens.sweeps.screening import judge
-
         screen.print(verified_table(verified))
-        screen.print(judged_table(judge(verified, result.config["seed"])))
+        screen.print(judged_table(result.judged()))
     screen.print(f"{len(result):,} rows in {seconds:.1f} s. Results: {out}", markup=False, soft_wrap=True)

@@ -18,6 +18,7 @@ import torch
 from sinklens.errors import InputError
 from sinklens.formation import Formation, formation_from_json
 from sinklens.sweeps.grid import Tasks
+from sinklens.sweeps.judging import judge
 from sinklens.sweeps.schema import CELL
 from sinklens.sweeps.shards import FileShards, FolderShards, Shards, record_of_file
 from sinklens.sweeps.store import FolderSink, read_record
@@ -116,6 +117,20 @@ class SweepResult:
         if rows is None and self.folder is not None and self.folder.is_dir():
             rows = FolderSink(self.folder).verified()
         return None if rows is None else to_pandas(rows)
+
+    def judged(self) -> pd.DataFrame:
+        """Of a screened sweep, how well its estimates rank the exact effects of the random sample; a row a readout.
+
+        Columns: ``n`` patches; ``spearman``, ``spearman_size`` (of absolute values) and ``kendall`` with ``_low`` and
+        ``_high``, bootstraps over the sample's patches; ``largest_missed``, the largest absolute exact effect in the
+        sample that is not among the top.
+
+        Raises:
+            InputError: nothing was run exactly.
+        """
+        if (verified := self.verified) is None:
+            raise InputError("no cell of this sweep was run beside its estimate: sweep with method='screen'")
+        return judge(verified, self.config["seed"])
 
     def __len__(self) -> int:
         return self.dataset.count_rows()

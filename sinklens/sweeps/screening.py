@@ -1,7 +1,8 @@
 """Screened sweeps: every cell is estimated; the strongest, and a random sample of all, are then run exactly.
 
 The sweep's own table holds the estimates. What was run exactly is a table of its own beside it, with both numbers in
-each row. How far estimates can be trusted is judged by the random sample alone, never by the strongest.
+each row. How far estimates can be trusted is judged by the random sample alone, never by the strongest
+(:meth:`sinklens.SweepResult.judged`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
 
-from sinklens.attribution.screening import choose, rank_correlations
+from sinklens.attribution.screening import choose
 from sinklens.engine.run import Progress
 from sinklens.errors import InputError
 from sinklens.models.view import Model
@@ -113,22 +113,3 @@ def _beside(rows: pa.Table, estimates: np.ndarray, chosen: np.ndarray, top: np.n
     for name, column in zip(VERIFIED, columns, strict=True):
         rows = rows.append_column(name, column)
     return rows
-
-
-def judge(verified: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """How well estimates rank exact effects, by readout, on the random sample: one row for each readout.
-
-    Columns: ``n`` patches; ``spearman``, ``spearman_size`` (of absolute values) and ``kendall`` with ``_low`` and
-    ``_high``, bootstraps over the sample's patches; ``largest_missed``, the largest absolute exact effect in the sample
-    that is not among the top.
-    """
-    keys = ["readout", "patch", "kind"]
-    sample = pd.DataFrame(verified[verified.sampled], columns=[*keys, "estimate", "effect"])
-    sample = pd.DataFrame(sample.groupby(keys, observed=True, sort=False, as_index=False).mean()).dropna()
-    rows = []
-    for readout, mine in sample.groupby("readout", observed=True, sort=False):
-        row = {"readout": readout, "n": len(mine)}
-        for name, found in rank_correlations(mine.estimate.to_numpy(), mine.effect.to_numpy(), seed).items():
-            row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-        rows.append({**row, "largest_missed": mine.effect[mine.kind == "sample"].abs().max()})
-    return pd.DataFrame(rows)

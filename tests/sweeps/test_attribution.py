@@ -20,7 +20,7 @@ from sinklens.readouts.base import Readout
 from sinklens.readouts.build import attention_received
 from sinklens.sites import RESID_POST, RESID_PRE, K
 from sinklens.sweeps import SweepResult, sweep
-from sinklens.sweeps.screening import judge
+from sinklens.sweeps.judging import judge
 from tests.helpers.tiny import tiny_model
 
 N, LENGTH, TARGET = 3, 16, 4
@@ -204,6 +204,14 @@ def test_estimates_are_judged_by_the_sample_alone():
     assert found["kendall"] == pytest.approx(-1)
 
 
+def test_a_screened_sweep_judges_its_estimates(screened):
+    judged = screened.judged()
+    assert list(judged.readout) == [*screened.table.readout.unique()]
+    pd.testing.assert_frame_equal(judged, judge(screened.verified, screened.config["seed"]))
+
+
 def test_an_exact_sweep_has_nothing_verified(estimated):
     assert estimated.verified is None
+    with pytest.raises(InputError, match="method='screen'"):
+        estimated.judged()
     assert estimated.config["method"] == "attribution"
