@@ -1,34 +1,138 @@
-"""The README says what is so: its results are those of this code, its commands exist."""
+"""The pages say what is so: results are those of this code, commands, options, links and names exist, examples run."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from sinklens.analysis.discovery import list_analyses
 from sinklens.analysis.run import load_analysis, run_analysis
 from sinklens.prompts import natural
 from sinklens.study import Study
-from tests.helpers.readme import HEAD, README
+from tests.helpers.pages import README, blocks, headings, links, readmes, table
+from tests.helpers.readme import HEAD
+from tests.helpers.readme import README as RESULTS
+from tests.helpers.references import ROOT
 
+each_page = pytest.mark.parametrize("page", readmes(), ids=lambda page: str(page.relative_to(ROOT)))
 TEXT = README.read_text(encoding="utf-8")
-ROWS = {
-    cells[0].strip(" `"): [cell.strip() for cell in cells[1:]]
-    for cells in (re.split(r"(?<!\\)\|", line)[1:-1] for line in TEXT[TEXT.index(HEAD) :].split("\n\n")[0].split("\n"))
-}
-"""The results table: verdict, statistic, value, control, paper by analysis."""
 
 
-def test_every_analysis_has_its_row():
-    assert set(ROWS) >= set(list_analyses())
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[str]]:
+    """The results table: verdict, statistic, value, control, paper by analysis."""
+    return table(RESULTS.read_text(encoding="utf-8"), HEAD)
 
 
-def test_every_command_that_is_named_exists():
+def named_commands(text: str) -> list[list[str]]:
+    """Every line of the fenced blocks that is a command of this project, in words, without a comment."""
+    lines = [line for block in blocks(text) for line in block.splitlines()]
+    return [
+        shlex.split(line, comments=True) for line in lines if re.match(r"sinklens |python -m tests\.benchmark", line)
+    ]
+
+
+def help_of(words: list[str]) -> str:
+    """What the command says of itself."""
+    if words[0] == "python":
+        from tests.benchmark.__main__ import app
+
+        command = ["--help"]
+    else:
+        from sinklens.cli import app
+
+        name = words[1:3] if words[1] == "analyse" else words[1:2]
+        command = [*name, "--help"]
+    found = CliRunner().invoke(app, command, env={"COLUMNS": "400", "NO_COLOR": "1", "TERM": "dumb"})
+    assert found.exit_code == 0, f"{words}: {found.output}"
+    return found.output
+
+
+def test_the_first_page_is_short():
+    assert len(TEXT.splitlines()) <= 160
+
+
+def test_every_analysis_has_its_row(rows):
+    assert set(rows) >= set(list_analyses())
+
+
+def test_the_first_page_s_results_are_those_of_the_table(rows):
+    claims = table(TEXT, "| the claim | analysis |")
+    assert claims
+    for name, outcome, value in claims.values():
+        row = rows[name.strip("`")]
+        assert (outcome, value) == (row[0], row[2]), name
+    assert "of sixteen analyses seven hold" in TEXT.replace("\n", " ")
+    assert (len(rows), sum(row[0] == "holds" for row in rows.values())) == (16, 7)
+
+
+def test_the_map_has_every_room_in_order():
+    code = (path for path in (ROOT / "sinklens").iterdir() if path.is_dir() or path.suffix == ".py")
+    rooms = {path.stem for path in code if not path.name.startswith("__")}
+    above = re.findall(r'^    "(\w+)",$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    layers = [name for name in reversed(above) if name in rooms]
+    named = re.findall(r"^\| `(\w+)` \|", TEXT[TEXT.index("## The map") :], re.MULTILINE)
+    assert named == [*layers, "data"]
+    assert set(named) == rooms
+
+
+@each_page
+def test_every_command_that_is_named_exists(page: Path):
     from sinklens.cli import app
 
     known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-    assert set(re.findall(r"`sinklens ([a-z]+)", TEXT)) <= known
+    assert set(re.findall(r"`sinklens ([a-z]+)", page.read_text(encoding="utf-8"))) <= known
+
+
+@each_page
+def test_every_command_in_a_block_has_its_options(page: Path):
+    for words in named_commands(page.read_text(encoding="utf-8")):
+        shown = help_of(words)
+        for option in (word for word in words if word.startswith("--")):
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", shown), f"{shlex.join(words)}: {option}"
+
+
+@each_page
+def test_every_link_leads_somewhere(page: Path):
+    text = page.read_text(encoding="utf-8")
+    for link in links(text):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target.read_text(encoding="utf-8")), link
+
+
+@each_page
+def test_every_file_that_is_named_exists(page: Path):
+    for name in re.findall(r"`((?:sinklens|tests|analyses|tutorials)/[\w/.-]+)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.smollm2
+@pytest.mark.slow
+def test_the_first_page_s_example_runs(tmp_path, monkeypatch):
+    pytest.importorskip("plotly")
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(TEXT, "python")
+    names: dict[str, Any] = {}
+    exec(example.replace("n=16, length=64", "n=2, length=32"), names)
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+    assert names["logits"].shape[:2] == (2, 32)
+
+
+@pytest.mark.smollm2
+@pytest.mark.slow
+def test_the_sweep_s_example_prints_what_the_page_says(capsys):
+    pytest.importorskip("plotly")
+    (example,) = blocks((ROOT / "sinklens" / "sweeps" / "README.md").read_text(encoding="utf-8"), "python")
+    code, _, comment = example.rpartition("\n\n")
+    exec(code, {})
+    assert capsys.readouterr().out.split() == re.sub(r"^# ", "", comment, flags=re.MULTILINE).split()
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +143,9 @@ def study(smollm2) -> Study:
 @pytest.mark.smollm2
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["onset", "super_neurons", "down_projection", "selective_activation"])
-def test_the_results_are_those_of_this_code(study, name):
+def test_the_results_are_those_of_this_code(study, rows, name):
     found = run_analysis(load_analysis(name), study).findings.verdict
-    outcome, statistic, value, control, _ = ROWS[name]
+    outcome, statistic, value, control, _ = rows[name]
     assert (outcome.strip("*"), statistic.replace("\\|", "|")) == (found.outcome, found.statistic)
     for text, estimate in ((value, found.estimate), (control, found.control_estimate)):
         assert estimate is not None

@@ -4,7 +4,7 @@ Every stage of the chain and every analysis is run on a few prompts. For an arch
 model, with a formation block, super neurons and outlier dimensions that are named, because a random model has no sink
 to find. For a model of one's own it is the model itself.
 
-    python -m sinklens.analysis.capabilities    # the table of all families, as Markdown
+    python -m sinklens.analysis.capabilities > sinklens/models/README.md    # the table of all families
 """
 
 from __future__ import annotations
@@ -26,7 +26,19 @@ from sinklens.stages import CHAIN, Stage
 from sinklens.study import Study
 
 SHOWN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "gpt_neox", "phi3", "olmo", "olmo2")
-"""The families of the README's table."""
+"""The families of the table in ``sinklens/models/README.md``."""
+
+HEAD = """# What runs on what
+
+Models are HookedTransformer (transformer-lens 3.9) or TransformerBridge (3.9 and 4.3), with weights as published. Every
+stage and every analysis was run on a small random model of each family, and this page was written by
+
+```
+python -m sinklens.analysis.capabilities > sinklens/models/README.md
+```
+
+`sinklens models --capabilities M` does the same for any model.
+"""
 
 MIN_GAP = 1e-4
 """Least difference of the metric between a pair's runs: small, because what is asked is only whether it runs."""
@@ -115,6 +127,11 @@ def _analysis(study: Study, name: str) -> Capability:
     return Capability(name, runs, verdict.reason)
 
 
+def page(found: Sequence[Capabilities]) -> str:
+    """``sinklens/models/README.md``: the table, and how it was made."""
+    return f"{HEAD}\n{markdown(found)}"
+
+
 def markdown(found: Sequence[Capabilities]) -> str:
     """A table with a column for every model, and the reasons below it."""
     reasons: list[str] = []
@@ -136,4 +153,4 @@ def markdown(found: Sequence[Capabilities]) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown([capabilities(family) for family in SHOWN]))  # noqa: T201
+    print(page([capabilities(family) for family in SHOWN]))  # noqa: T201

@@ -77,7 +77,7 @@ def test_the_residual_s_direction_carries_the_planted_sink():
 
 
 def test_the_readme_s_stage_runs():
-    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
     block = next(part for part in text.split("```python\n")[1:] if "STAGE = sl.Stage(" in part).split("```")[0]
     import sinklens as sl
 

@@ -1,4 +1,4 @@
-"""The tables of the README that are made, not written: `python -m tests.helpers.readme runs/all` prints the results."""
+"""The results table of `analyses/README.md`: `python -m tests.helpers.readme runs/all` prints it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sinklens.analysis.discovery import list_analyses
 from sinklens.records.text import number
 from sinklens.statistics import Estimate
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "analyses" / "README.md"
 ORDER = (
     "onset",
     "variance_decay",

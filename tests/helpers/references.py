@@ -1,6 +1,6 @@
 """Names that texts mention lead somewhere: `python -m tests.helpers.references` prints those that do not, and exits 1.
 
-In docstrings these are roles (``:func:`run_patches` ``), resolved where they stand: first in the class, then in the
+In docstrings these are roles (``:func:`broken` ``), resolved where they stand: first in the class, then in the
 module, then from the top of a package. In any text, pages and notebooks included, they are dotted names that begin with
 ``sinklens.``, or with ``sl.`` as in the examples.
 """
@@ -48,7 +48,7 @@ def broken(path: Path) -> Iterator[tuple[int, str]]:
     if path.suffix == ".py" and (roles := [*roles_in(ast.parse(text))]):
         module = importlib.import_module(module_name(path))
         mentioned += roles
-    for reference in sorted(mentioned):
+    for reference in sorted({*mentioned}):
         if not resolves(reference.name, module, reference.scope):
             yield reference.line, reference.name
 
