@@ -15,7 +15,8 @@ import numpy as np
 
 from sinklens.chain.result import ChainResult
 from sinklens.records.printable import isolated
-from sinklens.records.text import effect_text, join, number, pretty, spans
+from sinklens.records.ranges import spans
+from sinklens.records.text import effect_text, join, number, pretty
 
 CLOSE, HALF = 0.25, 0.5
 """Distances from the prediction: up to the first an effect agrees, above the second it speaks against."""

@@ -85,17 +85,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 def integers(option: str, text: str) -> tuple[int, ...]:
     """``0-2,7`` as ``(0, 1, 2, 7)``, and ``1-9:4`` as ``(1, 5, 9)``; anything else is the user's mistake."""
-    found: set[int] = set()
+    from sinklens.errors import InputError
+    from sinklens.records.ranges import parse
+
     try:
-        for part in text.split(","):
-            span, _, step = part.partition(":")
-            first, _, last = span.strip().partition("-")
-            found.update(range(int(first), int(last or first) + 1, int(step or 1)))
-    except ValueError:
-        found = set()
-    if not found:
+        return parse(option, text)
+    except InputError:
         fail(f"{option} {text!r} must be whole numbers such as 0-2 or 0,3 or 1-9:4")
-    return tuple(sorted(found))
 
 
 def floats(option: str, text: str) -> tuple[float, ...]:

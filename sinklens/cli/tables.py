@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pandas as pd
 from rich import box
 from rich.console import Console
@@ -16,19 +14,9 @@ from sinklens.analysis.capabilities import Capabilities
 from sinklens.analysis.suite import SuiteResult
 from sinklens.chain.result import ChainResult
 from sinklens.formation import Formation
+from sinklens.records.ranges import spans
 from sinklens.records.text import number
 from sinklens.statistics import Estimate, estimate_text
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """``(0, 1, 2, 5)`` as ``0-2, 5``."""
-    parts: list[list[int]] = []
-    for item in sorted(numbers):
-        if parts and item == parts[-1][1] + 1:
-            parts[-1][1] = item
-        else:
-            parts.append([item, item])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def console(stderr: bool = False) -> Console:
@@ -75,7 +63,7 @@ def chain_table(result: ChainResult) -> Table:
         table.add_row(
             stage if stage != previous else "",
             label,
-            "" if control else spans(rows.iloc[0].layers),
+            "" if control else spans(rows.iloc[0].layers, "-"),
             *cells,
             str(rows.n.min()),
             style="dim" if control else None,
@@ -91,7 +79,7 @@ def chain_footer(result: ChainResult) -> list[str]:
     left_out = [f"Not applicable: {name}: {why}" for name, why in config.get("not_applicable", {}).items()]
     return [
         *left_out,
-        f"{_received(result)} in blocks {spans(config['readout_layers'])}.",
+        f"{_received(result)} in blocks {spans(config['readout_layers'], '-')}.",
         f"{config['n_prompts']} prompts of {config['length']} tokens ({config['prompts']}; {config['n_skipped']} "
         f"skipped as too short; {excluded} excluded: the pair moves the metric too little).",
         f"{engine['n_patches']} patches, {engine['n_rows']} patched rows in {engine['n_forwards']} forward passes, "
@@ -135,7 +123,7 @@ def formation_tables(formation: Formation) -> list[Table | Text]:
         dims.add_column(name, justify="right")
     for d in formation.outlier_dims:
         dims.add_row(str(d.index), f"{d.written:,.1f}", f"{d.z:.1f}")
-    return [Text(f"Sink position in the prompts: {spans(positions)}"), events, neurons, dims]
+    return [Text(f"Sink position in the prompts: {spans(positions, '-')}"), events, neurons, dims]
 
 
 def verdict_table(result: AnalysisResult) -> Table:

@@ -11,7 +11,8 @@ import pandas as pd
 from sinklens.chain.result import ChainResult
 from sinklens.chain.verdicts import Finding, findings, groups, overall
 from sinklens.formation import Formation
-from sinklens.records.text import NONE, effect_text, heading, interval_text, number, pretty, spans
+from sinklens.records.ranges import spans
+from sinklens.records.text import NONE, effect_text, heading, interval_text, number, pretty
 from sinklens.viz.chain import chain_matrix, directions
 
 MARKS = {"agrees": "✓", "beyond": "↑", "partly": "≈", "unclear": "?", "against": "✗"}

@@ -13,7 +13,8 @@ from sinklens.formation import Formation
 from sinklens.models.load import REGISTRY
 from sinklens.pages.gather import Gathered, Part, mapping
 from sinklens.records.printable import isolated
-from sinklens.records.text import NONE, bytes_text, number, seconds_text, spans
+from sinklens.records.ranges import spans
+from sinklens.records.text import NONE, bytes_text, number, seconds_text
 
 Facts = list[tuple[str, list[str]]]
 """What it is, and its values: one, or one for every group of parts that has it."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from sinklens import viz
 from sinklens.chain.result import ChainResult
-from sinklens.records.text import number, pretty, spans
+from sinklens.records.ranges import spans
+from sinklens.records.text import number, pretty
 from sinklens.viz.attention import Quantity, target_position
 from sinklens.viz.circuitsvis import label, script_json, section
 

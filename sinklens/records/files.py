@@ -3,18 +3,102 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import socket
 import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from sinklens.errors import InputError
 
 RUN_FILES = ("chain.json", "summary.json", "run.json")
 """A folder that holds one of these was written by sinklens, and may be replaced when the user says so."""
+_HERE = f".{socket.gethostname()}-"
+"""How the temporary names of this machine's processes begin."""
 
 
-class atomic_folder:  # noqa: N801  (used as a context manager, like tempfile's)
+@contextlib.contextmanager
+def replaced(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``path``, for a file or a folder, which takes that name when the block is done.
+
+    After an exception nothing is left of it, and what had the name before is as it was.
+
+    Args:
+        path: the name it will have.
+        exclusive: what has the name by then keeps it.
+
+    Raises:
+        FileExistsError: (``exclusive``) there is such a file by then; a folder that is not empty is another OSError.
+    """
+    temporary = path.with_name(temporary_name())
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir() and not exclusive:
+            _swap(temporary, path)
+        elif temporary.is_file() and exclusive:
+            _link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink(missing_ok=True)
+
+
+def _swap(temporary: Path, path: Path) -> None:
+    """Rename a folder to the name of another, which comes back if that fails."""
+    aside = temporary.with_suffix(".old")
+    os.replace(path, aside)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.replace(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file its name unless that is taken: of several processes the first wins."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.replace(temporary, path)
+
+
+def temporary_name() -> str:
+    """A name that nothing else has, and that tells whose it is, so that :func:`remove_leftovers` knows it."""
+    return f"{_HERE}{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files in ``folder`` whose processes, of this machine, are no more."""
+    for path in folder.glob(f"{_HERE}*.tmp"):
+        pid = path.name.removeprefix(_HERE).partition("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def atomic_folder(out: str | Path, *, force: bool) -> Iterator[Path]:
     """A folder that is built under a temporary name beside ``out`` and renamed when all is written.
 
     After an exception nothing is left of it, parents that were made for it included, and an earlier run is as it was.
@@ -22,54 +106,20 @@ class atomic_folder:  # noqa: N801  (used as a context manager, like tempfile's)
     Raises:
         InputError: when ``out`` exists and ``force`` is not set, or the place cannot be written.
     """
-
-    def __init__(self, out: str | Path, *, force: bool) -> None:
-        self.out, self.force = Path(out), force
-
-    def __enter__(self) -> Path:
-        check_out(self.out, force=self.force)
-        self._place = self.out.resolve()  # a link is followed, so that it stays when what it points to is replaced
-        self._made = [parent for parent in self._place.parents if not parent.exists()]
-        self._scratch = None
-        try:
-            self._place.parent.mkdir(parents=True, exist_ok=True)
-            self._scratch = Path(tempfile.mkdtemp(prefix=".sinklens-", dir=self._place.parent))
-            (self._scratch / "new").mkdir()
-        except BaseException as error:
-            self._clean_up()
-            if isinstance(error, OSError):
-                raise _cannot_write(self._place.parent, error) from error
-            raise
-        return self._scratch / "new"
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        try:
-            if error is None:
-                self._put_in_place()
-        except OSError as failure:
-            raise _cannot_write(self.out, failure) from failure
-        finally:
-            self._clean_up()
-        if isinstance(error, OSError):  # a full disk, for instance
-            raise _cannot_write(self.out, error) from error
-
-    def _put_in_place(self) -> None:
-        assert self._scratch is not None
-        old = self._scratch / "old"
-        try:
-            if self.force and self._place.exists():
-                os.replace(self._place, old)
-            os.replace(self._scratch / "new", self._place)
-        except BaseException:
-            if old.exists() and not self._place.exists():
-                os.replace(old, self._place)
-            raise
-
-    def _clean_up(self) -> None:
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-        if not self._place.exists():
-            for parent in self._made:  # the innermost first
+    out = Path(out)
+    check_out(out, force=force)
+    place = out.resolve()  # a link is followed, so that it stays when what it points to is replaced
+    new_parents = [parent for parent in place.parents if not parent.exists()]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(place, exclusive=not force) as folder:
+            folder.mkdir()
+            yield folder
+    except OSError as error:  # a full disk, for instance
+        raise _cannot_write(out, error) from error
+    finally:
+        if not place.exists():
+            for parent in new_parents:  # the innermost first
                 with contextlib.suppress(OSError):
                     parent.rmdir()
 
@@ -108,17 +158,16 @@ def _cannot_write(path: Path, error: Exception) -> InputError:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader never sees half a page."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+    """Write a file as a whole or not at all: a reader never sees half a page.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    with replaced(path) as temporary:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(temporary, "w", encoding="utf-8", newline="\n")  # noqa: SIM115  (closed below)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
+        with file:
             file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -62,6 +62,18 @@ def parse(name: str, text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def spans(numbers: Iterable[int], dash: str = "–", most: int | None = None) -> str:
+    """``(0, 1, 2, 5)`` as ``0–2, 5``; the first ``most`` spans when there are more."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    texts = [str(first) if first == last else f"{first}{dash}{last}" for first, last in runs]
+    return ", ".join(texts if most is None or len(texts) <= most else [*texts[:most], "..."])
+
+
 def short(numbers: Iterable[int], most: int = 4) -> str:
     """``(28, 29, 31)`` as ``28, 29, 31``; the first few when there are many."""
     listed = list(numbers)

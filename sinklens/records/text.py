@@ -53,17 +53,6 @@ def interval_text(low: float, high: float) -> str:
     return "" if math.isnan(low) or math.isnan(high) else f"[{effect_text(low)}, {effect_text(high)}]"
 
 
-def spans(numbers: Sequence[int]) -> str:
-    """``(0, 1, 2, 5)`` as ``0–2, 5``."""
-    parts: list[list[int]] = []
-    for item in sorted(numbers):
-        if parts and item == parts[-1][1] + 1:
-            parts[-1][1] = item
-        else:
-            parts.append([item, item])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)
-
-
 def join(items: Sequence[str], separator: str = ", ") -> str:
     """``a, b and c``."""
     if len(items) < 2 or separator != ", ":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +10,9 @@ import pyarrow.parquet as pq
 
 from sinklens.engine.run import Progress
 from sinklens.errors import InputError
+from sinklens.records.files import replaced
 from sinklens.records.plain import to_plain
+from sinklens.records.ranges import spans
 from sinklens.sweeps.plan import check_same
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.schema import SCHEMA
@@ -60,41 +60,24 @@ def _paths(result: SweepResult, folders: Sequence[str | Path]) -> dict[str, Path
         else:
             paths[task] = place.path(task)
     if missing:
-        total = len(missing) + len(paths)
+        total, told = len(missing) + len(paths), spans(missing, "-", most=8)
         raise InputError(
-            f"{len(missing)} of {total} tasks are missing (numbers {listed(missing)}): run the sweep again on any "
-            "of the folders to fill them, then gather"
+            f"{len(missing)} of {total} tasks are missing (numbers {told}): run the sweep again on any of the folders "
+            "to fill them, then gather"
         )
     return paths
-
-
-def listed(numbers: Sequence[int], most: int = 8) -> str:
-    """``(0, 1, 2, 7)`` as ``0-2, 7``; the first few spans when there are many."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    told = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans[:most])
-    return told if len(spans) <= most else f"{told}, ..."
 
 
 def _write(result: SweepResult, paths: dict[str, Path], out: Path, progress: Progress | None) -> None:
     record = json.dumps(to_plain({"record": result.record, "listed": list(paths)}), ensure_ascii=False)
     schema = SCHEMA.with_metadata({METADATA: record.encode()})
-    temporary = out.with_name(f".{out.name}-{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        with replaced(out) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for number, path in enumerate(paths.values(), start=1):
                 rows = read_shard(path).replace_schema_metadata(schema.metadata)
                 writer.write_table(rows, row_group_size=max(1, len(rows)))  # a row group is a task
                 if progress is not None:
                     progress(number, len(paths))
-        os.replace(temporary, out)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

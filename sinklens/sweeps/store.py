@@ -11,8 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sinklens.errors import InputError
+from sinklens.records.files import remove_leftovers, replaced, temporary_name
 from sinklens.records.plain import to_plain
 from sinklens.sweeps.schema import PARQUET
 
@@ -107,12 +106,9 @@ class FolderSink:
         """
         with self._writing():
             (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
-            temporary = self._temporary(self.folder / RECORD)
-            try:
+            # Another process may have begun it: the first one's record stays.
+            with contextlib.suppress(FileExistsError), replaced(self.folder / RECORD, exclusive=True) as temporary:
                 temporary.write_text(to_text(record), encoding="utf-8")
-                _publish(temporary, self.folder / RECORD)
-            finally:
-                temporary.unlink(missing_ok=True)
         found = self.record()
         assert found is not None
         return found
@@ -155,17 +151,10 @@ class FolderSink:
         self._write(self.folder / VERIFIED, rows)
 
     def _write(self, path: Path, rows: pa.Table) -> None:
-        temporary = self._temporary(path)
-        with self._writing():
-            try:
-                with open(temporary, "wb") as file:
-                    pq.write_table(rows, file, **PARQUET)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
+        with self._writing(), replaced(path) as temporary, open(temporary, "wb") as file:
+            pq.write_table(rows, file, **PARQUET)
+            file.flush()
+            os.fsync(file.fileno())
 
     def clear(self) -> None:
         """Remove an earlier sweep.
@@ -192,25 +181,14 @@ class FolderSink:
             self.record()
         with self._writing():
             place = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.exists())
-            probe = self._temporary(place / "probe")
+            probe = place / temporary_name()
             try:
                 probe.touch()
             finally:
                 with contextlib.suppress(OSError):
                     probe.unlink(missing_ok=True)
-            self._remove_leftovers()
-
-    def _temporary(self, path: Path) -> Path:
-        # The name says whose it is, so that the next process can tell what a killed one has left.
-        return path.with_name(f".{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-
-    def _remove_leftovers(self) -> None:
-        mine = f".{socket.gethostname()}-"
-        for folder in (self.folder, self.folder / SHARDS):
-            for path in folder.glob(f"{mine}*.tmp"):
-                pid = path.name.removeprefix(mine).partition("-")[0]
-                if pid.isdigit() and not _alive(int(pid)):
-                    path.unlink(missing_ok=True)
+            for folder in (self.folder, self.folder / SHARDS):
+                remove_leftovers(folder)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -256,24 +234,3 @@ def _holds_something(folder: Path) -> bool:
     if not folder.exists():
         return False
     return any(path.name != SHARDS and not path.name.endswith(".tmp") for path in folder.iterdir())
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Give the file its name unless that is taken: the first one wins, and none is ever seen half-written."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return
-    except OSError:  # a file system without hard links
-        if not path.exists():
-            os.replace(temporary, path)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -16,7 +16,8 @@ import numpy as np
 
 from sinklens.chain.result import ChainResult
 from sinklens.records.printable import clipped, printable, wrapped
-from sinklens.records.text import effect_text, heading, number, pretty, spans
+from sinklens.records.ranges import spans
+from sinklens.records.text import effect_text, heading, number, pretty
 
 Effects = Mapping[str, float]
 """Effect by direction."""

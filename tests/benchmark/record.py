@@ -6,9 +6,7 @@ Files are written anew after every case, so that a benchmark that is cut short l
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ import pandas as pd
 import torch
 from rich.table import Table
 
-from sinklens.records.files import write_text
+from sinklens.records.files import replaced, write_text
 from sinklens.records.plain import to_plain
 from sinklens.records.provenance import git_commit, versions
 from sinklens.records.text import bytes_text, number
@@ -164,15 +162,8 @@ class Record:
     def write(self, out: Path) -> None:
         """Write ``table.parquet`` and ``benchmark.json``, each as a whole."""
         write_text(out / "benchmark.json", json.dumps(to_plain(self.summary()), indent=1, allow_nan=False))
-        handle, temporary = tempfile.mkstemp(prefix=".table-", suffix=".parquet", dir=out)
-        os.close(handle)
-        try:
+        with replaced(out / "table.parquet") as temporary:
             self.table.to_parquet(temporary, index=False)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, out / "table.parquet")
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
     def write_figure(self, out: Path) -> None:
         """Write ``figure.html``, which needs nothing from the network."""
