@@ -44,4 +44,4 @@ STAGE = sl.Stage(
 ANALYSIS = sl.of_stage(STAGE, "The gate of the super neurons")
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

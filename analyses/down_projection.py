@@ -18,16 +18,18 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 import sinklens as sl
-from sinklens import metrics
+from sinklens import metrics, statistics
 
 CLAIM = "Super neurons write through heavy-tailed rows of W_down into few residual dimensions."
 RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 """Which of a row's sorted magnitudes are kept for the figure."""
 N_NORMAL = 500
 """Normally distributed rows to compare with."""
+MEASURES = ("excess_kurtosis", "top_share", "gini")
 
 
 def run(
@@ -36,52 +38,47 @@ def run(
     k: Annotated[int, "how many of a row's largest entries to take the energy share of"] = 5,
     draws: Annotated[int, "sets of as many other neurons for the null"] = 1000,
 ) -> sl.Findings:
-    layer, neurons = study.formation.layer, list(study.formation.neurons)
-    sl.models.check_writes_directly(study.model, layer)
-    W_out = study.weights(layer).W_out.detach().float().cpu()
-    if not 0 < k < W_out.shape[1]:
-        raise sl.InputError(f"k={k} must be in 1..{W_out.shape[1] - 1}, below the width of the residual stream")
-    normal = torch.randn(N_NORMAL, W_out.shape[1], generator=study.generator("down_projection/normal"))
-    kinds = ["super" if i in neurons else "other" for i in range(len(W_out))]
-    table = pd.concat([shapes(W_out, kinds, k), shapes(normal, ["normal"] * N_NORMAL, k)], ignore_index=True)
+    sl.models.check_writes_directly(study.model, study.formation.layer)
+    sl.analysis.check_k(study, k)
+    table = row_table(study, k)
+    super_neurons, null = against_others(study, table, draws)
+    others = {measure: statistics.null_estimate(null[measure]) for measure in MEASURES}
+    p_values = {measure: statistics.permutation_p(super_neurons[measure], null[measure]) for measure in MEASURES}
+    normal = statistics.null_estimate(table[table.kind == "normal"].top_share.to_numpy())
 
-    measures = ("excess_kurtosis", "top_share", "gini")
-    shape = {what: table.loc[table.kind != "normal", what].to_numpy() for what in measures}
-    sets = torch.tensor(study.other_neurons("down_projection/others", draws)).numpy()
-    own = {what: float(values[neurons].mean()) for what, values in shape.items()}
-    null = {what: values[sets].mean(1) for what, values in shape.items()}
-    p = {what: sl.statistics.permutation_p(own[what], null[what]) for what in own}
-    others = {what: sl.statistics.null_estimate(null[what]) for what in own}
-    gaussian = sl.statistics.null_estimate(table[table.kind == "normal"].top_share.to_numpy())
-    heavy = p["excess_kurtosis"] < 0.05
-    few = p["top_share"] < 0.05 and own["top_share"] > 2 * max(others["top_share"].value, gaussian.value)
+    heavy = p_values["excess_kurtosis"] < 0.05
+    twice = super_neurons["top_share"] > 2 * max(others["top_share"].value, normal.value)
     verdict = sl.verdict(
         CLAIM,
-        "excess kurtosis of the super neurons' rows of W_out, mean over them",
-        sl.Estimate(own["excess_kurtosis"], n=len(neurons)),
-        f"as many other neurons of the block, {draws} draws",
-        others["excess_kurtosis"],
-        f"holds when p < 0.05, and the {k} largest entries hold an outlying share of the energy too (p < 0.05), at "
-        "least twice that of other neurons and of normally distributed rows",
-        holds=heavy and few,
-        p_value=p["excess_kurtosis"],
+        statistic="excess kurtosis of the super neurons' rows of W_out, mean over them",
+        estimate=sl.Estimate(super_neurons["excess_kurtosis"], n=len(study.formation.neurons)),
+        control=f"as many other neurons of the block, {draws} draws",
+        control_estimate=others["excess_kurtosis"],
+        rule=f"holds when p < 0.05, and the {k} largest entries hold an outlying share of the energy too (p < 0.05), "
+        "at least twice that of other neurons and of normally distributed rows",
+        holds=heavy and twice and p_values["top_share"] < 0.05,
+        p_value=p_values["excess_kurtosis"],
     )
     numbers = {
-        f"share of the energy in the {k} largest entries, super neurons": own["top_share"],
+        f"share of the energy in the {k} largest entries, super neurons": super_neurons["top_share"],
         "the same, other neurons": others["top_share"],
-        "the same, normally distributed rows": gaussian,
-        "p of that share against other neurons": p["top_share"],
-        "Gini coefficient of the magnitudes, super neurons": own["gini"],
+        "the same, normally distributed rows": normal,
+        "p of that share against other neurons": p_values["top_share"],
+        "Gini coefficient of the magnitudes, super neurons": super_neurons["gini"],
         "Gini coefficient, other neurons": others["gini"],
     }
-    caption = (
-        f"Sorted magnitudes of rows of W_out of block {layer}, in units of each row's root mean square: super neurons "
-        f"(at most three), other neurons and {N_NORMAL} normally distributed rows (median and 95% of the rows)."
-    )
-    return sl.Findings(verdict, table, caption, numbers)
+    return sl.Findings(verdict, table, caption(study.formation.layer), numbers)
 
 
-def shapes(rows: Tensor, kinds: list[str], k: int) -> pd.DataFrame:
+def row_table(study: sl.Study, k: int) -> pd.DataFrame:
+    """The shape of every neuron's row of W_out, and of as wide normally distributed ones."""
+    rows = study.weights(study.formation.layer).W_out.detach().float().cpu()
+    normal = torch.randn(N_NORMAL, rows.shape[1], generator=study.generator("down_projection/normal"))
+    kinds = ["super" if neuron in study.formation.neurons else "other" for neuron in range(len(rows))]
+    return pd.concat([shapes(rows, kinds, k), shapes(normal, ["normal"] * N_NORMAL, k)], ignore_index=True)
+
+
+def shapes(rows: Float[Tensor, "row d_model"], kinds: list[str], k: int) -> pd.DataFrame:
     """Shape of every row: tails, concentration, and its magnitudes at some ranks over their root mean square."""
     magnitude = rows.abs().sort(dim=-1, descending=True).values / rows.pow(2).mean(-1, keepdim=True).sqrt()
     columns = {
@@ -93,23 +90,39 @@ def shapes(rows: Tensor, kinds: list[str], k: int) -> pd.DataFrame:
     return pd.DataFrame({"kind": kinds, "row": range(len(rows))} | {name: x.numpy() for name, x in columns.items()})
 
 
+def against_others(
+    study: sl.Study, table: pd.DataFrame, draws: int
+) -> tuple[dict[str, float], dict[str, Float[np.ndarray, " draw"]]]:
+    """Every measure's mean over the super neurons, and over as many other neurons, draw by draw."""
+    neurons = list(study.formation.neurons)
+    others = np.array(study.other_neurons("down_projection/others", draws))
+    by_neuron = {measure: table.loc[table.kind != "normal", measure].to_numpy() for measure in MEASURES}
+    means = {measure: float(values[neurons].mean()) for measure, values in by_neuron.items()}
+    return means, {measure: values[others].mean(1) for measure, values in by_neuron.items()}
+
+
+def caption(layer: int) -> str:
+    return (
+        f"Sorted magnitudes of rows of W_out of block {layer}, in units of each row's root mean square: super neurons "
+        f"(at most three), other neurons and {N_NORMAL} normally distributed rows (median and 95% of the rows)."
+    )
+
+
 def draw(findings: sl.Findings):
     table = findings.table
-    ranks = [column for column in table if str(column).startswith("rank_")]
     supers = table[table.kind == "super"]
     groups = {f"super neuron {row}": supers[supers.row == row] for row in supers.row[:3]}
     groups |= {"other neurons": table[table.kind == "other"], "normal rows": table[table.kind == "normal"]}
-    shown = pd.DataFrame(
-        [
-            {"series": name, "rank": int(str(column)[5:])}
-            | dict(zip(("low", "magnitude", "high"), np.quantile(rows[column], [0.025, 0.5, 0.975]), strict=True))
-            for name, rows in groups.items()
-            for column in ranks
-        ]
-    )
+    points = []
+    for name, rows in groups.items():
+        for column in [column for column in map(str, table) if column.startswith("rank_")]:
+            low, median, high = np.quantile(rows[column], [0.025, 0.5, 0.975])
+            rank = int(column.removeprefix("rank_"))
+            points.append({"series": name, "rank": rank, "low": low, "magnitude": median, "high": high})
+    lines = pd.DataFrame(points)
     titles = {"rank": "rank of the entry", "magnitude": "magnitude / root mean square of the row", "series": ""}
     figure = sl.viz.line(
-        shown, "rank", "magnitude", series="series", low="low", high="high", titles=titles, log_x=True, log_y=True
+        lines, "rank", "magnitude", series="series", low="low", high="high", titles=titles, log_x=True, log_y=True
     )
     return figure.update_xaxes(dtick=1).update_yaxes(dtick=1)
 
@@ -124,4 +137,4 @@ ANALYSIS = sl.Analysis(
 )
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

@@ -29,10 +29,16 @@ import sinklens as sl
 from sinklens import metrics, sites, statistics
 
 CLAIM = "Heads with low attention entropy have outputs of high variance."
+CAPTION = (
+    "Every head's attention entropy and the variance of its output across prompts, in units of its block's median, "
+    "in the blocks up to formation and after it."
+)
 FIRST_QUERY = 1  # the first with two keys to choose from
 NAMES = {"up_to_formation": "up to formation", "after_formation": "after formation", "all": "in all blocks"}
 
-ByHead = Callable[[np.ndarray, Sequence[int]], Float[Tensor, "block head"]]
+PerHead = Float[Tensor, "block head"]
+ByHead = Callable[[np.ndarray, Sequence[int]], PerHead]
+"""A quantity of every head, as a function of the prompts it is computed from and of the blocks."""
 
 
 def run(
@@ -43,57 +49,49 @@ def run(
 ) -> sl.Findings:
     if study.shape.n_heads < 2:
         raise sl.NotApplicableError("the model has one head in every block: there is nothing to order")
-    every, everyone = tuple(range(study.shape.n_layers)), np.arange(study.batch.n)
+    every, all_prompts = tuple(range(study.shape.n_layers)), np.arange(study.batch.n)
     spans = {"up_to_formation": study.up_to_formation, "after_formation": every[study.formation.layer + 1 :]}
     spans |= {"all": every}
     blocks = spans[span] or study.after_formation()  # which refuses, with the reason
     entropy, output, values = by_head(study, every)
-
-    def tau(what: ByHead, within: Sequence[int]) -> sl.Estimate:
-        def statistic(drawn: np.ndarray) -> float:
-            return float(taus(entropy(drawn, within), what(drawn, within)).nanmean())
-
-        return statistics.bootstrap_estimate(statistic, study.batch.n, study.seed, correlation=True)
-
-    found = tau(output, blocks)
-    null = permuted(entropy(everyone, blocks), output(everyone, blocks), permutations, study)
-    p_value = statistics.permutation_p(found.value, null, "less")
+    tau = mean_tau(study, entropy, output, blocks)
+    null = permuted(entropy(all_prompts, blocks), output(all_prompts, blocks), permutations, study)
+    p_value = statistics.permutation_p(tau.value, null, "less")
     verdict = sl.verdict(
         CLAIM,
-        f"Kendall's tau over the heads of a block between attention entropy and the variance of the output, mean over "
-        f"blocks ({NAMES[span]})",
-        found,
-        "the same with the heads of every block permuted",
-        statistics.null_estimate(null),
-        "holds when the interval of tau lies below 0 and p < 0.05",
-        holds=found.below(0) and p_value < 0.05,
+        statistic="Kendall's tau over the heads of a block between attention entropy and the variance of the output, "
+        f"mean over blocks ({NAMES[span]})",
+        estimate=tau,
+        control="the same with the heads of every block permuted",
+        control_estimate=statistics.null_estimate(null),
+        rule="holds when the interval of tau lies below 0 and p < 0.05",
+        holds=tau.below(0) and p_value < 0.05,
         p_value=p_value,
     )
-    numbers = {f"tau {NAMES[name]}": tau(output, within) for name, within in spans.items() if within and name != span}
-    numbers |= {f"tau {NAMES[span]} with the variance of the values before averaging": tau(values, blocks)}
-    caption = (
-        "Every head's attention entropy and the variance of its output across prompts, in units of its block's median, "
-        "in the blocks up to formation and after it."
-    )
-    table = tidy(*(what(everyone, every) for what in (entropy, output, values)), formation=study.formation.layer)
-    return sl.Findings(verdict, table, caption, numbers)
+    others = {name: within for name, within in spans.items() if within and name != span}
+    numbers = {f"tau {NAMES[name]}": mean_tau(study, entropy, output, within) for name, within in others.items()}
+    before = mean_tau(study, entropy, values, blocks)
+    numbers |= {f"tau {NAMES[span]} with the variance of the values before averaging": before}
+    columns = (quantity(all_prompts, every) for quantity in (entropy, output, values))
+    return sl.Findings(verdict, table(*columns, formation=study.formation.layer), CAPTION, numbers)
 
 
 def by_head(study: sl.Study, blocks: tuple[int, ...]) -> tuple[ByHead, ByHead, ByHead]:
-    """Entropy, variance of the output and variance of the values, as functions of the prompts drawn and the blocks."""
-    found = study.measure(
+    """Entropy, variance of the output and variance of the values."""
+    readings = study.measure(
         [
             sl.Readout("entropy", sites.PATTERN, blocks, lambda a, _: entropy_of(a)),
             sl.Readout("z", sites.Z, blocks, lambda z, _: z[:, FIRST_QUERY:]),
             sl.Readout("v", sites.V, blocks, lambda v, _: v[:, FIRST_QUERY:]),
         ]
     )
-    z, v = ([statistics.resampled_variance(x.movedim(2, 1)) for x in found[name]] for name in ("z", "v"))
-    group = study.shape.n_heads // found["v"].shape[3]  # query heads that share a key/value head
+    entropy = readings["entropy"]
+    z, v = ([statistics.resampled_variance(x.movedim(2, 1)) for x in readings[name]] for name in ("z", "v"))
+    group = study.shape.n_heads // readings["v"].shape[3]  # query heads that share a key/value head
     return (
-        lambda drawn, within: found["entropy"][list(within)][:, drawn].mean(1),
-        lambda drawn, within: torch.stack([z[layer](drawn) for layer in within]),
-        lambda drawn, within: torch.stack([v[layer](drawn) for layer in within]).repeat_interleave(group, dim=1),
+        lambda prompts, within: entropy[list(within)][:, prompts].mean(1),
+        lambda prompts, within: torch.stack([z[layer](prompts) for layer in within]),
+        lambda prompts, within: torch.stack([v[layer](prompts) for layer in within]).repeat_interleave(group, dim=1),
     )
 
 
@@ -101,20 +99,25 @@ def entropy_of(pattern: Float[Tensor, "prompt head query key"]) -> Float[Tensor,
     return metrics.attention_entropy(pattern)[..., FIRST_QUERY:].mean(-1)
 
 
-def taus(x: Float[Tensor, "block head"], y: Float[Tensor, "block head"]) -> Float[Tensor, " block"]:
-    """Tau over heads in every block; NaN where all heads are alike."""
-    return metrics.kendall_tau(x, y).diagonal()
+def mean_tau(study: sl.Study, entropy: ByHead, variance: ByHead, blocks: Sequence[int]) -> sl.Estimate:
+    """Tau over the heads of a block, mean over blocks; a block whose heads are all alike has none."""
+
+    def statistic(prompts: np.ndarray) -> float:
+        return float(metrics.kendall_tau(entropy(prompts, blocks), variance(prompts, blocks)).diagonal().nanmean())
+
+    return statistics.bootstrap_estimate(statistic, study.batch.n, study.seed, correlation=True)
 
 
-def permuted(x: Tensor, y: Tensor, draws: int, study: sl.Study) -> Float[Tensor, " draw"]:
+def permuted(entropy: PerHead, variance: PerHead, draws: int, study: sl.Study) -> Float[Tensor, " draw"]:
     """The mean tau when every block's heads are put in another order."""
-    rng = study.generator("head_imbalance/permuted")
-    orders = torch.rand(len(x), draws, x.shape[1], generator=rng).argsort(-1)
-    each = [metrics.kendall_tau(a[None], b[order])[0] for a, b, order in zip(x, y, orders, strict=True)]
-    return torch.stack(each).nanmean(0)
+    shape = (len(entropy), draws, entropy.shape[1])
+    orders = statistics.random_orders(shape, study.generator("head_imbalance/permuted"))
+    blocks = zip(entropy, variance, orders, strict=True)
+    return torch.stack([metrics.kendall_tau(x[None], y[order])[0] for x, y, order in blocks]).nanmean(0)
 
 
-def tidy(entropy: Tensor, output: Tensor, values: Tensor, formation: int) -> pd.DataFrame:
+def table(entropy: PerHead, output: PerHead, values: PerHead, formation: int) -> pd.DataFrame:
+    """A row for every head."""
     layer, head = np.indices(entropy.shape)
     columns = {
         "layer": layer,
@@ -151,4 +154,4 @@ ANALYSIS = sl.Analysis(
 )
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

@@ -14,20 +14,27 @@ these blocks k reads no other token; and its residual alone, put into the clean 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 import sinklens as sl
 from sinklens import edits, metrics, sites
-from sinklens.analysis.base import tidy
+from sinklens.analysis import tidy
 
 CLAIM = "A token that may attend only to itself up to the formation block becomes a sink."
 BAR, NOTHING = 0.25, 0.05
+CLEAN, MASKED, ANOTHER = "clean", "masked", "another masked"
+RECEIVED = "received"
 SPREAD = {"entropy, nats": metrics.attention_entropy, "values averaged": metrics.effective_values}
 CARRIED = "residual after formation alone"
+
+Readings = Mapping[str, Float[Tensor, "..."]]
+"""``received``: ``[token, prompt, length, key]``; what of every query is read, by name: ``[token, prompt, query]``."""
 
 
 def run(
@@ -40,100 +47,130 @@ def run(
 ) -> sl.Findings:
     targets, lengths = study.targets(positions), study.lengths((*lengths, study.batch.length) if lengths else ())
     layers = {"up_to_formation": study.up_to_formation, "onset": study.onset}.get(blocks, (study.formation.layer,))
-    drawn = study.ordinary_position("mask/another", (0, *targets))  # position 0 has nothing to mask
-    looks = {
-        "clean": [look(study, lengths)] * len(targets),
-        "masked": [look(study, lengths, mask(layers, (k,))) for k in targets],
-        "another masked": [look(study, lengths, mask(layers, tuple((p,) for p in drawn.tolist())))] * len(targets),
-    }
-    runs = {r: {name: torch.stack([x[name] for x in each]) for name in each[0]} for r, each in looks.items()}
-    n, full = study.batch.tokens.shape
-    own = {r: x["received"][range(len(targets)), :, :, targets] for r, x in runs.items()}  # [token, prompt, length]
-    sink = {r: x["received"][:, range(n), :, study.sinks].transpose(0, 1) for r, x in runs.items()}
-    gain = {r: (own[r] - own["clean"]) / sink["clean"] for r in ("masked", "another masked")}
-    share, control = (study.mean(gain[r][..., -1].mean(0)) for r in gain)
+    runs = readings_of_runs(study, targets, lengths, layers)
+    received = {name: run[RECEIVED][range(len(targets)), :, :, targets] for name, run in runs.items()}
+    sink = runs[CLEAN][RECEIVED][:, range(study.batch.n), :, study.sinks].transpose(0, 1)
+    gain = {name: received[name] - received[CLEAN] for name in (MASKED, ANOTHER)}  # [token, prompt, length]
+    shares = {name: values / sink for name, values in gain.items()}
+    share, control = (study.mean(values[..., -1].mean(0)) for values in shares.values())
     verdict = sl.verdict(
         CLAIM,
-        "attention gained by the masked token, as a share of what the natural sink receives (mean over tokens)",
-        share,
-        "the same token when another one is masked",
-        control,
-        f"holds when the share's interval lies above {BAR} and the control's within {NOTHING} of 0",
+        statistic="attention gained by the masked token, as a share of what the natural sink receives (mean over "
+        "tokens)",
+        estimate=share,
+        control="the same token when another one is masked",
+        control_estimate=control,
+        rule=f"holds when the share's interval lies above {BAR} and the control's within {NOTHING} of 0",
         holds=share.above(BAR) and control.below(NOTHING) and control.above(-NOTHING),
     )
-    k = targets[(len(targets) - 1) // 2]
-    single, carried = by_block(study.first(breakdown_prompts), k, layers, sink["clean"][0, :, -1])
-    axes = {"token": targets, "prompt": range(n), "length": lengths}
-    shares = {r: tidy(values, axes, quantity="share gained", run=r) for r, values in gain.items()}
-    alone = tidy(carried, {"prompt": range(len(carried))}, quantity="share gained", run=CARRIED, token=k)
-    rows = [single, alone, *shares.values()]
-    for r in ("clean", "masked"):
-        for name, values in runs[r].items():
-            axes = {"token": targets} | ({"length": lengths} if name == "received" else {}) | {"position": range(full)}
-            rows.append(tidy(values.mean(1), axes, quantity=name, run=r))
-    found = {f"share gained by token {k} from its {CARRIED}, all else clean": study.mean(carried)}
-    for (token, length), each in shares["masked"].groupby(["token", "length"]).value:
-        found[f"share gained by token {token} at {length} tokens"] = study.mean(each.tolist())
-    found["attention gained by the masked token"] = study.mean((own["masked"] - own["clean"])[..., -1].mean(0))
-    caption = (
-        "Attention received after the formation block, by position; the share that token "
-        f"{k} gains when single blocks, or all from 0, are masked; the entropy of attention at every query."
-    )
-    return sl.Findings(verdict, pd.concat(rows), caption, found | mixing(study, targets, runs))
-
-
-def mixing(study: sl.Study, targets: tuple[int, ...], runs: dict[str, dict[str, Tensor]]) -> dict[str, sl.Estimate]:
-    """What the queries after each token do in the clean run, and how the mask changes it."""
-    found, after = {}, (torch.arange(study.batch.length) > torch.tensor(targets)[:, None, None]).float()
-    for name in [name for name in runs["clean"] if name != "received"]:
-        later = {r: ((x[name] * after).sum(-1) / after.sum(-1)).mean(0) for r, x in runs.items()}
-        found[f"{name}, at later queries"] = study.mean(later["clean"])
-        found[f"{name}, at later queries, change by the mask"] = study.mean(later["masked"] - later["clean"])
-    return found
+    k, few = targets[(len(targets) - 1) // 2], study.first(breakdown_prompts)
+    single_blocks, carried = by_block(few, k, layers, sink[0, : few.batch.n, -1])
+    alone = tidy(carried, {"prompt": range(few.batch.n)}, quantity="share gained", run=CARRIED, token=k)
+    axes = {"token": targets, "prompt": range(study.batch.n), "length": lengths}
+    by_length = [tidy(values, axes, quantity="share gained", run=name) for name, values in shares.items()]
+    table = pd.concat([single_blocks, alone, *by_length, *by_position(runs, targets, lengths)])
+    numbers = {f"share gained by token {k} from its {CARRIED}, all else clean": study.mean(carried)}
+    for (token, length), values in by_length[0].groupby(["token", "length"]).value:
+        numbers[f"share gained by token {token} at {length} tokens"] = study.mean(values.tolist())
+    numbers["attention gained by the masked token"] = study.mean(gain[MASKED][..., -1].mean(0))
+    return sl.Findings(verdict, table, caption(k), numbers | mixing(study, targets, runs))
 
 
 def mask(layers: tuple[int, ...], positions: tuple) -> sl.Patch:
+    """Each of ``positions`` may attend only to itself."""
     # In a single block the token may attend only to itself already: that is no error, and no effect.
     return sl.Patch(sites.PATTERN, layers, positions, edits.AttendSelf(), allow_unchanged=len(layers) == 1)
 
 
-def look(study: sl.Study, lengths: tuple[int, ...], *patches: sl.Patch) -> dict[str, Tensor]:
+def readings_of_runs(
+    study: sl.Study, targets: tuple[int, ...], lengths: tuple[int, ...], layers: tuple[int, ...]
+) -> dict[str, Readings]:
+    """What is read in the clean run, with each target masked, and with another token masked in its place."""
+    another = study.ordinary_position("mask/another", (0, *targets))  # position 0 has nothing to mask
+    clean = readings(study, lengths)
+    masked = [readings(study, lengths, mask(layers, (k,))) for k in targets]
+    control = readings(study, lengths, mask(layers, tuple((position,) for position in another.tolist())))
+    runs = {CLEAN: [clean] * len(targets), MASKED: masked, ANOTHER: [control] * len(targets)}
+    return {run: {name: torch.stack([one[name] for one in each]) for name in clean} for run, each in runs.items()}
+
+
+def readings(study: sl.Study, lengths: tuple[int, ...], *patches: sl.Patch) -> dict[str, Tensor]:
     """Means over heads and blocks: attention received ``[prompt, length, key]``; of every query ``[prompt, query]``
     what it pays to the natural sink, and how spread its attention is.
     """
+
+    def received(pattern: Tensor, _rows: sl.Rows) -> Tensor:
+        return metrics.received_at_lengths(pattern, lengths).mean(1)
+
+    def paid_to_sink(pattern: Tensor, rows: sl.Rows) -> Tensor:
+        sinks = study.sinks.to(rows.prompts)[rows.prompts]
+        return pattern[range(len(pattern)), :, :, sinks].float().mean(1)
+
     after = study.after_formation()
-    seen = lambda a, _: metrics.received_at_lengths(a, lengths).mean(1)  # noqa: E731
-    to_sink = lambda a, at: a[range(len(a)), :, :, study.sinks.to(at.prompts)[at.prompts]].float().mean(1)  # noqa: E731
-    readouts = [sl.Readout("received", sites.PATTERN, after, seen)]
-    readouts.append(sl.Readout("attention to the natural sink, after formation", sites.PATTERN, after, to_sink))
+    readouts = [
+        sl.Readout(RECEIVED, sites.PATTERN, after, received),
+        sl.Readout("attention to the natural sink, after formation", sites.PATTERN, after, paid_to_sink),
+    ]
     for part, layers in (("up to formation", study.up_to_formation), ("after formation", after)):
         for name, metric in SPREAD.items():
             readouts.append(sl.Readout(f"{name}, {part}", sites.PATTERN, layers, lambda a, _, f=metric: f(a).mean(1)))
     return {name: values.mean(0) for name, values in study.measure(readouts, patches).items()}
 
 
-def by_block(study: sl.Study, k: int, layers: tuple[int, ...], sink: Tensor) -> tuple[pd.DataFrame, Tensor]:
+def by_block(
+    study: sl.Study, k: int, layers: tuple[int, ...], sink: Float[Tensor, " prompt"]
+) -> tuple[pd.DataFrame, Float[Tensor, " prompt"]]:
     """Share gained by token k masked in one block alone, and in all blocks from 0 to that; and by no more of the masked
     run than its residual after the formation block, carried into the clean run."""
-    blocks, n = study.up_to_formation, study.batch.n
+    blocks = study.up_to_formation
     sets = {"that block alone": [(b,) for b in blocks], "block 0 to that": [blocks[: b + 1] for b in blocks]}
     patches = [mask(layers, (k,)) for each in sets.values() for layers in each]
-    carry = sl.Patch(sites.RESID_POST, blocks[-1:], (k,), edits.Transplant(), source=sl.Source("masked"))
-    seen = sl.readouts.attention_received("k", study.after_formation(), (k,), n)
-    found = study.run([*patches, carry], [seen], {"base": (), "masked": (mask(layers, (k,)),)})
-    share = (found.values["k"] - found.runs["base"]["k"]) / sink[:n]
-    axes = {"run": tuple(sets), "layer": blocks, "prompt": range(n)}
-    return tidy(share[:-1].view(2, len(blocks), n), axes, quantity="by block", token=k), share[-1]
+    carry = sl.Patch(sites.RESID_POST, blocks[-1:], (k,), edits.Transplant(), source=sl.Source(MASKED))
+    attention = sl.readouts.attention_received("attention", study.after_formation(), (k,), study.batch.n)
+    effects = study.run([*patches, carry], [attention], {CLEAN: (), MASKED: (mask(layers, (k,)),)})
+    share = (effects.values["attention"] - effects.runs[CLEAN]["attention"]) / sink
+    axes = {"run": tuple(sets), "layer": blocks, "prompt": range(study.batch.n)}
+    values = share[:-1].view(len(sets), len(blocks), study.batch.n)
+    return tidy(values, axes, quantity="by block", token=k), share[-1]
+
+
+def by_position(runs: Mapping[str, Readings], targets: tuple[int, ...], lengths: tuple[int, ...]) -> list[pd.DataFrame]:
+    """All that is read in the clean and the masked run, position by position: means over prompts."""
+    tables = []
+    for run in (CLEAN, MASKED):
+        for name, values in runs[run].items():
+            axes = {"token": targets} | ({"length": lengths} if name == RECEIVED else {})
+            axes |= {"position": range(values.shape[-1])}
+            tables.append(tidy(values.mean(1), axes, quantity=name, run=run))
+    return tables
+
+
+def mixing(study: sl.Study, targets: tuple[int, ...], runs: Mapping[str, Readings]) -> dict[str, sl.Estimate]:
+    """What the queries after each token do in the clean run, and how the mask changes it."""
+    numbers, after = {}, (torch.arange(study.batch.length) > torch.tensor(targets)[:, None, None]).float()
+    for name in [name for name in runs[CLEAN] if name != RECEIVED]:
+        clean, masked = (((runs[r][name] * after).sum(-1) / after.sum(-1)).mean(0) for r in (CLEAN, MASKED))
+        numbers[f"{name}, at later queries"] = study.mean(clean)
+        numbers[f"{name}, at later queries, change by the mask"] = study.mean(masked - clean)
+    return numbers
+
+
+def caption(k: int) -> str:
+    return (
+        "Attention received after the formation block, by position; the share that token "
+        f"{k} gains when single blocks, or all from 0, are masked; the entropy of attention at every query."
+    )
 
 
 def draw(findings: sl.Findings):
     table = findings.table
     blocks = table[table.quantity == "by block"].groupby(["run", "layer", "token"]).value.mean().reset_index()
     k = blocks.token.iloc[0]
-    seen = table[(table.quantity == "received") & (table.length == table.length.max())]
+    received = table[(table.quantity == RECEIVED) & (table.length == table.length.max())]
     entropy = table[table.quantity.str.startswith("entropy") & (table.token == k)]
+    of_token = "attention received, token " + received.token.map(str) + " masked, by position"
     panels = [
-        seen.assign(panel="attention received, token " + seen.token.map(str) + " masked, by position", x=seen.position),
+        received.assign(panel=of_token, x=received.position),
         blocks.assign(panel=f"share gained by token {k}, by masked block", x=blocks.layer),
         entropy.assign(panel=entropy.quantity + f", by query, token {k} masked", x=entropy.position),
     ]
@@ -147,4 +184,4 @@ ANALYSIS = sl.Analysis(
 )
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

@@ -9,16 +9,34 @@ An ordinary position of the same prompt is the control: whatever rises there doe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated
 
 import pandas as pd
-import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 import sinklens as sl
 from sinklens import metrics, sites
 
 CLAIM = "Attention to the sink rises right after the block in which its residual norm grows most."
+CAPTION = (
+    "Attention received from later queries (mean over heads and prompts) and the residual norm entering each block "
+    "(median over prompts), for the sink and for one ordinary position of every prompt, at several prompt lengths."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """One token of every prompt, block by block."""
+
+    attention: Float[Tensor, "layer prompt length"]
+    """Attention that it receives from later queries, mean over heads."""
+    norm: Float[Tensor, "layer prompt"]
+    """Norm of its residual where it enters the block."""
+    growth: Float[Tensor, "layer prompt"]
+    """Factor by which the block multiplies that norm."""
 
 
 def run(
@@ -26,79 +44,84 @@ def run(
     *,
     lengths: Annotated[tuple[int, ...], "prompt lengths to read attention at; a quarter, half and all by default"] = (),
 ) -> sl.Findings:
-    blocks, lengths = tuple(range(study.shape.n_layers)), study.lengths(lengths)
-    ordinary = torch.multinomial(study.ordinary.float(), 1, generator=study.generator("onset/ordinary")).squeeze(-1)
-    tokens = {"sink": study.sinks, "ordinary": ordinary}
-    found = study.measure(
-        [
-            sl.Readout("seen", sites.PATTERN, blocks, lambda a, _: metrics.received_at_lengths(a, lengths).mean(1)),
-            sl.Readout("entering", sites.RESID_PRE, blocks, lambda a, _: a.float().norm(dim=-1)),
-            sl.Readout("leaving", sites.RESID_POST, blocks, lambda a, _: a.float().norm(dim=-1)),
-        ]
-    )
-    seen = {who: at(found["seen"], where) for who, where in tokens.items()}  # [layer, prompt, length]
-    norm = {who: at(found["entering"], where) for who, where in tokens.items()}  # [layer, prompt]
-    growth = {who: at(found["leaving"], where) / norm[who] for who, where in tokens.items()}
-    hits = {who: in_step(growth[who], seen[who][..., -1]) for who in tokens}
-    share, control = study.mean(hits["sink"]), study.mean(hits["ordinary"])
-    chance = 1 / (len(blocks) - 1)
+    lengths = study.lengths(lengths)
+    tokens = profiles(study, lengths)
+    share, control = (study.mean(in_step(tokens[who])) for who in ("sink", "ordinary"))
+    chance = 1 / (study.shape.n_layers - 1)
     verdict = sl.verdict(
         CLAIM,
-        "share of prompts whose largest rise in attention comes one block after the largest growth of the norm",
-        share,
-        f"the same at an ordinary position (by chance {chance:.2f})",
-        control,
-        "holds when the whole interval of the share lies above one half, above chance and above the control",
+        statistic="share of prompts whose largest rise in attention comes one block after the largest growth of the "
+        "norm",
+        estimate=share,
+        control=f"the same at an ordinary position (by chance {chance:.2f})",
+        control_estimate=control,
+        rule="holds when the whole interval of the share lies above one half, above chance and above the control",
         holds=share.above(max(0.5, chance, control.value)),
     )
-    rows = [
-        {
-            "layer": layer,
-            "token": who,
-            "length": length,
-            "attention": attention,
-            "norm": float(norm[who][layer].median()),
-        }
-        for who in tokens
-        for layer in blocks
-        for length, attention in zip(lengths, seen[who][layer].nanmean(0).tolist(), strict=True)
-    ]
-    later = list(study.after_formation())
+    later, growth = list(study.after_formation()), tokens["sink"].growth[study.formation.layer]
+    attention = {who: study.mean(each.attention[later, :, -1].mean(0)) for who, each in tokens.items()}
     numbers = {
-        "attention to the sink in the blocks after formation": study.mean(seen["sink"][later, :, -1].mean(0)),
-        "attention to an ordinary token there": study.mean(seen["ordinary"][later, :, -1].mean(0)),
-        "factor by which the formation block multiplies the sink's norm": study.mean(
-            growth["sink"][study.formation.layer]
-        ),
+        "attention to the sink in the blocks after formation": attention["sink"],
+        "attention to an ordinary token there": attention["ordinary"],
+        "factor by which the formation block multiplies the sink's norm": study.mean(growth),
     }
-    caption = (
-        "Attention received from later queries (mean over heads and prompts) and the residual norm entering each block "
-        "(median over prompts), for the sink and for one ordinary position of every prompt, at several prompt lengths."
+    return sl.Findings(verdict, table(tokens, lengths), CAPTION, numbers)
+
+
+def profiles(study: sl.Study, lengths: tuple[int, ...]) -> dict[str, Profile]:
+    """The sink, and an ordinary position of the same prompt."""
+    blocks = tuple(range(study.shape.n_layers))
+    readings = study.measure(
+        [
+            sl.Readout(
+                "attention", sites.PATTERN, blocks, lambda a, _: metrics.received_at_lengths(a, lengths).mean(1)
+            ),
+            sl.Readout("entering", sites.RESID_PRE, blocks, lambda x, _: x.float().norm(dim=-1)),
+            sl.Readout("leaving", sites.RESID_POST, blocks, lambda x, _: x.float().norm(dim=-1)),
+        ]
     )
-    return sl.Findings(verdict, pd.DataFrame(rows), caption, numbers)
+    positions = {"sink": study.sinks, "ordinary": study.ordinary_position("onset/ordinary")}
+    profile = {}
+    for who, position in positions.items():
+        attention, entering, leaving = (at(readings[name], position) for name in ("attention", "entering", "leaving"))
+        profile[who] = Profile(attention, entering, leaving / entering)
+    return profile
 
 
-def at(values: Tensor, where: Tensor) -> Tensor:
-    """``[layer, prompt, ...]`` at one position of every prompt; the last axis of ``values`` is over positions."""
-    index = where.view(1, -1, *[1] * (values.ndim - 2)).expand(*values.shape[:-1], 1)
-    return values.gather(-1, index).squeeze(-1)
+def at(values: Float[Tensor, "layer prompt *rest pos"], position: Int[Tensor, " prompt"]) -> Tensor:
+    """``[layer, prompt, ...]`` at one position of every prompt."""
+    index = position.view(1, -1, *[1] * (values.ndim - 2))
+    return values.take_along_dim(index, -1).squeeze(-1)
 
 
-def in_step(growth: Tensor, seen: Tensor) -> Tensor:
-    """1 for the prompts in which attention rises most one block after the norm grows most; ``[layer, prompt]``."""
-    return (growth[:-1].argmax(0) == seen.diff(dim=0).argmax(0)).float()
+def in_step(token: Profile) -> Float[Tensor, " prompt"]:
+    """1 for the prompts in which attention rises most one block after the norm grows most."""
+    rise = token.attention[..., -1].diff(dim=0)
+    return (token.growth[:-1].argmax(0) == rise.argmax(0)).float()
+
+
+def table(tokens: Mapping[str, Profile], lengths: tuple[int, ...]) -> pd.DataFrame:
+    """A row for every token, block and length: mean attention, median norm."""
+    rows = []
+    for who, token in tokens.items():
+        for layer, (attention, norm) in enumerate(zip(token.attention, token.norm, strict=True)):
+            columns = {"layer": layer, "token": who, "norm": float(norm.median())}
+            means = attention.nanmean(0).tolist()
+            rows += [columns | {"length": n, "attention": mean} for n, mean in zip(lengths, means, strict=True)]
+    return pd.DataFrame(rows, columns=["layer", "token", "length", "attention", "norm"])
 
 
 def draw(findings: sl.Findings):
-    table = findings.table
-    longest = table["length"].max()
-    norms = table[table["length"] == longest].assign(quantity="residual norm entering", value=lambda t: t.norm)
-    attention = table.assign(quantity="attention received", value=table.attention)
-    shown = pd.concat([attention, norms])
-    shown["series"] = shown.token + ", " + shown["length"].astype(str) + " tokens"
-    figure = sl.viz.line(
-        shown, "layer", "value", series="series", facet="quantity", titles={"layer": "block", "value": ""}
-    )
+    longest = findings.table["length"].max()
+    norms = findings.table[findings.table["length"] == longest]
+    panels = [
+        findings.table.assign(quantity="attention received", value=findings.table.attention),
+        norms.assign(quantity="residual norm entering", value=norms.norm),
+    ]
+    lines = pd.concat(panels)
+    lines["series"] = lines.token + ", " + lines["length"].astype(str) + " tokens"
+    titles = {"layer": "block", "value": ""}
+    figure = sl.viz.line(lines, "layer", "value", series="series", facet="quantity", titles=titles)
     figure.update_yaxes(matches=None, showticklabels=True)
     return figure.update_yaxes(type="log", exponentformat="power", col=2)
 
@@ -113,4 +136,4 @@ ANALYSIS = sl.Analysis(
 )
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -25,9 +24,14 @@ from scipy.stats import gmean
 from torch import Tensor
 
 import sinklens as sl
-from sinklens import readouts, sites, statistics
+from sinklens import metrics, readouts, sites, statistics
 
 CLAIM = "A sigmoid output gate lessens the variance discrepancy between the first token and the others."
+CAPTION = "Variance of z by position, the sink first, over the median of the others (geometric mean over blocks)."
+NO_GATE, CONSTANT, SIGMOID = "no gate", "constant gate", "sigmoid gate"
+
+Curves = Callable[[np.ndarray], Float[Tensor, "block pos"]]
+"""Variance across prompts by position, the sink first, as a function of the prompts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,37 +65,32 @@ def run(
     scale: Annotated[float, "factor on the logits, which have a variance of one"] = 1.0,
     bias: Annotated[float, "offset of the logits; with 0 the gates are one half on average"] = 0.0,
 ) -> sl.Findings:
-    if not study.sinks.any() and len(study.batch.tokens[:, 0].unique()) == 1:
-        raise sl.NotApplicableError("the sink is the first token and the same in all prompts: it has no variance")
-    sigmoid = OutputGate("sigmoid gate", projections(study) if gate == "input" else {}, scale, bias)
-    constant = OutputGate("constant gate", scale=0.0, bias=mean_logit(scale, bias))
-    gates = {"no gate": None, "constant gate": constant, "sigmoid gate": sigmoid}
-    found = {name: measured(study, edit) for name, edit in gates.items()}
-    curves = {name: resampled_curves(study, item["z"]) for name, item in found.items()}
-    ratios = {name: lambda drawn, of=of: discrepancy(of(drawn)) for name, of in curves.items()}
-    estimate = partial(statistics.bootstrap_estimate, n_prompts=study.batch.n, seed=study.seed)
-    change = estimate(lambda drawn: ratios["sigmoid gate"](drawn) / ratios["no gate"](drawn))
-    control = estimate(lambda drawn: ratios["constant gate"](drawn) / ratios["no gate"](drawn))
+    sl.analysis.check_sink_varies(study)
+    sigmoid = OutputGate(SIGMOID, projections(study) if gate == "input" else {}, scale, bias)
+    constant = OutputGate(CONSTANT, scale=0.0, bias=mean_logit(scale, bias))
+    gates = {NO_GATE: None, CONSTANT: constant, SIGMOID: sigmoid}
+    readings = {name: readings_under(study, edit) for name, edit in gates.items()}
+    curves = {
+        name: statistics.resampled_curves(map(study.sink_first, reading["z"])) for name, reading in readings.items()
+    }
+    change, control = (factor(study, curves[name], curves[NO_GATE]) for name in (SIGMOID, CONSTANT))
     verdict = sl.verdict(
         CLAIM,
-        "factor by which the gate changes the variance of the sink's aggregated value over the median of others",
-        change,
-        "the same of a constant gate with the same mean",
-        control,
-        "holds when the interval of this factor lies below 1 and below the control's",
+        statistic="factor by which the gate changes the variance of the sink's aggregated value over the median of "
+        "others",
+        estimate=change,
+        control="the same of a constant gate with the same mean",
+        control_estimate=control,
+        rule="holds when the interval of this factor lies below 1 and below the control's",
         holds=change.below(min(1.0, control.low)),
     )
-    axes, everyone = {"layer": study.onset, "position": range(study.batch.length)}, np.arange(study.batch.n)
-    first = estimate(lambda on: discrepancy(curves["sigmoid gate"](on)[:1]) / discrepancy(curves["no gate"](on)[:1]))
-    numbers, tables = {"the same factor in the first block, where a constant gate's is 1": first}, []
-    for name, item in found.items():
-        numbers[f"variance of the sink over the median of others, {name}"] = estimate(ratios[name])
-        numbers[f"magnitude of the super neurons at the sink, {name}"] = study.mean(item["fired"][0])
-        numbers[f"attention to the sink after formation, {name}"] = study.mean(item["seen"].mean(0))
-        variance = curves[name](everyone)
-        tables.append(sl.analysis.tidy(variance, axes, gate=name, relative=relative(variance).flatten().numpy()))
-    caption = "Variance of z by position, the sink first, over the median of the others (geometric mean over blocks)."
-    return sl.Findings(verdict, pd.concat(tables, ignore_index=True), caption, numbers)
+    first = factor(study, curves[SIGMOID], curves[NO_GATE], slice(1))
+    numbers = {"the same factor in the first block, where a constant gate's is 1": first}
+    for name, reading in readings.items():
+        numbers[f"variance of the sink over the median of others, {name}"] = discrepancy(study, curves[name])
+        numbers[f"magnitude of the super neurons at the sink, {name}"] = study.mean(reading["magnitude"][0])
+        numbers[f"attention to the sink after formation, {name}"] = study.mean(reading["attention"].mean(0))
+    return sl.Findings(verdict, table(study, curves), CAPTION, numbers)
 
 
 def projections(study: sl.Study) -> dict[int, Tensor]:
@@ -106,30 +105,45 @@ def mean_logit(scale: float, bias: float) -> float:
     return float(torch.sigmoid(scale * normal + bias).mean().logit())
 
 
-def measured(study: sl.Study, gate: sl.Edit | None) -> dict[str, Tensor]:
+def readings_under(study: sl.Study, gate: sl.Edit | None) -> dict[str, Tensor]:
     """Aggregated values under a gate, and what becomes of the sink downstream."""
-    own, n, block = list(study.formation.neurons), study.batch.n, (study.formation.layer,)
-    values = sl.Readout("z", sites.Z, study.onset, lambda z, _: z)
-    fired = readouts.vector_readout("fired", sites.MLP_POST, block, study.sink, n, lambda x, _: x[:, own].abs().mean(1))
-    seen = readouts.attention_received("seen", study.after_formation(), study.sink, n)
+    neurons, n, block = list(study.formation.neurons), study.batch.n, (study.formation.layer,)
+    measured = [
+        sl.Readout("z", sites.Z, study.onset, lambda z, _: z),
+        readouts.vector_readout(
+            "magnitude", sites.MLP_POST, block, study.sink, n, lambda x, _: x[:, neurons].abs().mean(1)
+        ),
+        readouts.attention_received("attention", study.after_formation(), study.sink, n),
+    ]
     patches = [sl.Patch(sites.Z, study.onset, tuple(range(study.batch.length)), gate)] if gate else []
-    return study.measure([values, fired, seen], patches)
+    return study.measure(measured, patches)
 
 
-def resampled_curves(study: sl.Study, z: Tensor) -> Callable[[np.ndarray], Float[Tensor, "block pos"]]:
-    """Variance by position, the sink first, as a function of the prompts drawn."""
-    each = [statistics.resampled_variance(study.sink_first(x)) for x in z]
-    return lambda drawn: torch.stack([variance(drawn) for variance in each])
+def discrepancy(study: sl.Study, curves: Curves) -> sl.Estimate:
+    """Variance of the sink over the median of others."""
+    return statistics.bootstrap_estimate(
+        lambda prompts: metrics.first_over_later(curves(prompts)), study.batch.n, study.seed
+    )
 
 
-def relative(curves: Float[Tensor, "block pos"]) -> Float[Tensor, "block pos"]:
-    """In units of the median over the positions behind the sink."""
-    return curves / curves[:, 1:].quantile(0.5, dim=1, keepdim=True)
+def factor(study: sl.Study, gated: Curves, ungated: Curves, blocks: slice = slice(None)) -> sl.Estimate:
+    """What the gate multiplies this discrepancy by."""
+
+    def statistic(prompts: np.ndarray) -> Tensor:
+        return metrics.first_over_later(gated(prompts)[blocks]) / metrics.first_over_later(ungated(prompts)[blocks])
+
+    return statistics.bootstrap_estimate(statistic, study.batch.n, study.seed)
 
 
-def discrepancy(curves: Float[Tensor, "block pos"]) -> Float[Tensor, ""]:
-    """Variance of the sink over the median of others, geometric mean over blocks."""
-    return relative(curves)[:, 0].log().mean().exp()
+def table(study: sl.Study, curves: Mapping[str, Curves]) -> pd.DataFrame:
+    """A row for every gate, block and position."""
+    axes = {"layer": study.onset, "position": range(study.batch.length)}
+    tables = []
+    for name, variance in curves.items():
+        values = variance(np.arange(study.batch.n))
+        relative = metrics.relative_to_later(values).flatten().numpy()
+        tables.append(sl.analysis.tidy(values, axes, gate=name, relative=relative))
+    return pd.concat(tables, ignore_index=True)
 
 
 def draw(findings: sl.Findings):
@@ -149,4 +163,4 @@ ANALYSIS = sl.Analysis(
 )
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

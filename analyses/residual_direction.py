@@ -52,4 +52,4 @@ STAGE = sl.Stage(
 ANALYSIS = sl.of_stage(STAGE, "Direction or norm of the sink's residual")
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

@@ -21,17 +21,23 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
-import pandas as pd
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import sinklens as sl
-from sinklens import edits, metrics, readouts, sites
+from sinklens import edits, metrics, readouts, sites, statistics
 
 CLAIM = "RMSNorm makes the sink nearly a constant along its outlier dimensions, and attention needs no more of it."
+CAPTION = (
+    "Attention to the sink that is left, and cosine of its key with the real one, by what its normalised input "
+    "keeps in the blocks after formation: mean over prompts, and the range of 95% of them (and of the draws)."
+)
 OUTLIER, OTHER = "outlier dimensions", "other dimensions"
 LEFT, REAL = "share of the attention left", "cosine of the key with the real one"
 KEPT, CONSTANT = 0.5, 0.9
+
+Inputs = Float[Tensor, "layer prompt d_model"]
 
 
 def run(
@@ -41,84 +47,88 @@ def run(
     draws: Annotated[int, "how many sets of as many other dimensions to keep instead"] = 5,
 ) -> sl.Findings:
     layers, dims, pairs = study.after_formation(blocks), study.formation.dims, distinct_pairs(study)
-
-    def read(name: str, site: sl.HookSite, where: Tensor) -> sl.Readout:
-        return sl.Readout(name, site, layers, lambda act, rows: readouts.at_position(act, site, rows, where).float())
-
-    def replace(site: sl.HookSite, values: Tensor) -> sl.Patch:
-        new = edits.PerPrompt("kept", dict(zip(layers, values, strict=True)))
-        return sl.Patch(site, layers, study.sink, new, allow_unchanged=True)
-
-    inputs, keys = read("inputs", sites.LN1_NORMALIZED, study.sinks), read("keys", sites.K, study.sinks)
-    elsewhere = read("elsewhere", sites.LN1_NORMALIZED, study.ordinary_position("rmsnorm_filter/ordinary"))
-    clean = study.measure([inputs, elsewhere, keys])  # [layer, prompt, ...]
-    x = clean["inputs"]
-    kept = [(OUTLIER, keep(x, dims)), ("strongest one", keep(x, dims[:1])), ("nothing", torch.zeros_like(x))]
-    kept += [("all but outliers", keep(x, dims, but=True)), ("ordinary input", clean["elsewhere"])]
-    kept += [("mean over prompts", x.mean(1, keepdim=True).expand_as(x))]
-    kept += [(OTHER, keep(x, other)) for other in study.other_dims("rmsnorm_filter/others", draws)]
-    patches = [replace(sites.LN1_NORMALIZED, values) for _, values in kept]
-    patches += [replace(sites.K, study.measure([keys], patches[:1])["keys"])]
-    names = np.array([*(name for name, _ in kept), "outliers, key alone"])
+    clean = readings(study, layers)
+    inputs = inputs_to_try(study, clean["inputs"], clean["elsewhere"], draws)
+    patches = [replace(study, sites.LN1_NORMALIZED, layers, values) for _, values in inputs]
+    keys = study.measure([readout_at("keys", sites.K, layers, study.sinks)], patches[:1])["keys"]
+    patches.append(replace(study, sites.K, layers, keys))
+    names = np.array([*(name for name, _ in inputs), "outliers, key alone"])
     outcome = outcomes(study, patches, clean["keys"])  # [quantity, patch, prompt]
-    found = {name: [study.mean(values[names == name].mean(0)) for values in outcome] for name in dict.fromkeys(names)}
-    constant, share, control = constancy(study, x, pairs), found[OUTLIER][0], found[OTHER][0]
+    left, real = (
+        {name: study.mean(values[names == name].mean(0)) for name in dict.fromkeys(names)} for values in outcome
+    )
+    share, control, constant = left[OUTLIER], left[OTHER], constancy(study, clean["inputs"], pairs)
     verdict = sl.verdict(
         CLAIM,
-        f"share of the attention to the sink that is left in blocks {layers[0]} to {layers[-1]} when its normalised "
-        f"input keeps nothing but its outlier dimensions ({len(dims)} of {study.shape.d_model})",
-        share,
-        f"as many other dimensions kept, {draws} draws",
-        control,
-        f"holds when the whole interval of the share lies above {KEPT} and the control's below, and the whole interval "
-        f"of the cosine between the sinks of different prompts above {CONSTANT}",
+        statistic=f"share of the attention to the sink that is left in blocks {layers[0]} to {layers[-1]} when its "
+        f"normalised input keeps nothing but its outlier dimensions ({len(dims)} of {study.shape.d_model})",
+        estimate=share,
+        control=f"as many other dimensions kept, {draws} draws",
+        control_estimate=control,
+        rule=f"holds when the whole interval of the share lies above {KEPT} and the control's below, and the whole "
+        f"interval of the cosine between the sinks of different prompts above {CONSTANT}",
         holds=share.above(KEPT) and control.below(KEPT) and constant.above(CONSTANT),
     )
     numbers = {
         "cosine between the normalised inputs of different prompts' sinks": constant,
         "the same of ordinary positions": constancy(study, clean["elsewhere"], ~np.eye(study.batch.n, dtype=bool)),
         "cosine between the keys of different prompts' sinks": constancy(study, clean["keys"], pairs),
-        "the outlier dimensions' share of the energy": study.mean(metrics.energy_share(x, dims).mean(0)),
+        "the outlier dimensions' share of the energy": study.mean(metrics.energy_share(clean["inputs"], dims).mean(0)),
+        f"{REAL}: {OUTLIER}": real[OUTLIER],
     }
-    numbers |= {f"{REAL}: {OUTLIER}": found[OUTLIER][1]} | {f"{LEFT}: {name}": pair[0] for name, pair in found.items()}
-    caption = (
-        "Attention to the sink that is left, and cosine of its key with the real one, by what its normalised input "
-        "keeps in the blocks after formation: mean over prompts, and the range of 95% of them (and of the draws)."
-    )
+    numbers |= {f"{LEFT}: {name}": estimate for name, estimate in left.items()}
     axes = {"quantity": (LEFT, REAL), "patch": range(len(names)), "prompt": range(study.batch.n)}
     table = sl.analysis.tidy(outcome, axes)
-    return sl.Findings(verdict, table.assign(kept=names[table["patch"]]), caption, numbers)
+    return sl.Findings(verdict, table.assign(kept=names[table["patch"]]), CAPTION, numbers)
 
 
-def keep(x: Tensor, dims: Sequence[int], but: bool = False) -> Tensor:
+def readout_at(name: str, site: sl.HookSite, layers: tuple[int, ...], where: Int[Tensor, " prompt"]) -> sl.Readout:
+    """The activation at one position of every prompt."""
+    return sl.Readout(name, site, layers, lambda act, rows: readouts.at_position(act, site, rows, where).float())
+
+
+def readings(study: sl.Study, layers: tuple[int, ...]) -> dict[str, Float[Tensor, "layer prompt *unit d"]]:
+    """In the clean run the normalised inputs and the keys of the sinks, and the inputs of ordinary positions."""
+    ordinary = study.ordinary_position("rmsnorm_filter/ordinary")
+    return study.measure(
+        [
+            readout_at("inputs", sites.LN1_NORMALIZED, layers, study.sinks),
+            readout_at("elsewhere", sites.LN1_NORMALIZED, layers, ordinary),
+            readout_at("keys", sites.K, layers, study.sinks),
+        ]
+    )
+
+
+def inputs_to_try(study: sl.Study, x: Inputs, elsewhere: Inputs, draws: int) -> list[tuple[str, Inputs]]:
+    """What the sink's normalised input is replaced by, and its name; that of the verdict comes first."""
+    dims = study.formation.dims
+    return [
+        (OUTLIER, keep(x, dims)),
+        ("strongest one", keep(x, dims[:1])),
+        ("nothing", torch.zeros_like(x)),
+        ("all but outliers", keep(x, dims, but=True)),
+        ("ordinary input", elsewhere),
+        ("mean over prompts", x.mean(1, keepdim=True).expand_as(x)),
+        *((OTHER, keep(x, other)) for other in study.other_dims("rmsnorm_filter/others", draws)),
+    ]
+
+
+def keep(x: Inputs, dims: Sequence[int], but: bool = False) -> Inputs:
     """``x`` with some dimensions alone (``but``: without them), scaled to its own norm (zero where these are)."""
     marks = torch.full(x.shape[-1:], float(but)).index_fill(0, torch.tensor(dims), float(not but))
     return torch.nn.functional.normalize(x * marks, dim=-1) * x.norm(dim=-1, keepdim=True)
 
 
-def distinct_pairs(study: sl.Study) -> np.ndarray:
-    """Marks the pairs of prompts that differ up to their sinks, ``[prompt, prompt]``."""
-    starts = [tuple(row[: sink + 1].tolist()) for row, sink in zip(study.batch.tokens, study.sinks, strict=True)]
-    pairs = np.array([[a != b for a in starts] for b in starts])
-    if not pairs.any():
-        raise sl.NotApplicableError("all prompts are the same up to their sink (BOS?), so its constancy says nothing")
-    return pairs
+def replace(study: sl.Study, site: sl.HookSite, layers: tuple[int, ...], values: Tensor) -> sl.Patch:
+    """Put ``values`` ``[layer, prompt, ...]`` at the sink."""
+    edit = edits.PerPrompt("kept", dict(zip(layers, values, strict=True)))
+    return sl.Patch(site, layers, study.sink, edit, allow_unchanged=True)
 
 
-def constancy(study: sl.Study, x: Tensor, pairs: np.ndarray) -> sl.Estimate:
-    """Mean cosine of ``[layer, prompt, ..., d]`` over pairs of prompts, blocks and heads."""
-    unit = torch.nn.functional.normalize(x.double(), dim=-1).flatten(2)
-    similar = (unit @ unit.mT).mean(0).numpy() / x[0, 0, ..., 0].numel()  # mean over heads, where there are some
-
-    def statistic(prompts: np.ndarray) -> float:
-        chosen = np.ix_(prompts, prompts)
-        return float(similar[chosen][pairs[chosen]].mean()) if pairs[chosen].any() else np.nan
-
-    return sl.statistics.bootstrap_estimate(statistic, len(pairs), study.seed)
-
-
-def outcomes(study: sl.Study, patches: Sequence[sl.Patch], keys: Tensor) -> Tensor:
-    """Share of the attention that is left and cosine of the key with ``keys``, ``[(share, cosine), patch, prompt]``."""
+def outcomes(
+    study: sl.Study, patches: Sequence[sl.Patch], keys: Float[Tensor, "layer prompt kv_head d_head"]
+) -> Float[Tensor, "quantity patch prompt"]:
+    """Share of the attention that is left, and cosine of the key with ``keys``."""
     layers = patches[0].layers
 
     def cosine(act: Tensor, rows: sl.Rows) -> Tensor:
@@ -126,15 +136,37 @@ def outcomes(study: sl.Study, patches: Sequence[sl.Patch], keys: Tensor) -> Tens
         return metrics.cosine(key, keys[layers.index(rows.layer)].to(key.device)[rows.prompts]).mean(-1)
 
     attention = readouts.attention_received("attention", layers, study.sink, study.batch.n)
-    result = study.run(patches, [attention, sl.Readout("cosine", sites.K, layers, cosine)])
-    return torch.stack([result.values["attention"] / result.runs["base"]["attention"], result.values["cosine"]])
+    effects = study.run(patches, [attention, sl.Readout("cosine", sites.K, layers, cosine)])
+    return torch.stack([effects.values["attention"] / effects.runs["base"]["attention"], effects.values["cosine"]])
+
+
+def distinct_pairs(study: sl.Study) -> Bool[np.ndarray, "prompt prompt"]:
+    """Marks the pairs of prompts that differ up to their sinks."""
+    starts = [tuple(row[: sink + 1].tolist()) for row, sink in zip(study.batch.tokens, study.sinks, strict=True)]
+    pairs = np.array([[a != b for a in starts] for b in starts])
+    if not pairs.any():
+        raise sl.NotApplicableError("all prompts are the same up to their sink (BOS?), so its constancy says nothing")
+    return pairs
+
+
+def constancy(
+    study: sl.Study, x: Float[Tensor, "layer prompt *unit d"], pairs: Bool[np.ndarray, "prompt prompt"]
+) -> sl.Estimate:
+    """Mean cosine over pairs of prompts, blocks and heads."""
+    unit = torch.nn.functional.normalize(x.double(), dim=-1).flatten(2)
+    similarity = (unit @ unit.mT).mean(0).numpy() / x[0, 0, ..., 0].numel()  # mean over heads, where there are some
+
+    def statistic(prompts: np.ndarray) -> float:
+        block = np.ix_(prompts, prompts)
+        return float(similarity[block][pairs[block]].mean()) if pairs[block].any() else np.nan
+
+    return statistics.bootstrap_estimate(statistic, len(pairs), study.seed)
 
 
 def draw(findings: sl.Findings):
-    value = findings.table.groupby(["quantity", "kept"], sort=False)["value"]
-    shown = pd.DataFrame({"mean": value.mean(), "low": value.quantile(0.025), "high": value.quantile(0.975)})
-    look = {"low": "low", "high": "high", "titles": {"kept": "what it keeps", "mean": "share, cosine", "quantity": ""}}
-    return sl.viz.bars(shown.reset_index(), "kept", "mean", series="quantity", **look)
+    bars = sl.analysis.mean_and_range(findings.table, ["quantity", "kept"])
+    titles = {"kept": "what it keeps", "mean": "share, cosine", "quantity": ""}
+    return sl.viz.bars(bars, "kept", "mean", series="quantity", low="low", high="high", titles=titles)
 
 
 ANALYSIS = sl.Analysis(
@@ -147,4 +179,4 @@ ANALYSIS = sl.Analysis(
 )
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

@@ -19,6 +19,7 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 import sinklens as sl
@@ -26,45 +27,41 @@ from sinklens import sites
 
 CLAIM = "Of all tokens the sink alone is high on both factors of the super neurons, the gate and the linear branch."
 
+Factor = Float[Tensor, "prompt pos neuron"]
+
 
 def run(
     study: sl.Study, *, draws: Annotated[int, "how many sets of as many other neurons to compare with"] = 5
 ) -> sl.Findings:
-    layer, neurons = study.formation.layer, study.formation.neurons
-    others = [i for drawn in study.other_neurons("selective_activation/others", draws) for i in drawn]
-    gate, linear = factors(study, layer, [*neurons, *others])  # [prompt, pos, neuron]
-    hit = (highest(gate, study.sinks) & highest(linear, study.sinks)).double()  # [prompt, neuron]
-    own = len(neurons)
-    share, control = study.mean(hit[:, :own].mean(1)), study.mean(hit[:, own:].mean(1))
+    own = len(study.formation.neurons)
+    others = [neuron for units in study.other_neurons("selective_activation/others", draws) for neuron in units]
+    neurons = [*study.formation.neurons, *others]
+    gate, linear = factors(study, neurons)
+    selected = (highest_at_sink(study, gate) & highest_at_sink(study, linear)).double()  # [prompt, neuron]
+    share, control = study.mean(selected[:, :own].mean(1)), study.mean(selected[:, own:].mean(1))
     verdict = sl.verdict(
         CLAIM,
-        "share of prompts in which the sink token has the highest gate cosine and the largest linear branch of all "
-        "tokens, averaged over super neurons",
-        share,
-        f"the same of as many other neurons of the block, {draws} draws",
-        control,
-        "holds when the whole interval lies above one half and above the control's",
+        statistic="share of prompts in which the sink token has the highest gate cosine and the largest linear branch "
+        "of all tokens, averaged over super neurons",
+        estimate=share,
+        control=f"the same of as many other neurons of the block, {draws} draws",
+        control_estimate=control,
+        rule="holds when the whole interval lies above one half and above the control's",
         holds=share.above(np.nanmax([0.5, control.high])),
     )
     numbers = {}
-    for what, values in (("cosine of the input and w_gate", gate), ("linear branch", linear)):
-        sink, rest = sink_and_rest(values[..., :own].mean(-1), study.sinks)
-        numbers |= {
-            f"{what} of the sink token, mean over super neurons": study.mean(sink),
-            f"{what} of the other tokens": study.mean(rest.mean(1)),
-            f"{what}, largest of the other tokens": study.mean(rest.amax(1)),
-        }
-    caption = (
-        f"How the input of the MLP of block {layer} meets the two weight vectors of super neurons (the strongest "
-        f"three) and of other neurons, position by position: mean over prompts. Sink positions: "
-        f"{', '.join(map(str, sorted(set(study.formation.sink_positions))))}."
-    )
+    for name, factor in (("cosine of the input and w_gate", gate), ("linear branch", linear)):
+        mean = study.sink_first(factor[..., :own].mean(-1))
+        numbers[f"{name} of the sink token, mean over super neurons"] = study.mean(mean[:, 0])
+        numbers[f"{name} of the other tokens"] = study.mean(mean[:, 1:].mean(1))
+        numbers[f"{name}, largest of the other tokens"] = study.mean(mean[:, 1:].amax(1))
     kinds = ["super"] * own + ["other"] * len(others)
-    return sl.Findings(verdict, tidy(gate, linear, [*neurons, *others], kinds, study.sinks), caption, numbers)
+    return sl.Findings(verdict, table(study, gate, linear, neurons, kinds), caption(study), numbers)
 
 
-def factors(study: sl.Study, layer: int, neurons: list[int]) -> tuple[Tensor, Tensor]:
-    """Cosine with w_gate and linear branch (in magnitude, where there is a gate), each ``[prompt, pos, neuron]``."""
+def factors(study: sl.Study, neurons: list[int]) -> tuple[Factor, Factor]:
+    """Cosine with w_gate, and linear branch (in magnitude, where there is a gate)."""
+    layer = study.formation.layer
     weights = study.weights(layer)
     gated = weights.W_gate is not None
     w_up = weights.W_in.detach().float()[:, neurons]
@@ -74,37 +71,28 @@ def factors(study: sl.Study, layer: int, neurons: list[int]) -> tuple[Tensor, Te
         x = normalised.float() * weights.ln2_w.detach().float()
         cosine = x @ (w_gate / w_gate.norm(dim=0)) / x.norm(dim=-1, keepdim=True)
         linear = x @ w_up
-        return torch.stack([cosine, linear.abs() if gated else linear])
+        return torch.stack([cosine, linear.abs() if gated else linear]).movedim(0, -1)
 
     own_norm = sl.models.has_hook(study.model, sites.LN2_NORMALIZED.at(layer))
     site = sites.LN2_NORMALIZED if own_norm else sites.LN1_NORMALIZED
-    readout = sl.Readout("factors", site, (layer,), lambda x, rows: reduce(x, rows).movedim(0, -1))
-    cosine, linear = study.measure([readout])["factors"][0].unbind(-1)
+    cosine, linear = study.measure([sl.Readout("factors", site, (layer,), reduce)])["factors"][0].unbind(-1)
     return cosine, linear
 
 
-def sink_and_rest(values: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """``[prompt, pos, ...]`` at the sink, ``[prompt, ...]``, and at all other positions, ``[prompt, other, ...]``."""
-    prompts = torch.arange(len(sinks))
-    is_sink = torch.zeros(values.shape[:2], dtype=torch.bool)
-    is_sink[prompts, sinks] = True
-    return values[prompts, sinks], values[~is_sink].view(len(sinks), -1, *values.shape[2:])
+def highest_at_sink(study: sl.Study, factor: Factor) -> Bool[Tensor, "prompt neuron"]:
+    """Whether the sink token is above all others."""
+    values = study.sink_first(factor)
+    return values[:, 0] > values[:, 1:].amax(1)
 
 
-def highest(values: Tensor, sinks: Tensor) -> Tensor:
-    """Whether the sink token is above all others, ``[prompt, pos, neuron] -> [prompt, neuron]``."""
-    sink, rest = sink_and_rest(values, sinks)
-    return sink > rest.amax(1)
-
-
-def tidy(gate: Tensor, linear: Tensor, neurons: list[int], kinds: list[str], sinks: Tensor) -> pd.DataFrame:
+def table(study: sl.Study, gate: Factor, linear: Factor, neurons: list[int], kinds: list[str]) -> pd.DataFrame:
     """One row for every neuron, prompt and position."""
     prompt, pos, neuron = np.indices(gate.shape).reshape(3, -1)
     return pd.DataFrame(
         {
             "prompt": prompt,
             "position": pos,
-            "token": np.where(pos == sinks.numpy()[prompt], "sink", "other"),
+            "token": np.where(pos == study.sinks.numpy()[prompt], "sink", "other"),
             "neuron": np.array(neurons)[neuron],
             "kind": np.array(kinds)[neuron],
             "gate_cosine": gate.flatten().numpy(),
@@ -113,16 +101,26 @@ def tidy(gate: Tensor, linear: Tensor, neurons: list[int], kinds: list[str], sin
     )
 
 
+def caption(study: sl.Study) -> str:
+    positions = ", ".join(map(str, sorted(set(study.formation.sink_positions))))
+    return (
+        f"How the input of the MLP of block {study.formation.layer} meets the two weight vectors of super neurons (the "
+        f"strongest three) and of other neurons, position by position: mean over prompts. Sink positions: {positions}."
+    )
+
+
 def draw(findings: sl.Findings):
     table = findings.table
-    first = [n for n in table[table.kind == "super"].neuron.unique()[:3]]
-    names = {n: f"super neuron {n}" for n in first}
-    shown = table[(table.kind == "other") | table.neuron.isin(first)]
-    shown = shown.assign(series=np.where(shown.kind == "super", shown.neuron.map(names), "other neurons"))
+    strongest = list(table[table.kind == "super"].neuron.unique()[:3])
+    names = {neuron: f"super neuron {neuron}" for neuron in strongest}
+    rows = table[(table.kind == "other") | table.neuron.isin(strongest)]
+    rows = rows.assign(series=np.where(rows.kind == "super", rows.neuron.map(names), "other neurons"))
     titles = {"gate_cosine": "cosine of the input and the gate's weights", "linear_branch": "linear branch"}
-    long = shown.melt(["series", "position"], list(titles), "factor").replace({"factor": titles})
-    long = long.pivot_table("value", ["factor", "series", "position"], sort=False).reset_index()
-    figure = sl.viz.line(long, "position", "value", series="series", facet="factor", titles={"value": "", "series": ""})
+    long = rows.melt(["series", "position"], list(titles), "factor").replace({"factor": titles})
+    lines = long.pivot_table("value", ["factor", "series", "position"], sort=False).reset_index()
+    figure = sl.viz.line(
+        lines, "position", "value", series="series", facet="factor", titles={"value": "", "series": ""}
+    )
     return figure.update_yaxes(matches=None, showticklabels=True)
 
 
@@ -136,4 +134,4 @@ ANALYSIS = sl.Analysis(
 )
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

@@ -15,6 +15,7 @@ because a sink that comes back is not removed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import pandas as pd
@@ -30,7 +31,27 @@ SUPER, RANDOM, STRONGEST = "super neurons", "random neurons", "strongest other n
 EDITS = ZERO, MEAN, DENSE = "zero", "mean", "densified"
 NATURAL, LATER, INDUCED = "natural sink", "natural sink, all later blocks", "induced sink"
 KEYS = ["sink", "neurons", "edit"]
-Case = tuple[dict[str, Any], sl.HookSite, edits.Edit, tuple[int, ...] | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """An edit of a set of neurons."""
+
+    neurons: str
+    """Which set."""
+    edit: edits.Edit
+    """What is done to it."""
+    site: sl.HookSite
+    """Where."""
+    units: tuple[int, ...] | None
+    """The neurons, at a site that has them as units."""
+    draw: int = 0
+    """Which of the draws, of random neurons or of a rotation."""
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Its columns in the table."""
+        return {"neurons": self.neurons, "edit": self.edit.name, "draw": self.draw}
 
 
 def run(
@@ -42,68 +63,88 @@ def run(
     positions: Annotated[tuple[int, ...], "positions for the induced sink: the last that fits is taken"] = (5, 10),
     few_prompts: Annotated[int, "prompts for the induced sink, and for all later blocks"] = 8,
 ) -> sl.Findings:
-    layer, near, kinds, note = study.formation.layer, study.after_formation(), EDITS, ""
-    try:
-        sl.models.check_writes_directly(study.model, layer)
-    except sl.NotApplicableError:
-        kinds, note = (ZERO, MEAN), " The model normalises what its MLPs write, so rows cannot be made dense."
-    every, few = cases(study, kinds, scales, rotations, draws), study.first(few_prompts)
-    own = [case for case in every if case[0]["neurons"] == SUPER]
-    tables = [measure(study, study.sink, every, near).assign(sink=NATURAL)]
-    tables += [measure(few, few.sink, own, study.after_formation(None)).assign(sink=LATER)]
-    try:
-        where = ((study.targets(positions)[-1],),) * few.batch.n
-        mask = sl.Patch(sites.PATTERN, study.up_to_formation, where, edits.AttendSelf())
-        tables.append(measure(few, where, every, near, mask).assign(sink=INDUCED))
-    except sl.InputError as error:
-        note += f" The induced sink is left out: {error}."
-    table: Any = pd.concat(tables, ignore_index=True)
-    found = {key: estimate(rows, "removed", study.seed) for key, rows in table.groupby(KEYS)}
-    removed = [found[NATURAL, SUPER, edit] for edit in kinds]
-    control = max((found[NATURAL, RANDOM, edit] for edit in kinds), key=lambda x: x.high)
+    kinds, note = edits_that_apply(study)
+    cases = [*ablations(study, kinds, rotations, draws), *rescalings(study, scales)]
+    table, left_out = effects_on_sinks(study, study.first(few_prompts), cases, positions)
+    removed = {key: estimate(rows, "removed", study.seed) for key, rows in table.groupby(KEYS)}
+    of_super, of_random = ([removed[NATURAL, who, edit] for edit in kinds] for who in (SUPER, RANDOM))
+    control = max(of_random, key=lambda x: x.high)
     verdict = sl.verdict(
         CLAIM,
-        f"share of the natural sink's attention removed, by the edit whose interval reaches lowest: {', '.join(kinds)}",
-        min(removed, key=lambda x: x.low),
-        "the same for as many random neurons, by the edit whose interval reaches highest",
-        control,
-        f"holds when the intervals of all edits lie above {MOST} and the control's below {LITTLE}",
-        holds=all(x.above(MOST) for x in removed) and control.below(LITTLE),
+        statistic="share of the natural sink's attention removed, by the edit whose interval reaches lowest: "
+        f"{', '.join(kinds)}",
+        estimate=min(of_super, key=lambda x: x.low),
+        control="the same for as many random neurons, by the edit whose interval reaches highest",
+        control_estimate=control,
+        rule=f"holds when the intervals of all edits lie above {MOST} and the control's below {LITTLE}",
+        holds=all(x.above(MOST) for x in of_super) and control.below(LITTLE),
     )
-    numbers = {f"removed, {', '.join(key)}": x for key, x in found.items() if key[1] in (SUPER, STRONGEST)}
+    numbers = {f"removed, {', '.join(key)}": x for key, x in removed.items() if key[1] in (SUPER, STRONGEST)}
+    natural = table[(table.sink == NATURAL) & table.neurons.isin(("none", SUPER))]
     for column in ("residual norm", "massive activations"):
         for edit in ("none", *kinds):
-            rows = table[(table.sink == NATURAL) & table.neurons.isin(("none", SUPER)) & (table.edit == edit)]
+            rows = natural[natural.edit == edit]
             numbers[f"{column} of the natural sink, {edit}"] = estimate(rows, column, study.seed)
-    caption = "What each edit removes of the sink's attention (means with 95% intervals)." + note
+    caption = f"What each edit removes of the sink's attention (means with 95% intervals).{note}{left_out}"
     return sl.Findings(verdict, table, caption, numbers)
 
 
-def cases(study: sl.Study, kinds: tuple, scales: tuple, rotations: int, draws: int) -> list[Case]:
-    """Every edit of every set of neurons, as (labels, site, edit, units)."""
+def edits_that_apply(study: sl.Study) -> tuple[tuple[str, ...], str]:
+    """The edits of the claim that this model can be given, and a note on those that it cannot."""
+    try:
+        sl.models.check_writes_directly(study.model, study.formation.layer)
+    except sl.NotApplicableError:
+        return (ZERO, MEAN), " The model normalises what its MLPs write, so rows cannot be made dense."
+    return EDITS, ""
+
+
+def ablations(study: sl.Study, kinds: tuple[str, ...], rotations: int, draws: int) -> list[Case]:
+    """Every set of neurons silenced, and writing in a random direction."""
     layer, neurons = study.formation.layer, study.formation.neurons
     post = study.activations(sites.MLP_POST, (layer,))[layer].float().cpu()  # [prompt, pos, d_mlp]
-    usual, at_sink = post[study.ordinary].mean(0), post[range(study.batch.n), study.sinks].abs().mean(0)
+    at_sink = post[range(study.batch.n), study.sinks].abs().mean(0)
     strongest = at_sink.index_fill(0, torch.tensor(neurons), -1).topk(len(neurons)).indices.tolist()
     sets = [(SUPER, i, neurons) for i in range(rotations)] + [(STRONGEST, 0, tuple(strongest))]
     sets += [(RANDOM, i, units) for i, units in enumerate(study.other_neurons("settle_it/random", draws))]
-    found: list[Case] = []
+    silent = [edits.Constant(ZERO), edits.Constant(MEAN, {layer: post[study.ordinary].mean(0)})]
+    cases = []
     for who, draw, units in sets:
-        rows = study.weights(layer).W_out.detach()[list(units)].float()
-        silent = [edits.Constant(ZERO), edits.Constant(MEAN, {layer: usual})]
         if who != SUPER or draw == 0:  # of the super neurons only the rotation is drawn
-            found += [({"neurons": who, "edit": e.name, "draw": draw}, sites.MLP_POST, e, units) for e in silent]
+            cases += [Case(who, edit, sites.MLP_POST, units, draw) for edit in silent]
         if DENSE in kinds:
-            turned = edits.rotate_rows(rows, study.generator(f"settle_it/{who}/{draw}"))
-            edit = edits.DensifyRows(DENSE, units, rows, turned)
-            found.append(({"neurons": who, "edit": DENSE, "draw": draw}, sites.MLP_OUT, edit, None))
-    for s in sorted(set(scales) - {0}):
-        edit = edits.Rescale(f"times {s:g}", {layer: torch.zeros_like(usual)}, {layer: torch.tensor(float(s))})
-        found.append(({"neurons": SUPER, "edit": edit.name, "draw": 0}, sites.MLP_POST, edit, neurons))
-    return found
+            rows = study.weights(layer).W_out.detach()[list(units)].float()
+            rotated = edits.rotate_rows(rows, study.generator(f"settle_it/{who}/{draw}"))
+            cases.append(Case(who, edits.DensifyRows(DENSE, units, rows, rotated), sites.MLP_OUT, None, draw))
+    return cases
 
 
-def measure(study: sl.Study, where: tuple, cases: list[Case], layers: tuple[int, ...], *roots: sl.Patch) -> Any:
+def rescalings(study: sl.Study, scales: tuple[float, ...]) -> list[Case]:
+    """The super neurons' activations times each of ``scales``; zero is an ablation already."""
+    layer, neurons = study.formation.layer, study.formation.neurons
+    zero = {layer: torch.zeros(study.shape.d_mlp)}
+    factors = {f"times {scale:g}": torch.tensor(float(scale)) for scale in sorted(set(scales) - {0})}
+    rescale = [edits.Rescale(name, zero, {layer: factor}) for name, factor in factors.items()]
+    return [Case(SUPER, edit, sites.MLP_POST, neurons) for edit in rescale]
+
+
+def effects_on_sinks(study: sl.Study, few: sl.Study, cases: list[Case], positions: tuple[int, ...]) -> tuple[Any, str]:
+    """A table of every case for the natural sink and, on a few prompts, for an induced one; a note if there is none."""
+    near, later, left_out = study.after_formation(), study.after_formation(None), ""
+    of_super = [case for case in cases if case.neurons == SUPER]
+    tables = [measure(study, study.sink, cases, near).assign(sink=NATURAL)]
+    tables += [measure(few, few.sink, of_super, later).assign(sink=LATER)]
+    try:
+        target = ((study.targets(positions)[-1],),) * few.batch.n
+        mask = sl.Patch(sites.PATTERN, study.up_to_formation, target, edits.AttendSelf())
+        tables += [measure(few, target, cases, near, mask).assign(sink=INDUCED)]
+    except sl.InputError as error:
+        left_out = f" The induced sink is left out: {error}."
+    return pd.concat(tables, ignore_index=True), left_out
+
+
+def measure(
+    study: sl.Study, where: tuple, cases: list[Case], layers: tuple[int, ...], *roots: sl.Patch
+) -> pd.DataFrame:
     """Attention to the sink and to ordinary tokens, and the sink's residual after formation, in every case."""
     n, block, at, resid = study.batch.n, (study.formation.layer,), torch.tensor(where)[:, 0], sites.RESID_POST
     ordinary = study.ordinary.float().scatter(1, at[:, None], 0)
@@ -117,11 +158,11 @@ def measure(study: sl.Study, where: tuple, cases: list[Case], layers: tuple[int,
         readouts.vector_readout("residual norm", resid, block, where, n, lambda x, _: metrics.vector_norm(x)),
         sl.Readout("massive activations", resid, block, massive),
     ]
-    patches = [sl.Patch(site, block, where, edit, units, allow_unchanged=True) for _, site, edit, units in cases]
-    found = study.run(patches, measured, {"base": roots})
+    patches = [sl.Patch(case.site, block, where, case.edit, case.units, allow_unchanged=True) for case in cases]
+    effects = study.run(patches, measured, {"base": roots})
     untouched = {"base": {"neurons": "none", "edit": "none", "draw": 0}}
-    table = sl.analysis.patch_table(found, [case[0] for case in cases], untouched)
-    before, usual = (found.runs["base"][name].numpy()[table.prompt] for name in ("attention", "ordinary"))
+    table = sl.analysis.patch_table(effects, [case.labels for case in cases], untouched)
+    before, usual = (sl.analysis.base_reading(effects, table, name) for name in ("attention", "ordinary"))
     return table.assign(removed=(before - table.attention) / (before - usual))
 
 
@@ -135,9 +176,11 @@ def draw(findings: sl.Findings):
     table: Any = findings.table.query("neurons != 'none'")
     means = {key: estimate(rows, "removed", 0) for key, rows in table.groupby(KEYS, sort=False)}
     ends = [(*key, x.value, x.low, x.high) for key, x in means.items()]
-    shown, y = pd.DataFrame(ends, columns=[*KEYS, "share removed", "low", "high"]), "share removed"
-    figure = sl.viz.bars(shown, "edit", y, series="neurons", low="low", high="high", facet="sink", titles={"edit": ""})
-    order = [*sorted(set(shown.edit) - set(EDITS), reverse=True), *EDITS]
+    bars = pd.DataFrame(ends, columns=[*KEYS, "share removed", "low", "high"])
+    figure = sl.viz.bars(
+        bars, "edit", "share removed", series="neurons", low="low", high="high", facet="sink", titles={"edit": ""}
+    )
+    order = [*sorted(set(bars.edit) - set(EDITS), reverse=True), *EDITS]
     figure.update_xaxes(categoryorder="array", categoryarray=order, showticklabels=True)
     return sl.viz.mark(figure, y=MOST)
 
@@ -147,4 +190,4 @@ ANALYSIS = sl.Analysis(
 )
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

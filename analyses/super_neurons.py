@@ -14,15 +14,17 @@ A score counts as outlying from a robust z of 5, which is what formation asks of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 import sinklens as sl
-from sinklens import metrics, sites
+from sinklens import metrics, sites, statistics
 
 CLAIM = "The neurons that fire for the sink have outlying weight norms in W_gate and W_up."
 LEAST = {"robust_z": 5.0, "percentile": 99.0}
@@ -35,6 +37,10 @@ KINDS = {
 }
 """What a neuron is called, by whether activation picks it and whether formation calls it a super neuron."""
 
+PerNeuron = Float[Tensor, " neuron"]
+Magnitude = Float[Tensor, "token neuron"]
+"""Mean magnitude on the sink token, and what it reaches elsewhere."""
+
 
 def run(
     study: sl.Study,
@@ -43,97 +49,120 @@ def run(
     score: Annotated[Literal["robust_z", "percentile"], "how far a weight norm outlies its block's"] = "robust_z",
     draws: Annotated[int, "random sets of neurons for the null"] = 2000,
 ) -> sl.Findings:
-    layer, d_mlp = study.formation.layer, study.shape.d_mlp
-    top = top or len(study.formation.neurons)
+    d_mlp, top = study.shape.d_mlp, top or len(study.formation.neurons)
     if not 0 < top < d_mlp:
         raise sl.InputError(f"top={top} must be in 1..{d_mlp - 1}: the block has {d_mlp} neurons")
-    weights = study.weights(layer)
-    matrices = {"gate": weights.W_gate, "up": weights.W_in}
-    norms = {name: w.detach().float().norm(dim=0).cpu() for name, w in matrices.items() if w is not None}
-    scores = {name: scored(norm, score) for name, norm in norms.items()}
+    norms = weight_norms(study)
+    scores = {matrix: outlyingness(norm, score) for matrix, norm in norms.items()}
     joint = torch.stack(list(scores.values())).amin(0)
-    found = study.measure([sl.Readout("fired", sites.MLP_POST, (layer,), on_sink_and_elsewhere(study.sinks))])
-    fired = found["fired"][0]  # [prompt, (sink, elsewhere), neuron]
-    mean = fired.mean(0)
-    chosen = most_selective(mean, top)
+    magnitude = magnitudes(study)  # [prompt, token, neuron]
 
     def statistic(prompts: np.ndarray) -> float:
-        return float(joint[most_selective(fired[prompts].mean(0), top)].mean())
+        return float(joint[most_selective(magnitude[prompts].mean(0), top)].mean())
 
-    estimate = sl.statistics.bootstrap_estimate(statistic, study.batch.n, study.seed)
-    rng = study.generator("super_neurons/null")
-    null = torch.stack([joint[torch.randperm(d_mlp, generator=rng)[:top]].mean() for _ in range(draws)])
-    control, p = sl.statistics.null_estimate(null), sl.statistics.permutation_p(estimate.value, null)
-    least = LEAST[score]
+    estimate = statistics.bootstrap_estimate(statistic, study.batch.n, study.seed)
+    null = random_means(joint, top, draws, study.generator("super_neurons/null"))
+    control, p_value = statistics.null_estimate(null), statistics.permutation_p(estimate.value, null)
     verdict = sl.verdict(
         CLAIM,
-        f"mean {score.replace('_', ' ')} of the weight norms (the smaller of {' and '.join(scores)}) of the {top} "
-        "neurons of the formation block that fire most selectively for the sink",
-        estimate,
-        f"as many neurons drawn at random, {draws} times",
-        control,
-        f"holds when p < 0.05 and the whole interval lies above {least:g} and above the null's range",
-        holds=p < 0.05 and estimate.above(max(least, control.high)),
-        p_value=p,
+        statistic=f"mean {score.replace('_', ' ')} of the weight norms (the smaller of {' and '.join(scores)}) of the "
+        f"{top} neurons of the formation block that fire most selectively for the sink",
+        estimate=estimate,
+        control=f"as many neurons drawn at random, {draws} times",
+        control_estimate=control,
+        rule=f"holds when p < 0.05 and the whole interval lies above {LEAST[score]:g} and above the null's range",
+        holds=p_value < 0.05 and estimate.above(max(LEAST[score], control.high)),
+        p_value=p_value,
     )
-    columns = {f"{name}_norm": norm for name, norm in norms.items()} | {f"{n}_score": s for n, s in scores.items()}
-    columns |= {"activation_sink": mean[0], "activation_elsewhere": mean[1], "selectivity": selectivity(mean)}
-    table = pd.DataFrame({"neuron": range(d_mlp)} | {name: value.tolist() for name, value in columns.items()})
-    picked, supers = set(chosen.tolist()), set(study.formation.neurons)
-    table["kind"] = [KINDS[neuron in picked, neuron in supers] for neuron in range(d_mlp)]
-    largest = set(joint.topk(top).indices.tolist())
-    tau = metrics.kendall_tau(selectivity(mean)[None], joint[None])
-    numbers = {
-        "share of the super neurons among those picked by activation alone": len(picked & supers) / len(supers),
-        f"share of those picked that have the {top} largest joint scores": len(picked & largest) / top,
-        "Kendall's tau of selectivity and joint score over all neurons of the block": float(tau),
-    }
-    caption = (
-        f"Weight norms of every neuron of block {layer}, and which {top} fire most selectively for the sink token. "
-        "A plain MLP has no W_gate: its W_in norms stand against the selectivity."
-    )
-    return sl.Findings(verdict, table, caption, numbers)
+    mean = magnitude.mean(0)
+    picked, supers = set(most_selective(mean, top).tolist()), set(study.formation.neurons)
+    numbers = overlaps(mean, joint, picked, supers)
+    return sl.Findings(verdict, table(norms, scores, mean, picked, supers), caption(study, top), numbers)
 
 
-def scored(norms: Tensor, score: str) -> Tensor:
+def weight_norms(study: sl.Study) -> dict[str, PerNeuron]:
+    """Norm of every neuron's column of W_gate (where there is one) and of W_up."""
+    weights = study.weights(study.formation.layer)
+    matrices = {"gate": weights.W_gate, "up": weights.W_in}
+    return {name: w.detach().float().norm(dim=0).cpu() for name, w in matrices.items() if w is not None}
+
+
+def outlyingness(norms: PerNeuron, score: str) -> PerNeuron:
     """Robust z, or the percentile of each norm among all."""
     if score == "robust_z":
         return metrics.robust_z(norms)
     return 100 * torch.searchsorted(norms.sort().values, norms, right=True) / len(norms)
 
 
-def on_sink_and_elsewhere(sinks: Tensor):
+def magnitudes(study: sl.Study) -> Float[Tensor, "prompt token neuron"]:
     """Magnitude of every neuron on the sink token, and its 95th percentile over the other tokens of the prompt."""
 
     def reduce(post: Tensor, rows: sl.Rows) -> Tensor:
-        sink = sinks.to(post.device)[rows.prompts]
-        magnitude = post.float().abs()
-        index = torch.arange(len(sink), device=post.device)
-        other = torch.ones(post.shape[:2], dtype=torch.bool, device=post.device)
-        other[index, sink] = False
-        rest = magnitude[other].view(len(sink), -1, post.shape[-1])
-        return torch.stack([magnitude[index, sink], rest.quantile(0.95, dim=1)], 1)
+        magnitude = study.sink_first(post.float().abs(), rows.prompts)
+        return torch.stack([magnitude[:, 0], magnitude[:, 1:].quantile(0.95, dim=1)], 1)
 
-    return reduce
+    readout = sl.Readout("magnitude", sites.MLP_POST, (study.formation.layer,), reduce)
+    return study.measure([readout])["magnitude"][0]
 
 
-def selectivity(fired: Tensor) -> Tensor:
-    """``[(sink, elsewhere), neuron] -> [neuron]``, their ratio: 0 for a neuron that never fires for the sink."""
-    return torch.where(fired[0] > 0, fired[0] / fired[1], 0)
+def selectivity(magnitude: Magnitude) -> PerNeuron:
+    """Their ratio: 0 for a neuron that never fires for the sink."""
+    return torch.where(magnitude[0] > 0, magnitude[0] / magnitude[1], 0)
 
 
-def most_selective(fired: Tensor, top: int) -> Tensor:
+def most_selective(magnitude: Magnitude, top: int) -> Int[Tensor, " top"]:
     """The ``top`` most selective neurons; among infinite ones those that fire most."""
-    by_size = fired[0].argsort(descending=True, stable=True)
-    return by_size[selectivity(fired)[by_size].argsort(descending=True, stable=True)][:top]
+    by_size = magnitude[0].argsort(descending=True, stable=True)
+    return by_size[selectivity(magnitude)[by_size].argsort(descending=True, stable=True)][:top]
+
+
+def random_means(scores: PerNeuron, size: int, draws: int, rng: torch.Generator) -> Float[Tensor, " draw"]:
+    """The mean score of ``size`` neurons drawn at random, draw by draw."""
+    return torch.stack([scores[torch.randperm(len(scores), generator=rng)[:size]].mean() for _ in range(draws)])
+
+
+def overlaps(magnitude: Magnitude, joint: PerNeuron, picked: set[int], supers: set[int]) -> dict[str, float]:
+    """How far activation and weights agree on which neurons stand out."""
+    top = len(picked)
+    largest = set(joint.topk(top).indices.tolist())
+    tau = metrics.kendall_tau(selectivity(magnitude)[None], joint[None])
+    return {
+        "share of the super neurons among those picked by activation alone": len(picked & supers) / len(supers),
+        f"share of those picked that have the {top} largest joint scores": len(picked & largest) / top,
+        "Kendall's tau of selectivity and joint score over all neurons of the block": float(tau),
+    }
+
+
+def table(
+    norms: Mapping[str, PerNeuron],
+    scores: Mapping[str, PerNeuron],
+    magnitude: Magnitude,
+    picked: set[int],
+    supers: set[int],
+) -> pd.DataFrame:
+    """A row for every neuron of the block."""
+    columns = {f"{name}_norm": norm for name, norm in norms.items()}
+    columns |= {f"{name}_score": score for name, score in scores.items()}
+    columns |= {"activation_sink": magnitude[0], "activation_elsewhere": magnitude[1]}
+    columns |= {"selectivity": selectivity(magnitude)}
+    neurons = range(magnitude.shape[-1])
+    rows = pd.DataFrame({"neuron": neurons} | {name: values.tolist() for name, values in columns.items()})
+    return rows.assign(kind=[KINDS[neuron in picked, neuron in supers] for neuron in neurons])
+
+
+def caption(study: sl.Study, top: int) -> str:
+    return (
+        f"Weight norms of every neuron of block {study.formation.layer}, and which {top} fire most selectively for the "
+        "sink token. A plain MLP has no W_gate: its W_in norms stand against the selectivity."
+    )
 
 
 def draw(findings: sl.Findings):
     gated = "gate_norm" in findings.table
     x, y = ("gate_norm", "up_norm") if gated else ("up_norm", "selectivity")
     titles = {"gate_norm": "norm of the W_gate column", "up_norm": "norm of the W_up column", "kind": ""}
-    shown = findings.table.sort_values("kind", ascending=False, key=lambda column: column == "other neuron")
-    figure = sl.viz.points(shown, x, y, series="kind", titles=titles, log_y=not gated, hover=("neuron", "selectivity"))
+    points = findings.table.sort_values("kind", ascending=False, key=lambda column: column == "other neuron")
+    figure = sl.viz.points(points, x, y, series="kind", titles=titles, log_y=not gated, hover=("neuron", "selectivity"))
     return figure.for_each_trace(lambda trace: trace.update(marker_size=5 if trace.name == "other neuron" else 12))
 
 
@@ -147,4 +176,4 @@ ANALYSIS = sl.Analysis(
 )
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

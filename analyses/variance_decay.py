@@ -14,8 +14,9 @@ hold; and after the first formation blocks the first token's values are all alik
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -31,20 +32,26 @@ CLAIM = (
     "The variance of the aggregated value decays with position, and the first token is a high-variance outlier, for "
     "natural and random tokens alike."
 )
-FIRST = 0  # the position that averages nothing
 LEAST_RATIO = 2.0  # round: twice an ordinary position's variance
-SITES = {"aggregated": sites.Z, "not aggregated": sites.V}
+AGGREGATED, BEFORE = "aggregated", "not aggregated"
+SITES = {AGGREGATED: sites.Z, BEFORE: sites.V}
 RATIO, TAU = "variance of the first token over later ones", "Kendall's tau of variance with position"
 
-Curves = Float[Tensor, "block pos"]
+Variance = Float[Tensor, "block pos"]
 
 
-class Decay(NamedTuple):
-    """What is found at one site, on one kind of prompts."""
+@dataclass(frozen=True, eq=False)
+class Decay:
+    """What variance does with position at one site, on one kind of prompts."""
 
+    variance: Variance
+    """Across all prompts."""
     ratio: sl.Estimate
+    """Of the first position over the median of later ones."""
     tau: sl.Estimate
+    """Kendall's tau of variance with later positions."""
     p_value: float
+    """Of tau, against shuffled positions."""
 
 
 def run(
@@ -56,71 +63,83 @@ def run(
 ) -> sl.Findings:
     blocks, rng = study.blocks(layers), study.generator("variance_decay/shuffled")
     shuffled = torch.rand(permutations, study.batch.length - 1, generator=rng)
-    axes = {"layer": blocks, "position": range(study.batch.length)}
-    found, numbers, tables = {}, {}, []
-    for source, here in {"given prompts": study, "random tokens": study.random}.items():
-        for quantity, site in SITES.items():
-            each = [statistics.resampled_variance(x, average) for x in here.activations(site, blocks).values()]
-            item, curves = decay(study, lambda drawn, each=each: torch.stack([f(drawn) for f in each]), shuffled)
-            found[source, quantity] = item
-            numbers |= {f"{RATIO}, {quantity}, {source}": item.ratio, f"{TAU}, {quantity}, {source}": item.tau}
-            columns = {"source": source, "quantity": quantity, "relative": relative(curves).flatten().numpy()}
-            tables.append(sl.analysis.tidy(curves, axes, **columns))
-    caption = (
-        "Variance across prompts at every position over the median of later positions (geometric mean over blocks "
-        f"{', '.join(map(str, blocks))}; {average} over dimensions): of the values that attention has averaged, and of "
-        "the values before."
+    decays = {
+        source: {quantity: decay(here, site, blocks, average, shuffled) for quantity, site in SITES.items()}
+        for source, here in {"given prompts": study, "random tokens": study.random}.items()
+    }
+    weaker = min(decays, key=lambda source: decays[source][AGGREGATED].ratio.value)
+    verdict = sl.verdict(
+        CLAIM,
+        statistic=f"variance of the first token's aggregated value over the median of later ones ({weaker}, the lower)",
+        estimate=decays[weaker][AGGREGATED].ratio,
+        control="the same of the values before aggregation",
+        control_estimate=decays[weaker][BEFORE].ratio,
+        rule="holds when, on the given prompts and on random tokens, the interval of this ratio lies above "
+        f"{LEAST_RATIO:g} and above the control's, and that of Kendall's tau of variance with later positions lies "
+        "below 0 and below the control's, with p < 0.05 against shuffled positions (the larger p of the two is given)",
+        holds=all(decays_by_averaging(each[AGGREGATED], each[BEFORE]) for each in decays.values()),
+        p_value=max(each[AGGREGATED].p_value for each in decays.values()),
     )
-    return sl.Findings(judged(found), pd.concat(tables, ignore_index=True), caption, numbers)
+    numbers = {}
+    for source, each in decays.items():
+        for quantity, item in each.items():
+            numbers[f"{RATIO}, {quantity}, {source}"] = item.ratio
+            numbers[f"{TAU}, {quantity}, {source}"] = item.tau
+    return sl.Findings(verdict, table(decays, blocks), caption(blocks, average), numbers)
 
 
 def decay(
-    study: sl.Study, curves: Callable[[np.ndarray], Curves], shuffled: Float[Tensor, "draw pos"]
-) -> tuple[Decay, Curves]:
-    """Ratio and tau with intervals over prompts, and the curves; positions are shuffled alike in every block."""
-    n, seed, in_order = study.batch.n, study.seed, torch.arange(shuffled.shape[-1]).float()[None]
-    ratio = statistics.bootstrap_estimate(lambda drawn: outlier(curves(drawn)), n, seed)
-    tau = statistics.bootstrap_estimate(lambda drawn: float(trend(curves(drawn), in_order)), n, seed, correlation=True)
-    everyone = curves(np.arange(n))
-    return Decay(ratio, tau, statistics.permutation_p(tau.value, trend(everyone, shuffled), "less")), everyone
+    study: sl.Study,
+    site: sl.HookSite,
+    blocks: tuple[int, ...],
+    average: Literal["mean", "median"],
+    shuffled: Float[Tensor, "draw pos"],
+) -> Decay:
+    """Ratio and tau with intervals over prompts; positions are shuffled alike in every block."""
+    curves = statistics.resampled_curves(study.activations(site, blocks).values(), average)
+    in_order = torch.arange(shuffled.shape[-1]).float()[None]
+    variance = curves(np.arange(study.batch.n))
+
+    def estimate(statistic: Callable[[Variance], Tensor], correlation: bool) -> sl.Estimate:
+        return statistics.bootstrap_estimate(
+            lambda prompts: float(statistic(curves(prompts))), study.batch.n, study.seed, correlation=correlation
+        )
+
+    ratio = estimate(metrics.first_over_later, correlation=False)
+    tau = estimate(lambda variance: trend(variance, in_order), correlation=True)
+    return Decay(variance, ratio, tau, statistics.permutation_p(tau.value, trend(variance, shuffled), "less"))
 
 
-def relative(curves: Curves) -> Curves:
-    """In units of the median over the positions after the first."""
-    return curves / curves[:, FIRST + 1 :].quantile(0.5, dim=-1, keepdim=True)
-
-
-def outlier(curves: Curves) -> float:
-    """Variance of the first position over the median of later ones, geometric mean over blocks."""
-    return float(relative(curves)[:, FIRST].log().mean().exp())
-
-
-def trend(curves: Curves, positions: Float[Tensor, "draw pos"]) -> Float[Tensor, " draw"]:
+def trend(variance: Variance, positions: Float[Tensor, "draw pos"]) -> Float[Tensor, " draw"]:
     """Kendall's tau of variance with position after the first, mean over blocks."""
-    return metrics.kendall_tau(positions, curves[:, FIRST + 1 :]).mean(-1)
+    return metrics.kendall_tau(positions, variance[:, 1:]).mean(-1)
 
 
-def judged(found: dict[tuple[str, str], Decay]) -> sl.Verdict:
-    """The verdict takes both sources; it shows the one with the lower ratio."""
-    pairs = {source: (found[source, "aggregated"], found[source, "not aggregated"]) for source, _ in found}
-    holds = all(
-        item.ratio.above(max(LEAST_RATIO, control.ratio.high))
-        and item.tau.below(min(0.0, control.tau.low))
-        and item.p_value < 0.05
-        for item, control in pairs.values()
+def decays_by_averaging(aggregated: Decay, before: Decay) -> bool:
+    """The rule, on one kind of prompts."""
+    return (
+        aggregated.ratio.above(max(LEAST_RATIO, before.ratio.high))
+        and aggregated.tau.below(min(0.0, before.tau.low))
+        and aggregated.p_value < 0.05
     )
-    weaker = min(pairs, key=lambda source: pairs[source][0].ratio.value)
-    return sl.verdict(
-        CLAIM,
-        f"variance of the first token's aggregated value over the median of later ones ({weaker}, the lower)",
-        pairs[weaker][0].ratio,
-        "the same of the values before aggregation",
-        pairs[weaker][1].ratio,
-        f"holds when, on the given prompts and on random tokens, the interval of this ratio lies above {LEAST_RATIO:g} "
-        "and above the control's, and that of Kendall's tau of variance with later positions lies below 0 and below "
-        "the control's, with p < 0.05 against shuffled positions (the larger p of the two is given)",
-        holds=holds,
-        p_value=max(item.p_value for item, _ in pairs.values()),
+
+
+def table(decays: Mapping[str, Mapping[str, Decay]], blocks: tuple[int, ...]) -> pd.DataFrame:
+    """A row for every kind of prompts, quantity, block and position."""
+    tables = []
+    for source, each in decays.items():
+        for quantity, item in each.items():
+            axes = {"layer": blocks, "position": range(item.variance.shape[1])}
+            relative = metrics.relative_to_later(item.variance).flatten().numpy()
+            tables.append(sl.analysis.tidy(item.variance, axes, source=source, quantity=quantity, relative=relative))
+    return pd.concat(tables, ignore_index=True)
+
+
+def caption(blocks: tuple[int, ...], average: str) -> str:
+    return (
+        "Variance across prompts at every position over the median of later positions (geometric mean over blocks "
+        f"{', '.join(map(str, blocks))}; {average} over dimensions): of the values that attention has averaged, and of "
+        "the values before."
     )
 
 
@@ -142,4 +161,4 @@ ANALYSIS = sl.Analysis(
 )
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

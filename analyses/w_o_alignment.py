@@ -14,7 +14,7 @@ variance on just as well, and the comparison says whether it does more. The seco
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -28,7 +28,12 @@ import sinklens as sl
 from sinklens import metrics, sites, statistics
 
 CLAIM = "W_O is aligned with the first token's variance, which stays the highest after it."
+CAPTION = "Kendall's tau of output neurons' weights with the variances they read at the sink, and with these permuted."
+SINK, ORDINARY, PERMUTED = "sink", "ordinary position", "permuted"
 RESAMPLES = 200  # fewer than usual: each costs a rank correlation with every output neuron
+
+Blocks = Sequence[Tensor]
+"""A tensor for every block: inputs ``[prompt input]``, their variances ``[draw input]``, weights ``[output input]``."""
 
 
 def run(
@@ -41,81 +46,70 @@ def run(
 ) -> sl.Findings:
     if min(outputs, permutations) < 1:
         raise sl.InputError(f"outputs={outputs} and permutations={permutations} must be at least 1")
-    if not study.sinks.any() and len(study.batch.tokens[:, 0].unique()) == 1:
-        raise sl.NotApplicableError("the sink is the first token and the same in all prompts: it has no variance")
-    blocks, everyone = study.blocks(layers), np.arange(study.batch.n)
+    sl.analysis.check_sink_varies(study)
+    blocks = study.blocks(layers)
     z = [x.float() for x in study.activations(sites.Z, blocks).values()]
-    columns = [study.weights(layer).W_O.detach().float().flatten(0, 1) for layer in blocks]
-    after = curves([study.sink_first(x.flatten(2) @ w) for x, w in zip(z, columns, strict=True)])
-    share = statistics.bootstrap_estimate(lambda drawn: sink_is_highest(after(drawn)), study.batch.n, study.seed)
-    chosen = torch.randperm(study.shape.d_model, generator=study.generator("w_o_alignment/outputs"))[:outputs]
-    read = [(w.abs() if weights == "absolute" else w).T[chosen.to(w.device)] for w in columns]
-    ordinary = torch.multinomial(study.ordinary.float(), 1, generator=study.generator("w_o_alignment/ordinary"))
-    tokens = {"sink": study.sinks, "ordinary position": ordinary.squeeze(-1)}
-    inputs = {who: [x[torch.arange(len(x)), where].flatten(1) for x in z] for who, where in tokens.items()}
-    tau = {who: mean_tau(study, x, read) for who, x in inputs.items()}
-    found = {who: taus(variances(x, everyone[None]), read)[:, 0] for who, x in inputs.items()}  # [block, output]
-    null = taus(permuted(variances(inputs["sink"], everyone[None]), permutations, study), read)
-    # A draw of its own for every output neuron: one permutation's taus rise and fall together.
-    index = torch.arange(len(chosen))
-    found["permuted"] = null[:, index % permutations, index]
-
-    spread = after(everyone)
-    axes = {"layer": blocks, "index": chosen.tolist()}  # of the output neuron, or the position
-    rows = [sl.analysis.tidy(values, axes, quantity="tau", token=who) for who, values in found.items()]
-    axes["index"] = range(study.batch.length)
-    rows.append(sl.analysis.tidy(spread, axes, quantity="variance after W_O", token="sink first"))
-    numbers: dict[str, sl.Estimate | float] = {
-        "the same tau at an ordinary position": tau["ordinary position"],
-        "share of blocks in which the sink has the highest variance after W_O": share,
-    }
-    ratio = spread[:, 0] / spread[:, 1:].quantile(0.5, dim=1)
-    for layer, mean, over in zip(blocks, found["sink"].mean(1).tolist(), ratio.tolist(), strict=True):
-        numbers |= {f"tau in block {layer}": mean, f"variance after W_O over the median in block {layer}": over}
-    caption = (
-        "Kendall's tau of output neurons' weights with the variances they read at the sink, and with these permuted."
-    )
-    return sl.Findings(
-        judged(tau["sink"], null.mean((0, 2)), share), pd.concat(rows, ignore_index=True), caption, numbers
-    )
-
-
-def judged(tau: sl.Estimate, null: Float[Tensor, " draw"], share: sl.Estimate) -> sl.Verdict:
-    by_chance, p_value = statistics.null_estimate(null), statistics.permutation_p(tau.value, null)
-    return sl.verdict(
+    W_O = [study.weights(layer).W_O.detach().float().flatten(0, 1) for layer in blocks]
+    neurons = torch.randperm(study.shape.d_model, generator=study.generator("w_o_alignment/outputs"))[:outputs]
+    read = [(w.abs() if weights == "absolute" else w).T[neurons.to(w.device)] for w in W_O]
+    inputs = inputs_by_token(study, z)
+    tau = {who: mean_tau(study, each, read) for who, each in inputs.items()}
+    null = taus(permuted(all_variances(inputs[SINK]), permutations, study), read)
+    by_chance = statistics.null_estimate(null.mean((0, 2)))
+    p_value = statistics.permutation_p(tau[SINK].value, null.mean((0, 2)))
+    after = statistics.resampled_curves(study.sink_first(x.flatten(2) @ w) for x, w in zip(z, W_O, strict=True))
+    highest = statistics.bootstrap_estimate(lambda on: sink_is_highest(after(on)), study.batch.n, study.seed)
+    verdict = sl.verdict(
         CLAIM,
         "Kendall's tau between W_O's weights and the variance of the sink's values, mean over outputs and blocks",
-        tau,
-        "the same with permuted variances",
-        by_chance,
-        "holds when the interval of tau lies above 0 and above the null's, p < 0.05, and the interval of the share of "
-        "blocks in which the sink varies most after W_O lies above one half; tau need not exceed an ordinary one's",
-        holds=tau.above(max(0.0, by_chance.high)) and p_value < 0.05 and share.above(0.5),
+        estimate=tau[SINK],
+        control="the same with permuted variances",
+        control_estimate=by_chance,
+        rule="holds when the interval of tau lies above 0 and above the null's, p < 0.05, and the interval of the "
+        "share of blocks in which the sink varies most after W_O lies above one half; tau need not exceed an ordinary "
+        "one's",
+        holds=tau[SINK].above(max(0.0, by_chance.high)) and p_value < 0.05 and highest.above(0.5),
         p_value=p_value,
     )
+    variance = after(np.arange(study.batch.n))
+    by_output = {who: taus(all_variances(each), read)[:, 0] for who, each in inputs.items()}
+    table = table_of(blocks, neurons, by_output | {PERMUTED: one_draw_each(null)}, variance)
+    return sl.Findings(verdict, table, CAPTION, numbers(tau[ORDINARY], highest, blocks, by_output[SINK], variance))
 
 
-def variances(inputs: list[Tensor], drawn: Int[np.ndarray, "draw prompt"]) -> list[Float[Tensor, "draw input"]]:
-    """Across the prompts of every draw, for each block's ``[prompt input]``."""
-    return [torch.stack([x[torch.from_numpy(one)].var(0) for one in drawn]) for x in inputs]
+def inputs_by_token(study: sl.Study, z: Blocks) -> dict[str, Blocks]:
+    """What every output neuron reads at the sink, and at an ordinary position of the same prompt."""
+    positions = {SINK: study.sinks, ORDINARY: study.ordinary_position("w_o_alignment/ordinary")}
+    return {who: [x[torch.arange(len(x)), where].flatten(1) for x in z] for who, where in positions.items()}
 
 
-def permuted(variance: list[Tensor], draws: int, study: sl.Study) -> list[Tensor]:
-    """Per block ``[draw input]``: the first draw's variances in another order."""
+def variances(inputs: Blocks, prompts: Int[np.ndarray, "draw prompt"]) -> Blocks:
+    """Of every input, across the prompts of every draw."""
+    return [torch.stack([x[torch.from_numpy(draw)].var(0) for draw in prompts]) for x in inputs]
+
+
+def all_variances(inputs: Blocks) -> Blocks:
+    """The same, as the one draw that all prompts are."""
+    return variances(inputs, np.arange(len(inputs[0]))[None])
+
+
+def permuted(variance: Blocks, draws: int, study: sl.Study) -> Blocks:
+    """The first draw's variances in other orders, in which query heads that share a value head stay together."""
     rng, heads = study.generator("w_o_alignment/permuted"), {"kv": study.shape.n_kv_heads, "d": study.shape.d_head}
     units = [rearrange(v[0], "(kv group d) -> (kv d) group", **heads) for v in variance]
-    orders = [torch.rand(draws, len(unit), generator=rng).argsort(-1).to(unit.device) for unit in units]
+    orders = [statistics.random_orders((draws, len(unit)), rng).to(unit.device) for unit in units]
     shuffled = [unit[order] for unit, order in zip(units, orders, strict=True)]
     return [rearrange(unit, "draw (kv d) group -> draw (kv group d)", **heads) for unit in shuffled]
 
 
-def taus(variance: list[Tensor], read: list[Tensor]) -> Float[Tensor, "block draw output"]:
+def taus(variance: Blocks, read: Blocks) -> Float[Tensor, "block draw output"]:
     return torch.stack([metrics.kendall_tau(v, w).cpu() for v, w in zip(variance, read, strict=True)])
 
 
-def mean_tau(study: sl.Study, inputs: list[Tensor], read: list[Tensor]) -> sl.Estimate:
+def mean_tau(study: sl.Study, inputs: Blocks, read: Blocks) -> sl.Estimate:
+    """Mean over outputs and blocks, with its interval over prompts."""
     return statistics.bootstrap_estimate(
-        lambda drawn: taus(variances(inputs, drawn), read).mean((0, 2)),
+        lambda prompts: taus(variances(inputs, prompts), read).mean((0, 2)),
         study.batch.n,
         study.seed,
         RESAMPLES,
@@ -124,14 +118,46 @@ def mean_tau(study: sl.Study, inputs: list[Tensor], read: list[Tensor]) -> sl.Es
     )
 
 
-def curves(written: list[Tensor]) -> Callable[[np.ndarray], Float[Tensor, "block pos"]]:
-    each = [statistics.resampled_variance(x) for x in written]
-    return lambda drawn: torch.stack([variance(drawn) for variance in each])
+def one_draw_each(null: Float[Tensor, "block draw output"]) -> Float[Tensor, "block output"]:
+    """A draw of its own for every output neuron: one permutation's taus rise and fall together."""
+    output = torch.arange(null.shape[2])
+    return null[:, output % null.shape[1], output]
 
 
 def sink_is_highest(variance: Float[Tensor, "block pos"]) -> float:
     """Share of blocks in which no other position varies as much."""
     return float((variance[:, 0] > variance[:, 1:].amax(-1)).float().mean())
+
+
+def table_of(
+    blocks: tuple[int, ...],
+    neurons: Int[Tensor, " output"],
+    by_output: Mapping[str, Float[Tensor, "block output"]],
+    variance: Float[Tensor, "block pos"],
+) -> pd.DataFrame:
+    """Tau of every output neuron, and the variance at every position; ``index`` is that of the neuron or position."""
+    axes = {"layer": blocks, "index": neurons.tolist()}
+    tables = [sl.analysis.tidy(values, axes, quantity="tau", token=who) for who, values in by_output.items()]
+    axes = {"layer": blocks, "index": range(variance.shape[1])}
+    tables.append(sl.analysis.tidy(variance, axes, quantity="variance after W_O", token="sink first"))
+    return pd.concat(tables, ignore_index=True)
+
+
+def numbers(
+    ordinary: sl.Estimate,
+    highest: sl.Estimate,
+    blocks: tuple[int, ...],
+    by_output: Float[Tensor, "block output"],
+    variance: Float[Tensor, "block pos"],
+) -> dict[str, sl.Estimate | float]:
+    lines: dict[str, sl.Estimate | float] = {
+        "the same tau at an ordinary position": ordinary,
+        "share of blocks in which the sink has the highest variance after W_O": highest,
+    }
+    over = metrics.relative_to_later(variance)[:, 0].tolist()
+    for layer, tau, ratio in zip(blocks, by_output.mean(1).tolist(), over, strict=True):
+        lines |= {f"tau in block {layer}": tau, f"variance after W_O over the median in block {layer}": ratio}
+    return lines
 
 
 def draw(findings: sl.Findings):
@@ -151,4 +177,4 @@ ANALYSIS = sl.Analysis(
 )
 
 if __name__ == "__main__":
-    sl.analysis.main(ANALYSIS)
+    sl.main(ANALYSIS)

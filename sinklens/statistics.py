@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -141,6 +141,19 @@ def resampled_variance(
         return (difference @ times @ times / (2 * len(drawn) * (len(drawn) - 1))).float()
 
     return variance
+
+
+def resampled_curves(
+    values: Iterable[Float[Tensor, "prompt pos *unit d"]], average: Literal["mean", "median"] = "mean"
+) -> Callable[[Int[np.ndarray, " draw"]], Float[Tensor, "block pos"]]:
+    """:func:`resampled_variance` of every block's activations, as one function of the prompts drawn."""
+    blocks = [resampled_variance(x, average) for x in values]
+    return lambda drawn: torch.stack([variance(drawn) for variance in blocks])
+
+
+def random_orders(shape: Sequence[int], rng: torch.Generator) -> Int[Tensor, "*shape"]:
+    """Random orders of ``shape[-1]`` things, one for every entry of the other axes: for permutation nulls."""
+    return torch.rand(*shape, generator=rng).argsort(-1)
 
 
 def null_estimate(draws: Values) -> Estimate:

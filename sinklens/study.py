@@ -197,9 +197,17 @@ class Study:
             raise InputError(f"blocks {found} must be in 0..{self.shape.n_layers - 1}")
         return found or self.onset
 
-    def sink_first(self, x: Shaped[Tensor, "prompt pos *rest"]) -> Shaped[Tensor, "prompt pos *rest"]:
-        """``x`` with every prompt's sink moved to the front, and its other positions behind in their order."""
-        order = (torch.arange(x.shape[1]) != self.sinks[:, None]).int().argsort(dim=1, stable=True).to(x.device)
+    def sink_first(
+        self, x: Shaped[Tensor, "row pos *rest"], prompts: Int[Tensor, " row"] | None = None
+    ) -> Shaped[Tensor, "row pos *rest"]:
+        """``x`` with every prompt's sink moved to the front, and its other positions behind in their order.
+
+        Args:
+            x: one row a prompt.
+            prompts: which prompt each row is, inside a readout (``rows.prompts``); all of them in order by default.
+        """
+        sinks = self.sinks if prompts is None else self.sinks[prompts.cpu()]
+        order = (torch.arange(x.shape[1]) != sinks[:, None]).int().argsort(dim=1, stable=True).to(x.device)
         return x[torch.arange(len(x), device=x.device)[:, None], order]
 
     def lengths(self, lengths: Sequence[int] = ()) -> tuple[int, ...]:

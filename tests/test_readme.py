@@ -15,8 +15,9 @@ from sinklens.analysis.run import load_analysis, run_analysis
 from sinklens.prompts import natural
 from sinklens.study import Study
 from tests.helpers.pages import README, blocks, headings, links, readmes, table
-from tests.helpers.readme import HEAD
+from tests.helpers.readme import HEAD, ORDER, with_table
 from tests.helpers.readme import README as RESULTS
+from tests.helpers.readme import table as results_table
 from tests.helpers.references import ROOT
 
 each_page = pytest.mark.parametrize("page", readmes(), ids=lambda page: str(page.relative_to(ROOT)))
@@ -58,7 +59,14 @@ def test_the_first_page_is_short():
 
 
 def test_every_analysis_has_its_row(rows):
-    assert set(rows) >= set(list_analyses())
+    assert [name for name in ORDER if name in rows] == list(rows)
+    assert set(rows) == set(list_analyses())
+
+
+def test_a_new_table_takes_the_place_of_the_old_one_and_of_nothing_else():
+    text = RESULTS.read_text(encoding="utf-8")
+    assert with_table(text, results_table(text)) == text
+    assert with_table(with_table(text, "| new |"), results_table(text)) == text
 
 
 def test_the_first_page_s_results_are_those_of_the_table(rows):

@@ -9,20 +9,26 @@ compares an interval with a control and with a threshold; *not measurable* comes
 claim is a result.
 """
 
-from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict, patch_table, tidy, verdict
+from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict, verdict
 from sinklens.analysis.discovery import folder, list_analyses
+from sinklens.analysis.preconditions import check_k, check_sink_varies
 from sinklens.analysis.run import config_of, load_analysis, main, run_analysis
+from sinklens.analysis.tables import base_reading, mean_and_range, patch_table, tidy
 
 __all__ = [
     "Analysis",
     "AnalysisResult",
     "Findings",
     "Verdict",
+    "base_reading",
+    "check_k",
+    "check_sink_varies",
     "config_of",
     "folder",
     "list_analyses",
     "load_analysis",
     "main",
+    "mean_and_range",
     "patch_table",
     "run_analysis",
     "tidy",

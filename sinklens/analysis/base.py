@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
-from sinklens.engine.run import PatchResult
 from sinklens.errors import InputError
 from sinklens.records.files import atomic_folder
 from sinklens.records.plain import to_plain
@@ -74,40 +72,6 @@ def verdict(
     if not np.isfinite(estimate.value):
         outcome, reason = "not measurable", "the statistic has no finite value on these prompts"
     return Verdict(outcome, claim, statistic, estimate, control, control_estimate, p_value, rule, reason)
-
-
-def tidy(values: Tensor, axes: Mapping[str, Sequence[Any]], **columns: Any) -> pd.DataFrame:
-    """A tidy table of a tensor: one entry a row, its number under ``value``; an entry that is NaN has no row.
-
-    Args:
-        values: the tensor.
-        axes: for every axis in order its name, which becomes a column, and its labels.
-        columns: further columns, the same in every row.
-    """
-    places = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
-    table = pd.DataFrame({"value": values.detach().cpu().double().flatten().numpy()}, index=places)
-    return table.dropna().reset_index().assign(**columns)
-
-
-def patch_table(
-    result: PatchResult, patches: Sequence[Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]
-) -> pd.DataFrame:
-    """A tidy table of what patches do: a row for each prompt of each run and each patch, a column for each readout.
-
-    Args:
-        result: what :meth:`sinklens.Study.run` gave.
-        patches: for every patch in order, further columns: which one it is.
-        runs: the same for those runs that are to be in the table.
-    """
-    entries = [(columns, result.runs[run]) for run, columns in runs.items()]
-    for i, columns in enumerate(patches):
-        entries.append((columns, {name: values[i] for name, values in result.values.items()}))
-    tables = []
-    for columns, readings in entries:
-        numbers = {name: values.numpy() for name, values in readings.items()}
-        n = len(next(iter(numbers.values())))
-        tables.append(pd.DataFrame({"prompt": range(n), **columns, **numbers}))
-    return pd.concat(tables, ignore_index=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from sinklens.metrics.norms import vector_norm
 from sinklens.metrics.outliers import massive_activations, robust_z
 from sinklens.metrics.rank import effective_rank
 from sinklens.metrics.sink import alpha, attention_received, received_at_lengths, sink_rate
-from sinklens.metrics.variance import position_variance, relative_deviation
+from sinklens.metrics.variance import first_over_later, position_variance, relative_deviation, relative_to_later
 
 __all__ = [
     "alpha",
@@ -20,6 +20,7 @@ __all__ = [
     "effective_values",
     "energy_share",
     "excess_kurtosis",
+    "first_over_later",
     "gini",
     "kendall_tau",
     "massive_activations",
@@ -27,6 +28,7 @@ __all__ = [
     "principal_direction",
     "received_at_lengths",
     "relative_deviation",
+    "relative_to_later",
     "robust_z",
     "sink_rate",
     "top_energy_share",

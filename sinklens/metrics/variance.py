@@ -34,6 +34,16 @@ def position_variance(
     raise ValueError(f"unknown average {average!r}: mean or median")
 
 
+def relative_to_later(variance: Float[Tensor, "block pos"]) -> Float[Tensor, "block pos"]:
+    """Variances by position, in units of each block's median over the positions after the first."""
+    return variance / variance[:, 1:].quantile(0.5, dim=-1, keepdim=True)
+
+
+def first_over_later(variance: Float[Tensor, "block pos"]) -> Float[Tensor, ""]:
+    """Variance of the first position over the median of later ones, geometric mean over blocks."""
+    return relative_to_later(variance)[:, 0].log().mean().exp()
+
+
 def relative_deviation(
     x: Float[Tensor, "batch d"], mean: Float[Tensor, " d"], variance: Float[Tensor, ...]
 ) -> Float[Tensor, " batch"]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,38 @@ def planted_scores(stage: Any) -> Any:
     return result.scores.set_index(["edit", "control", "direction"]).effect
 
 
+def functions(path: Path) -> list[ast.FunctionDef]:
+    """The functions of a file, in its order, those within others left out."""
+    return [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+
+
+def lines_of(function: ast.FunctionDef) -> int:
+    """Source lines from ``def`` to the last: signature, comments and blank lines count, the docstring does not."""
+    first = function.body[0]
+    doc = first.end_lineno - first.lineno + 1 if ast.get_docstring(function) and first.end_lineno else 0
+    return (function.end_lineno or 0) - function.lineno + 1 - doc
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_analysis_imports_and_is_short(path):
+def test_every_analysis_imports_and_its_functions_are_short(path):
     assert load(path.stem).__doc__
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
+    assert {function.name: lines_of(function) for function in functions(path) if lines_of(function) > 40} == {}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if "def run(" in path.read_text()], ids=lambda path: path.stem)
+def test_every_run_reads_from_the_question_to_the_findings(path):
+    """It comes before its helpers, reaches one verdict, and returns the findings at its end."""
+    run = functions(path)[0]
+    assert run.name == "run"
+    calls = [ast.unparse(node.func) for node in ast.walk(run) if isinstance(node, ast.Call)]
+    assert calls.count("sl.verdict") == 1
+    assert isinstance(run.body[-1], ast.Return)
+    assert ast.unparse(run.body[-1]).startswith("return sl.Findings(verdict, ")
+
+
+def test_the_house_style_is_shown_by_files_that_exist():
+    named = re.findall(r"\]\((\w+\.py)\)", (FOLDER / "README.md").read_text(encoding="utf-8"))
+    assert {"onset.py", "residual_direction.py", "_template.py"} <= set(named) <= {path.name for path in FILES}
 
 
 def test_a_new_stage_takes_less_than_thirty_lines():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.analysis.base import tidy
 from sinklens.analysis.run import load_analysis
+from sinklens.analysis.tables import tidy
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
 from tests.helpers.one_at_a_time import cache_of
 from tests.helpers.planted import planted_model

@@ -1,4 +1,4 @@
-"""The results table of `analyses/README.md`: `python -m tests.helpers.readme runs/all` prints it."""
+"""The table of analyses/README.md, made and not written: `python -m tests.helpers.readme runs/all` puts it there."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 from sinklens.analysis.base import AnalysisResult
-from sinklens.analysis.discovery import list_analyses
+from sinklens.analysis.discovery import folder, list_analyses
 from sinklens.records.text import number
 from sinklens.statistics import Estimate
 
-README = Path(__file__).parents[2] / "analyses" / "README.md"
+README = folder() / "README.md"
+BEGIN, END = "<!-- results: python -m tests.helpers.readme runs/all -->", "<!-- end of results -->"
+"""What stands above the table and below it."""
 ORDER = (
     "onset",
     "variance_decay",
@@ -49,12 +51,23 @@ def row(result: AnalysisResult) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, result.paper)) + " |"
 
 
-def results(folder: Path) -> str:
+def results(runs: Path) -> str:
     """The results table of a folder that `sinklens all` left."""
     names = sorted(list_analyses(), key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    rows = [row(AnalysisResult.load(folder / name)) for name in names]
+    rows = [row(AnalysisResult.load(runs / name)) for name in names]
     return "\n".join([HEAD, "|---|---|---|---|---|---|", *rows])
 
 
+def table(readme: str) -> str:
+    """The table that stands between the marks of a README's text."""
+    return readme.split(BEGIN)[1].split(END)[0].strip()
+
+
+def with_table(readme: str, new: str) -> str:
+    """A README's text with another table between its marks."""
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{new}\n\n{END}{rest.split(END)[1]}"
+
+
 if __name__ == "__main__":
-    print(results(Path(sys.argv[1])))  # noqa: T201
+    README.write_text(with_table(README.read_text(encoding="utf-8"), results(Path(sys.argv[1]))), encoding="utf-8")

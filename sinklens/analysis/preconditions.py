@@ -1,0 +1,27 @@
+"""What analyses need of a study before they measure: each refuses in a sentence."""
+
+from __future__ import annotations
+
+from sinklens.errors import InputError, NotApplicableError
+from sinklens.study import Study
+
+
+def check_k(study: Study, k: int) -> None:
+    """Make sure that the residual stream is wider than ``k``, so that the ``k`` largest entries are not all of them.
+
+    Raises:
+        InputError: it is not, or ``k`` is below 1.
+    """
+    d_model = study.shape.d_model
+    if not 0 < k < d_model:
+        raise InputError(f"k={k} must be in 1..{d_model - 1}, below the width of the residual stream")
+
+
+def check_sink_varies(study: Study) -> None:
+    """Make sure that the sink can vary across prompts: a first token that all share (BOS) has the same values in all.
+
+    Raises:
+        NotApplicableError: it cannot.
+    """
+    if not study.sinks.any() and len(study.batch.tokens[:, 0].unique()) == 1:
+        raise NotApplicableError("the sink is the first token and the same in all prompts: it has no variance")

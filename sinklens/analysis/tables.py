@@ -1,0 +1,59 @@
+"""Tidy tables, one observation a row: of a tensor, of what patches do, and the summary of one that a figure shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from sinklens.engine.run import PatchResult
+
+
+def tidy(values: Tensor, axes: Mapping[str, Sequence[Any]], **columns: Any) -> pd.DataFrame:
+    """A tidy table of a tensor: one entry a row, its number under ``value``; an entry that is NaN has no row.
+
+    Args:
+        values: the tensor.
+        axes: for every axis in order its name, which becomes a column, and its labels.
+        columns: further columns, the same in every row.
+    """
+    places = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
+    table = pd.DataFrame({"value": values.detach().cpu().double().flatten().numpy()}, index=places)
+    return table.dropna().reset_index().assign(**columns)
+
+
+def patch_table(
+    result: PatchResult, patches: Sequence[Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]
+) -> pd.DataFrame:
+    """A tidy table of what patches do: a row for each prompt of each run and each patch, a column for each readout.
+
+    Args:
+        result: what :meth:`sinklens.Study.run` gave.
+        patches: for every patch in order, further columns: which one it is.
+        runs: the same for those runs that are to be in the table.
+    """
+    entries = [(columns, result.runs[run]) for run, columns in runs.items()]
+    for i, columns in enumerate(patches):
+        entries.append((columns, {name: values[i] for name, values in result.values.items()}))
+    tables = []
+    for columns, readings in entries:
+        numbers = {name: values.numpy() for name, values in readings.items()}
+        n = len(next(iter(numbers.values())))
+        tables.append(pd.DataFrame({"prompt": range(n), **columns, **numbers}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def base_reading(result: PatchResult, table: pd.DataFrame, readout: str) -> Float[np.ndarray, " row"]:
+    """For every row of a :func:`patch_table`, what its prompt's ``readout`` is in the run ``base``."""
+    return result.runs["base"][readout].numpy()[table.prompt]
+
+
+def mean_and_range(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """``value`` by the columns ``by``: its ``mean``, and ``low`` and ``high``, between which 95% of the rows lie."""
+    values = table.groupby(list(by), sort=False)["value"]
+    ends = {"mean": values.mean(), "low": values.quantile(0.025), "high": values.quantile(0.975)}
+    return pd.DataFrame(ends).reset_index()
