@@ -41,6 +41,7 @@ QUANTITIES = ("alignment", "positive share", "attention received")
 ALIGNMENT, POSITIVE, ATTENTION = range(3)
 ALIGNED, ALMOST_ALWAYS, N_PERMUTATIONS = 0.5, 0.9, 2000
 
+Values = Float[Tensor, "token quantity layer prompt head"]
 Queries = Float[Tensor, "layer prompt pos kv_head group d_head"]
 
 
@@ -56,9 +57,7 @@ def run(
     if rope == "after" and not study.shape.rotary:
         raise sl.NotApplicableError("the model has no rotary embedding: its queries and keys are never rotated")
     layers = study.after_formation(blocks)
-    values = token_values(study, layers, rope, pool, centred)  # [token, quantity, layer, prompt, head]
-    if sign == "absolute":
-        values[:, ALIGNMENT] = values[:, ALIGNMENT].abs()
+    values = token_values(study, layers, rope, pool, centred, sign)
     by_head = values[SINK].mean(2).flatten(1)  # [quantity, layer and head]
     high = by_head[ALIGNMENT] > ALIGNED
     aligned, control = (study.mean(each.mean((0, 2))) for each in values[:, ALIGNMENT])
@@ -76,23 +75,19 @@ def run(
         holds=aligned.above(max(ALIGNED, control.high)) and positive.above(max(ALMOST_ALWAYS, ordinary.high)),
         p_value=p_values[0],
     )
+    axes = {"token": TOKENS, "quantity": QUANTITIES, "layer": layers, "prompt": range(study.batch.n)}
+    table = sl.analysis.tidy(values, axes | {"head": range(study.shape.n_heads)})
     numbers = {
-        "cosine of the sink's key minus an ordinary key's": study.mean(
-            (values[SINK, ALIGNMENT] - values[ORDINARY, ALIGNMENT]).mean((0, 2))
-        ),
+        "cosine of the sink's key minus an ordinary key's": study.mean(difference(values[:, ALIGNMENT])),
         f"share of heads with an alignment above {ALIGNED}": float(high.double().mean()),
         "positive share of the sink's scores in these heads": positive,
         "positive share of an ordinary key's scores in these heads": ordinary,
         "positive share of the sink's scores, all heads": study.mean(values[SINK, POSITIVE].mean((0, 2))),
     }
-    axes = {"token": TOKENS, "quantity": QUANTITIES, "layer": layers, "prompt": range(study.batch.n)}
-    table = sl.analysis.tidy(values, axes | {"head": range(study.shape.n_heads)})
     return sl.Findings(verdict, table, CAPTION, numbers | rank_numbers(taus, p_values))
 
 
-def token_values(
-    study: sl.Study, layers: tuple[int, ...], rope: str, pool: str, centred: bool
-) -> Float[Tensor, "token quantity layer prompt head"]:
+def token_values(study: sl.Study, layers: tuple[int, ...], rope: str, pool: str, centred: bool, sign: str) -> Values:
     """Alignment, positive share and attention received, of the sink's key and of an ordinary position's."""
     query_site, key_site = SITES[rope]
     readings = study.measure(
@@ -108,7 +103,8 @@ def token_values(
     values = []
     for where in (study.sinks, study.ordinary_position("qk_locking/ordinary")):
         key = readings["keys"][:, torch.arange(len(where)), where][..., None, :]  # [layer, prompt, kv_head, 1, d_head]
-        alignment = metrics.cosine(key, u1[:, None]).flatten(-2)
+        cosine = metrics.cosine(key, u1[:, None]).flatten(-2)
+        alignment = cosine.abs() if sign == "absolute" else cosine
         attention = readings["attention"].take_along_dim(where[None, :, None, None], -1).squeeze(-1)
         values.append(torch.stack([alignment, positive_share(queries, key, behind(study, where)), attention]))
     return torch.stack(values)
@@ -138,6 +134,11 @@ def principal(
     u1 = metrics.principal_direction(rows - mean if centred else rows)
     u1 = torch.where((u1 * mean.squeeze(-2)).sum(-1, keepdim=True) < 0, -u1, u1)
     return u1.expand(-1, -1, queries.shape[3], -1)
+
+
+def difference(values: Float[Tensor, "token layer prompt head"]) -> Float[Tensor, " prompt"]:
+    """The sink's minus an ordinary position's, mean over heads."""
+    return (values[SINK] - values[ORDINARY]).mean((0, 2))
 
 
 def heads(values: Float[Tensor, "layer prompt head"]) -> Float[Tensor, "layer_and_head prompt"]:

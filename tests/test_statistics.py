@@ -9,7 +9,17 @@ import pytest
 import torch
 from scipy import stats
 
-from sinklens.statistics import Estimate, bootstrap_estimate, generator, mean_estimate, null_estimate, permutation_p
+from sinklens.metrics import position_variance
+from sinklens.statistics import (
+    Estimate,
+    bootstrap_estimate,
+    generator,
+    mean_estimate,
+    null_estimate,
+    permutation_p,
+    random_orders,
+    resampled_curves,
+)
 
 pytestmark = pytest.mark.backend
 
@@ -87,3 +97,18 @@ def test_a_draw_depends_on_its_name_and_the_seed_alone():
     assert torch.equal(first, torch.rand(4, generator=generator(0, "a")))
     assert not torch.equal(first, torch.rand(4, generator=generator(0, "b")))
     assert not torch.equal(first, torch.rand(4, generator=generator(1, "a")))
+
+
+def test_resampled_curves_are_the_variances_of_every_block_on_the_prompts_drawn():
+    blocks = [torch.randn(5, 4, 3, generator=generator(0, name)) for name in "ab"]
+    prompts = np.array([0, 2, 2, 4, 1])
+    for average in ("mean", "median"):
+        expected = torch.stack([position_variance(x[prompts], average) for x in blocks])
+        torch.testing.assert_close(resampled_curves(blocks, average)(prompts), expected)
+
+
+def test_random_orders_are_permutations_each_its_own():
+    orders = random_orders((3, 50, 6), generator(0, "orders"))
+    assert torch.equal(orders.sort(-1).values, torch.arange(6).expand(3, 50, 6))
+    assert len(orders.flatten(0, 1).unique(dim=0)) > 100
+    assert torch.equal(orders, random_orders((3, 50, 6), generator(0, "orders")))

@@ -36,6 +36,7 @@ def position_variance(
 
 def relative_to_later(variance: Float[Tensor, "block pos"]) -> Float[Tensor, "block pos"]:
     """Variances by position, in units of each block's median over the positions after the first."""
+    variance = variance.float()
     return variance / variance[:, 1:].quantile(0.5, dim=-1, keepdim=True)
 
 

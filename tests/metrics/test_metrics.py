@@ -554,6 +554,12 @@ def test_position_variance_refuses_one_prompt_and_unknown_averages() -> None:
         metrics.position_variance(torch.ones(2, 4, 3), "mode")  # type: ignore[arg-type]  (what it refuses)
 
 
+def test_variance_over_that_of_later_positions_by_hand() -> None:
+    variance = t([8, 1, 2, 3], [2, 6, 4, 2])  # of the later ones the medians are 2 and 4
+    assert_close(metrics.relative_to_later(variance), t([4, 0.5, 1, 1.5], [0.5, 1.5, 1, 0.5]))
+    assert_close(metrics.first_over_later(variance), torch.tensor((4 * 0.5) ** 0.5))
+
+
 # -- All of them ------------------------------------------------------------------------------------------------------
 
 VECTORS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -565,8 +571,10 @@ VECTORS: dict[str, Callable[[Tensor], Tensor]] = {
     "gini": metrics.gini,
     "kendall_tau": lambda x: metrics.kendall_tau(x[0], x[1]),
     "massive_activations": metrics.massive_activations,
+    "first_over_later": lambda x: metrics.first_over_later(x[0].abs()),
     "position_variance": metrics.position_variance,
     "principal_direction": metrics.principal_direction,
+    "relative_to_later": lambda x: metrics.relative_to_later(x[0]),
     "relative_deviation": lambda x: metrics.relative_deviation(x[0], x[0, 0].float(), x[0, 0, 0].float()),
     "robust_z": metrics.robust_z,
     "top_energy_share": lambda x: metrics.top_energy_share(x, 2),
