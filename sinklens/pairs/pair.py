@@ -121,6 +121,39 @@ def induced_pair(
     )
 
 
+@dataclass(frozen=True)
+class PairChoice:
+    """Which pair: what a chain, a sweep or a command is asked for."""
+
+    target: int | Literal["natural"]
+    """Position that is made a sink, or ``natural`` for the sink that the data has."""
+    kind: PairKind = "block_aggregation"
+    """How it is made: ``block_aggregation`` or ``amplify_variance``."""
+    strength: float = 8.0
+    """Lambda of ``amplify_variance``."""
+    layers: tuple[int, ...] | None = None
+    """Blocks of that intervention; ``None``: as :func:`induced_pair` chooses them."""
+
+
+def make_pair(
+    choice: PairChoice, model: Model, batch: PromptBatch, formation: Formation, *, seed: int, max_rows: int
+) -> SinkPair:
+    """The pair that was chosen; errors are those of :func:`induced_pair`."""
+    if choice.target == "natural":
+        return natural_pair(batch, formation, seed)
+    return induced_pair(
+        model,
+        batch,
+        formation,
+        choice.target,
+        kind=choice.kind,
+        layers=choice.layers,
+        strength=choice.strength,
+        seed=seed,
+        max_rows=max_rows,
+    )
+
+
 def check_target(batch: PromptBatch, target: int) -> None:
     """Make sure that a sink can be made at ``target``.
 

@@ -4,38 +4,69 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from sinklens.errors import InputError
 
 Range: TypeAlias = str | int | Iterable[int]
 """A range in any of these forms."""
+Numbers: TypeAlias = str | tuple[int, ...]
+"""A range that was read: numbers, ascending and each once, or the word that stood in their place."""
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """In ``Annotated[int, "help", AtLeast(1)]``: the least value that an argument may have."""
+
+    value: float
+    """That value."""
+
 
 _PART = re.compile(r"\s*(\d+)(?:\s*-\s*(\d+)(?:\s*:\s*(\d+))?)?\s*")
 _FORMS = "write whole numbers such as 0-29 or 1-63:4 or 3,5,7-9, or all"
 
 
 def numbers(name: str, given: Range, size: int, of: str) -> tuple[int, ...]:
-    """The numbers that ``given`` stands for, ascending and each once.
+    """The numbers that ``given`` stands for: :func:`read`, then :func:`within`."""
+    return within(name, read(name, given), size, of)
+
+
+def read(name: str, given: Range, words: Sequence[str] = ("all",)) -> Numbers:
+    """The numbers that ``given`` stands for, ascending and each once, or one of ``words``.
 
     Args:
         name: what is asked for, as the message says it (``layers``).
         given: text, one number, or numbers.
+        words: what may stand in their place.
+
+    Raises:
+        InputError: not numbers, none at all, or a range that runs backwards.
+    """
+    if not isinstance(given, str):
+        return _integers(name, given)
+    return given.strip() if given.strip() in words else parse(name, given)
+
+
+def within(name: str, given: Numbers, size: int, of: str) -> tuple[int, ...]:
+    """The numbers of a range that was read.
+
+    Args:
+        name: what is asked for, as the message says it (``layers``).
+        given: numbers, or ``all``.
         size: numbers must be in ``0 .. size - 1``, which is what ``all`` stands for.
         of: what has these numbers, as the message says it (``the model's blocks``).
 
     Raises:
-        InputError: not numbers, none at all, a range that runs backwards, or numbers beyond ``size``.
+        InputError: numbers beyond ``size``.
     """
     if isinstance(given, str):
-        found = tuple(range(size)) if given.strip() == "all" else parse(name, given)
-    else:
-        found = _integers(name, given)
-    outside = [number for number in found if not 0 <= number < size]
+        return tuple(range(size))
+    outside = [number for number in given if not 0 <= number < size]
     if outside:
         raise InputError(f"{name} {short(outside)}: {of} are 0-{size - 1}")
-    return found
+    return given
 
 
 def parse(name: str, text: str) -> tuple[int, ...]:
@@ -72,6 +103,18 @@ def spans(numbers: Iterable[int], dash: str = "–", most: int | None = None) ->
             runs.append([number, number])
     texts = [str(first) if first == last else f"{first}{dash}{last}" for first, last in runs]
     return ", ".join(texts if most is None or len(texts) <= most else [*texts[:most], "..."])
+
+
+def integers(option: str, text: str) -> tuple[int, ...]:
+    """``0-2,7`` as ``(0, 1, 2, 7)``: a list of numbers that is an option's value on the command line.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        return parse(option, text)
+    except InputError:
+        raise InputError(f"{option} {text!r} must be whole numbers such as 0-2 or 0,3 or 1-9:4") from None
 
 
 def short(numbers: Iterable[int], most: int = 4) -> str:

@@ -4,6 +4,7 @@
 (``store``) and gives a :class:`SweepResult`. The grid is arithmetic (``grid``): no list of patches is ever made.
 """
 
+from sinklens.sweeps.companions import Companion
 from sinklens.sweeps.gather import gather
 from sinklens.sweeps.grid import Grid, StageAxis, Task, Tasks
 from sinklens.sweeps.local import Interrupted
@@ -14,6 +15,7 @@ from sinklens.sweeps.tensor import LabelledTensor
 from sinklens.sweeps.worker import Worker
 
 __all__ = [
+    "Companion",
     "Grid",
     "Interrupted",
     "LabelledTensor",

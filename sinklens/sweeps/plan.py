@@ -1,4 +1,4 @@
-"""The plan of a sweep: everything that its tasks need besides the model's weights, as plain picklable data."""
+"""The plan of a sweep: everything that its tasks need besides the model's weights, as picklable data."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sinklens.edits import Edit
 from sinklens.errors import InputError
-from sinklens.formation import Formation
+from sinklens.formation import Formation, formation_to_json
 from sinklens.models.view import Model
-from sinklens.pairs.pair import PairKind, SinkPair, induced_pair, natural_pair
+from sinklens.pairs.pair import SinkPair
 from sinklens.prompts import PromptBatch
-from sinklens.readouts.named import ReadoutLike
-from sinklens.sweeps.grid import Grid, Tasks
+from sinklens.sweeps.choices import Choices, formation_key
+from sinklens.sweeps.grid import Grid, StageAxis, Tasks
 
 ModelSpec = Mapping[str, Any] | Callable[[], Model]
 """Arguments of :func:`sinklens.load_model`, or a function that returns the model."""
@@ -24,79 +23,76 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """What a worker needs to run any task of a sweep, besides the model."""
+class Found:
+    """What was found in model and prompts for a sweep, besides what was chosen."""
 
-    choices: Mapping[str, Any]
-    """Everything that was chosen, and the digests of model and prompts, as JSON holds it."""
-    grid: Grid
-    """Its axes."""
-    tasks: Tasks
-    """How it is cut."""
-    batch: PromptBatch
-    """The prompts."""
     formation: Formation
     """Where the sink forms."""
-    target: int | str
-    """Position that is made a sink, or ``natural``."""
-    pair: PairKind
-    """How it is made."""
-    edits: tuple[str | Edit, ...]
-    """Edits by name, or edits."""
-    readouts: tuple[ReadoutLike, ...]
-    """Readouts by name, or readouts."""
     readout_layers: tuple[int, ...]
     """Blocks that the readouts read."""
     answers: tuple[tuple[int, ...], tuple[int, ...]] | None
     """Answer and alternative of every prompt, for ``logit_diff``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a worker needs to run any task of a sweep, besides the model."""
+
+    choices: Choices
+    """Everything that was chosen."""
+    found: Found
+    """What was found on the way."""
+    grid: Grid
+    """The axes."""
+    companions: tuple[StageAxis, ...]
+    """Where each companion edits."""
+    tasks: Tasks
+    """How the grid is cut."""
+    batch: PromptBatch
+    """The prompts."""
     identity: str
     """Digest of all that the numbers depend on."""
+    pair: SinkPair | None
+    """The two runs; a plan that was sent to another process has none, as it would be on the wrong device."""
     model_spec: ModelSpec | None = None
     """For workers that have to load the model."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "pair": None}
 
     def task_id(self, index: int) -> str:
         """Name of a task."""
         return self.tasks.id(index, self.identity)
 
-    def make_pair(self, model: Model, max_rows: int) -> SinkPair:
-        """The two runs, on all prompts."""
-        return make_pair(model, self.batch, self.formation, self.choices, max_rows)
+    def record(self) -> dict[str, Any]:
+        """What ``sweep.json`` holds."""
+        n_patches, found = self.grid.n_patches, self.found
+        n_cells = n_patches * self.batch.n * len(self.choices.readouts)
+        return {
+            "format": FORMAT,
+            "identity": self.identity,
+            "choices": self.choices.as_json(),
+            "tasks": {**vars(self.tasks), "n_tasks": len(self.tasks), "n_cells": n_cells},
+            "answers": _lists(found.answers),
+            "readout_layers": list(found.readout_layers),
+            "formation": formation_to_json(found.formation),
+            "provenance": dict(self.choices.origin),
+        }
 
 
-def make_pair(
-    model: Model, batch: PromptBatch, formation: Formation, choices: Mapping[str, Any], max_rows: int
-) -> SinkPair:
-    """The pair that was chosen."""
-    if choices["target"] == "natural":
-        return natural_pair(batch, formation, choices["seed"])
-    layers = choices["pair_layers"]
-    return induced_pair(
-        model,
-        batch,
-        formation,
-        choices["target"],
-        kind=choices["pair"],
-        strength=choices["strength"],
-        layers=None if layers is None else tuple(layers),
-        seed=choices["seed"],
-        max_rows=max_rows,
-    )
+def identity_of(choices: Choices, found: Found, grid: Grid) -> str:
+    """Digest of all that the numbers of a sweep depend on."""
+    also = {
+        "formation": formation_key(found.formation),
+        "answers": _lists(found.answers),
+        "stages": [repr(axis) for axis in grid.stages],
+    }
+    return digest({"format": FORMAT, "choices": choices.as_json(), "found": also})
 
 
 def digest(value: object) -> str:
     """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def formation_key(formation: Formation) -> dict[str, Any]:
-    """What the numbers of a sweep depend on in a formation."""
-    return {
-        "layer": formation.layer,
-        "first": formation.first,
-        "sink_positions": list(formation.sink_positions),
-        "neurons": sorted(formation.neurons),
-        "dims": sorted(formation.dims),
-    }
 
 
 def check_same(there: Mapping[str, Any], here: Mapping[str, Any], where: object) -> None:
@@ -114,3 +110,7 @@ def check_same(there: Mapping[str, Any], here: Mapping[str, Any], where: object)
 def _brief(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _lists(answers: tuple[tuple[int, ...], tuple[int, ...]] | None) -> list[list[int]] | None:
+    return None if answers is None else [list(tokens) for tokens in answers]

@@ -1,70 +1,172 @@
-"""What is asked of a sweep, and the mistakes in it that can be told before any model is there."""
+"""What is asked of a sweep: read once from the arguments, before any model is there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 from sinklens.edits import Edit
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.pairs.ablations import check_edit
+from sinklens.pairs.pair import PairKind
 from sinklens.readouts.named import ReadoutLike, check_readout, readout_name
-from sinklens.records.ranges import Range, numbers, parse
-from sinklens.sweeps.places import Place, find_place, place_name
+from sinklens.records.ranges import Numbers, read, within
+from sinklens.sweeps.companions import Companion, read_companions
+from sinklens.sweeps.places import Place, Units, find_place, place_name, read_units
 
-Answers = tuple[Sequence[int], Sequence[int]]
+Answers: TypeAlias = tuple[Sequence[int], Sequence[int]]
+METHODS = ("exact", "attribution", "screen")
+"""How effects are found: by running every patch; estimated from gradients (:mod:`sinklens.attribution`); or estimated,
+with the strongest and a random sample of all run exactly (:mod:`sinklens.sweeps.screening`)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """The arguments of :func:`sinklens.sweep` that say what is swept."""
+    """What is swept: the arguments of :func:`sinklens.sweep` that the numbers depend on, read and checked.
 
-    stages: Sequence[Place]
-    layers: Range = "all"
-    window: int = 1
-    positions: Range = "target"
-    units: Range | None = None
-    edits: Sequence[str | Edit] = ("transplant",)
-    directions: Sequence[str] | None = None
-    target: int | str = 10
-    pair: str = "block_aggregation"
-    strength: float = 8.0
-    pair_layers: Sequence[int] | None = None
-    formation: Formation | None = None
-    readouts: Sequence[ReadoutLike] = ("attention_received",)
-    readout_layers: Range = "formation"
-    answers: Answers | None = None
-    eps: float = 0.3
-    min_gap: float = 0.01
-    method: str = "exact"
-    top: int = 200
-    sample: int = 200
-    seed: int = 0
-    task_size: int | None = None
-    group_size: int | None = None
-
-
-def check_request(request: Request, length: int | None = None) -> None:
-    """Refuse what is wrong whatever the model, before any work.
-
-    Raises:
-        InputError: with what is wrong.
+    Lists are tuples, and ranges are numbers or the word that stands for them; whether model and prompts have these is
+    seen when the request is resolved (:func:`sinklens.sweeps.choices.resolve`). The fields, in this order, are the
+    keys of ``choices`` in ``sweep.json``.
     """
-    for name, items in (("stages", request.stages), ("edits", request.edits), ("readouts", request.readouts)):
-        if isinstance(items, str) or not items:
-            raise InputError(f"{name} must be a list with at least one entry")
+
+    stages: tuple[Place, ...]
+    """Places that are swept."""
+    layers: Numbers
+    """First blocks of the windows, or ``all``."""
+    window: int
+    """Consecutive blocks that a patch edits."""
+    positions: Numbers
+    """Token positions, ``all`` or ``target``."""
+    units: Units | None
+    """Units that are swept one by one; ``None``: whole activations, or a stage's own units at once."""
+    edits: tuple[str | Edit, ...]
+    """Edits, or their names."""
+    directions: tuple[str, ...] | None
+    """``denoise``, ``noise`` or both; ``None``: all that the pair has."""
+    target: int | str
+    """Position that is made a sink, or ``natural``."""
+    pair: PairKind
+    """How it is made."""
+    strength: float
+    """Lambda of ``amplify_variance``."""
+    pair_layers: tuple[int, ...] | None
+    """Blocks of that intervention."""
+    formation: Formation | None
+    """Where the sink forms; ``None``: it is looked for."""
+    readouts: tuple[ReadoutLike, ...]
+    """Readouts, or their names."""
+    readout_layers: Numbers
+    """Blocks that they read, ``formation`` or ``last``."""
+    answers: tuple[tuple[int, ...], tuple[int, ...]] | None
+    """Answer and alternative of every prompt, for ``logit_diff``; ``None``: the model's two most probable tokens."""
+    eps: float
+    """Threshold of ``sink_rate``."""
+    min_gap: float
+    """The least difference between the runs that an effect is divided by."""
+    method: str
+    """One of :data:`METHODS`."""
+    top: int
+    """For ``screen``: how many of the strongest to run."""
+    sample: int
+    """For ``screen``: how many to draw and run."""
+    companions: tuple[Companion, ...]
+    """Edits that are held fixed in every patched row."""
+    seed: int
+    """Fixes every draw."""
+    group_size: int | None
+    """Prompts whose runs are kept at once; ``None``: by the model's size."""
+    task_size: int | None
+    """Patches in a task; ``None``: by method and device."""
+
+    @staticmethod
+    def of(arguments: Mapping[str, Any]) -> Request:
+        """The request in the arguments of :func:`sinklens.sweep`.
+
+        Raises:
+            InputError: what is wrong whatever the model.
+        """
+        request = Request(**{**{field.name: arguments[field.name] for field in fields(Request)}, **_read(arguments)})
+        _check_lists(request)
+        _check_directions(request)
+        _check_numbers(request)
+        return request
+
+    def positions_in(self, length: int) -> Numbers:
+        """The positions, in prompts of ``length`` tokens, or ``target``.
+
+        Raises:
+            InputError: the prompts do not have them.
+        """
+        if self.positions == "target":
+            return self.positions
+        return within("positions", self.positions, length, f"the positions of prompts of {length} tokens")
+
+
+def _read(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are lists and ranges, as the fields have them."""
+    layers, answers = given["pair_layers"], given["answers"]
+    return {
+        **{name: listed(given[name]) for name in ("stages", "edits", "readouts")},
+        "layers": read("layers", given["layers"]),
+        "positions": read("positions", given["positions"], ("all", "target")),
+        "units": None if given["units"] is None else read_units(given["units"]),
+        "directions": None if given["directions"] is None else listed(given["directions"]),
+        "pair_layers": None if layers is None else tuple(layers),
+        "readout_layers": read("readout_layers", given["readout_layers"], ("all", "formation", "last")),
+        "answers": None if answers is None else tuple(tuple(int(token) for token in tokens) for tokens in answers),
+        "companions": read_companions(given["companions"]),
+    }
+
+
+def listed(given: Any) -> tuple[Any, ...]:
+    """A list of names or things; one alone, or names in a text with commas, will do."""
+    if isinstance(given, str):
+        return tuple(name.strip() for name in given.split(",") if name.strip())
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
+
+
+def _check_lists(request: Request) -> None:
     for place in request.stages:
         find_place(place)
     for edit in request.edits:
         check_edit(edit)
     for readout in request.readouts:
         check_readout(readout)
-    _check_names("stages", [place_name(place) for place in request.stages])
-    _check_names("edits", [edit_name(edit) for edit in request.edits])
-    _check_names("readouts", [readout_name(readout) for readout in request.readouts])
-    _check_ranges(request)
-    _check_directions(request)
+    names = {
+        "stages": [place_name(place) for place in request.stages],
+        "edits": [edit_name(edit) for edit in request.edits],
+        "readouts": [readout_name(readout) for readout in request.readouts],
+    }
+    for what, mine in names.items():
+        if not mine:
+            raise InputError(f"{what} must be a list with at least one entry")
+        _check_twice(what, mine)
+
+
+def _check_twice(what: str, names: Sequence[str]) -> None:
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise InputError(f"{what}: {min(twice)} is given twice")
+
+
+def _check_directions(request: Request) -> None:
+    if request.directions is None:
+        return
+    for name in request.directions:
+        if name not in ("denoise", "noise"):
+            raise InputError(f"direction {name!r}: choose denoise or noise")
+        if name == "denoise" and request.target == "natural":
+            raise InputError("target natural can only be noised: there is no run without that sink to denoise")
+    if not request.directions:
+        raise InputError("directions must be denoise, noise, or both")
+    _check_twice("directions", request.directions)
+
+
+def _check_numbers(request: Request) -> None:
+    if request.method not in METHODS:
+        raise InputError(f"method {request.method!r}: choose {', '.join(METHODS)}")
     for name, value in (("task_size", request.task_size), ("group_size", request.group_size)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value} must be at least 1")
@@ -74,43 +176,6 @@ def check_request(request: Request, length: int | None = None) -> None:
         raise InputError(f"min_gap {request.min_gap} must be 0 or more")
     if isinstance(request.target, str) and request.target != "natural":
         raise InputError(f"target {request.target!r} must be a position, or natural")
-    if length is not None:
-        check_positions(request, length)
-
-
-def _check_names(what: str, names: Sequence[str]) -> None:
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise InputError(f"{what}: {min(twice)} is given twice")
-
-
-def _check_ranges(request: Request) -> None:
-    named = {"layers": ("all",), "positions": ("all", "target"), "readout_layers": ("all", "formation", "last")}
-    for name, words in named.items():
-        given = getattr(request, name)
-        if isinstance(given, str) and given.strip() not in words:
-            parse(name, given)
-
-
-def _check_directions(request: Request) -> None:
-    for name in request.directions or ():
-        if name not in ("denoise", "noise"):
-            raise InputError(f"direction {name!r}: choose denoise or noise")
-        if name == "denoise" and request.target == "natural":
-            raise InputError("target natural can only be noised: there is no run without that sink to denoise")
-    if request.directions is not None and not request.directions:
-        raise InputError("directions must be denoise, noise, or both")
-    _check_names("directions", list(request.directions or ()))
-
-
-def check_positions(request: Request, length: int) -> None:
-    """Make sure that the prompts have these positions.
-
-    Raises:
-        InputError: they do not.
-    """
-    if not isinstance(request.positions, str) or request.positions.strip() not in ("all", "target"):
-        numbers("positions", request.positions, length, f"the positions of prompts of {length} tokens")
 
 
 def edit_name(edit: str | Edit) -> str:

@@ -42,8 +42,8 @@ def tabulate(plan: Plan, task: Task, cells: Cells, numbers: Numbers, target: Pos
     """
     grid, value = plan.grid, numbers.value
     n_patches, n_readouts, n_prompts = value.shape
-    names = tuple(readout_name(readout) for readout in plan.readouts)
-    gap = gaps(names, numbers.base, numbers.anchored, plan.choices["min_gap"])
+    names = tuple(readout_name(readout) for readout in plan.choices.readouts)
+    gap = gaps(names, numbers.base, numbers.anchored, plan.choices.min_gap)
 
     def each_patch(values: np.ndarray) -> np.ndarray:
         return np.repeat(values, n_readouts * n_prompts)

@@ -46,13 +46,13 @@ def verify(
     Raises:
         InputError: no cell has an estimated effect.
     """
-    means = mean_estimates(plan, result)
+    means, choices = mean_estimates(plan, result), plan.choices
     if not np.isfinite(means).any():
         raise InputError("no cell has an effect to screen by: the pair moves the first readout too little")
     sizes = torch.from_numpy(np.nan_to_num(means))[:, None]
-    top, drawn = choose(sizes, plan.choices["top"], plan.choices["sample"], plan.choices["seed"])
+    top, drawn = choose(sizes, choices.top, choices.sample, choices.seed)
     chosen = torch.cat([top, drawn]).unique().numpy()
-    exact = replace(plan, choices={**plan.choices, "method": "exact"})
+    exact = replace(plan, choices=replace(choices, method="exact"))
     worker = Worker(model, exact, memory_budget=memory_budget, max_rows=max_rows)
     cells = cells_of(plan.grid, chosen)
     parts, done, total = [], 0, len(chosen) * plan.batch.n
@@ -98,7 +98,9 @@ def estimates_of(
 
 def _task_effects(plan: Plan, result: SweepResult, task: Task) -> Float[np.ndarray, "patch readout prompt"]:
     column = result.shards.read([plan.task_id(task.index)], ["effect"])["effect"]
-    return column.to_numpy().reshape(task.stop - task.start, len(plan.readouts), task.last_prompt - task.first_prompt)
+    return column.to_numpy().reshape(
+        task.stop - task.start, len(plan.choices.readouts), task.last_prompt - task.first_prompt
+    )
 
 
 def _beside(rows: pa.Table, estimates: np.ndarray, chosen: np.ndarray, top: np.ndarray, drawn: np.ndarray) -> pa.Table:

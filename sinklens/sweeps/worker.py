@@ -21,10 +21,10 @@ from sinklens.engine.memory import row_budget
 from sinklens.engine.run import PatchResult, PatchRunner, Progress, run_patches
 from sinklens.models.view import Model, model_shape
 from sinklens.pairs.ablations import ablation, for_prompts, roots_for_prompts
-from sinklens.pairs.pair import Direction, SinkPair
+from sinklens.pairs.pair import Direction, SinkPair, make_pair
 from sinklens.patches import Patch, Positions, Source
 from sinklens.readouts.named import Context, baseline, build, readout_name
-from sinklens.sweeps.grid import Cells, Task
+from sinklens.sweeps.grid import Cells, StageAxis, Task
 from sinklens.sweeps.plan import Plan
 from sinklens.sweeps.rows import Numbers, tabulate
 
@@ -59,11 +59,11 @@ class Worker:
         self.model, self.plan = model, plan
         self._limits: dict[str, Any] = {"memory_budget": memory_budget, "max_rows": max_rows}
         self._group: Group | None = None
-        self._edits: dict[tuple[int, int], Edit] = {}
+        self._edits: dict[tuple[str, int, int], Edit] = {}
 
     @property
     def _method(self) -> str:
-        return "exact" if self.plan.choices["method"] == "exact" else "attribution"
+        return "exact" if self.plan.choices.method == "exact" else "attribution"
 
     @cached_property
     def _rows(self) -> int:
@@ -72,7 +72,17 @@ class Worker:
 
     @cached_property
     def _pair(self) -> SinkPair:
-        return self.plan.make_pair(self.model, self._rows)
+        if self.plan.pair is not None:
+            return self.plan.pair
+        plan, choices = self.plan, self.plan.choices
+        return make_pair(
+            choices.pair_choice,
+            self.model,
+            plan.batch,
+            plan.found.formation,
+            seed=choices.seed,
+            max_rows=self._rows,
+        )
 
     def run(self, index: int, progress: Progress | None = None) -> pa.Table:
         """The rows of task ``index``: patches in the grid's order, and for each its readouts and prompts.
@@ -95,7 +105,7 @@ class Worker:
 
     @cached_property
     def _names(self) -> tuple[str, ...]:
-        return tuple(readout_name(readout) for readout in self.plan.readouts)
+        return tuple(readout_name(readout) for readout in self.plan.choices.readouts)
 
     def _run_values(self, group: Group, result: PatchResult) -> tuple[np.ndarray, np.ndarray]:
         """``[readout, prompt]`` in the runs without and with the sink; NaN where the natural sink has none without."""
@@ -116,7 +126,7 @@ class Worker:
         pair = pair_for_prompts(self._pair, task.first_prompt, task.last_prompt)
         context = self._context(pair, task)
         plan = self.plan
-        readouts = [build(readout, context) for readout in plan.readouts]
+        readouts = [build(readout, context) for readout in plan.choices.readouts]
         if self._method == "exact":
             runner = PatchRunner(
                 self.model, context.tokens, readouts, runs=pair.runs, **self._limits, allow_nonfinite=True
@@ -128,7 +138,7 @@ class Worker:
     def _ordinary(self, pair: SinkPair, context: Context) -> dict[str, np.ndarray]:
         if pair.kind != "natural":
             return {}
-        found = {readout_name(readout): baseline(readout, context) for readout in self.plan.readouts}
+        found = {readout_name(readout): baseline(readout, context) for readout in self.plan.choices.readouts}
         some = [readout for readout in found.values() if readout is not None]
         if not some:
             return {}
@@ -138,17 +148,15 @@ class Worker:
 
     def _context(self, pair: SinkPair, task: Task) -> Context:
         plan, chosen = self.plan, slice(task.first_prompt, task.last_prompt)
-        answers = None
-        if plan.answers is not None:
-            answers = (torch.tensor(plan.answers[0][chosen]), torch.tensor(plan.answers[1][chosen]))
+        answers = plan.found.answers
         return Context(
             tokens=plan.batch.tokens[chosen],
             target=pair.target,
             ordinary=pair.ordinary,
-            layers=plan.readout_layers,
+            layers=plan.found.readout_layers,
             n_layers=model_shape(self.model).n_layers,
-            answers=answers,
-            eps=plan.choices["eps"],
+            answers=None if answers is None else (torch.tensor(answers[0][chosen]), torch.tensor(answers[1][chosen])),
+            eps=plan.choices.eps,
             offset=task.first_prompt,
         )
 
@@ -161,14 +169,47 @@ class Worker:
         present = {*zip(cells.stage.tolist(), cells.edit.tolist(), strict=True)}
         edits = {(s, e): self._edit(s, e, group.first) for s, e in present}
         ends = [pair.ends(_direction(name)) for name in grid.directions]
+        held = [self._companions(_direction(name), group) for name in grid.directions]
         columns = (cells.stage, cells.direction, cells.edit, cells.layer, cells.position, cells.unit)
         built = []
         for s, d, e, layer, p, u in zip(*(column.tolist() for column in columns), strict=True):
             edit, (run, source) = edits[s, e], ends[d]
-            used: Source | None = source if edit.uses_source else None
-            # Before the pair's runs part, a transplant puts back what is there: an effect of 0, and no mistake.
-            built.append(Patch(sites[s], windows[s][layer], places[p], edit, units[s][u], run, used, "", True))
+            built.append(
+                Patch(
+                    site=sites[s],
+                    layers=windows[s][layer],
+                    positions=places[p],
+                    edit=edit,
+                    units=units[s][u],
+                    run=run,
+                    source=source if edit.uses_source else None,
+                    # Before the pair's runs part, a transplant puts back what is there: an effect of 0, and no mistake.
+                    allow_unchanged=True,
+                    also=held[d],
+                )
+            )
         return built
+
+    def _companions(self, direction: Direction, group: Group) -> tuple[Patch, ...]:
+        """What is held fixed in every row of a direction."""
+        run, source = group.pair.ends(direction)
+        held = []
+        for number, axis in enumerate(self.plan.companions):
+            wanted = self.plan.choices.companions[number].edit
+            edit = self._kept(("companion", number, 0), wanted, axis, axis.layers)
+            held.append(
+                Patch(
+                    site=axis.site,
+                    layers=axis.layers,
+                    positions=group.pair.target,
+                    edit=for_prompts(edit, group.first),
+                    units=axis.together,
+                    run=run,
+                    source=source if edit.uses_source else None,
+                    allow_unchanged=True,
+                )
+            )
+        return tuple(held)
 
     @cached_property
     def _windows(self) -> list[list[tuple[int, ...]]]:
@@ -181,22 +222,24 @@ class Worker:
         return [[axis.together] if axis.units is None else [(unit,) for unit in axis.units] for axis in axes]
 
     def _edit(self, stage: int, number: int, first: int) -> Edit:
-        """One object for all patches of a kind, which the engine then runs as one kernel."""
-        if (stage, number) not in self._edits:
-            self._edits[stage, number] = self._build_edit(stage, number)
-        return for_prompts(self._edits[stage, number], first)
+        axis, window = self.plan.grid.stages[stage], self.plan.grid.window
+        layers = tuple(sorted({start + step for start in axis.layers for step in range(window)}))
+        wanted = self.plan.choices.edits[number]
+        return for_prompts(self._kept(("swept", stage, number), wanted, axis, layers), first)
 
-    def _build_edit(self, stage: int, number: int) -> Edit:
-        wanted, axis = self.plan.edits[number], self.plan.grid.stages[stage]
-        if isinstance(wanted, Edit):
-            return wanted
-        if wanted == "transplant":
+    def _kept(self, key: tuple[str, int, int], wanted: str | Edit, axis: StageAxis, layers: tuple[int, ...]) -> Edit:
+        """One object for all patches of a kind, which the engine then runs as one kernel."""
+        if key not in self._edits:
+            self._edits[key] = wanted if isinstance(wanted, Edit) else self._named(wanted, axis, layers)
+        return self._edits[key]
+
+    def _named(self, name: str, axis: StageAxis, layers: tuple[int, ...]) -> Edit:
+        if name == "transplant":
             return Transplant()
-        if wanted == "zero":
+        if name == "zero":
             return Constant("zero")
-        layers = sorted({first + step for first in axis.layers for step in range(self.plan.grid.window)})
-        seed = self.plan.choices["seed"]
-        return ablation(wanted, self.model, self.plan.batch, self._pair, axis.site, layers, seed, self._rows)
+        seed = self.plan.choices.seed
+        return ablation(name, self.model, self.plan.batch, self._pair, axis.site, layers, seed, self._rows)
 
 
 def _direction(name: str) -> Direction:

@@ -100,7 +100,7 @@ def _anywhere(plan: Plan) -> Any:
     name = spec.get("model", "")
     if isinstance(name, (str, Path)) and name not in REGISTRY and Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser().resolve())
-    return {"dtype": plan.choices["dtype"], **spec, **({"model": name} if name else {})}
+    return {"dtype": plan.choices.origin["dtype"], **spec, **({"model": name} if name else {})}
 
 
 def _on_cpu(model: Model) -> Model:

@@ -88,7 +88,7 @@ def load_as_planned(plan: Plan, device: torch.device) -> Model:
     spec = plan.model_spec
     assert spec is not None
     model = load_model(**{**spec, "device": device}) if isinstance(spec, Mapping) else spec()
-    if weight_digest(model) != plan.choices["weight_digest"]:
+    if weight_digest(model) != plan.choices.origin["weight_digest"]:
         raise InputError(
             f"model_spec gives other weights on {platform.node()} than the model of this sweep has: it must give the "
             "same model on every machine"
