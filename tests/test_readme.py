@@ -128,7 +128,9 @@ def test_the_first_page_s_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (example,) = blocks(TEXT, "python")
     names: dict[str, Any] = {}
-    exec(example.replace("n=16, length=64", "n=2, length=16").replace("8-12", "10"), names)  # small, so that it is quick
+    exec(
+        example.replace("n=16, length=64", "n=2, length=16").replace("8-12", "10"), names
+    )  # small, so that it is quick
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
     assert names["logits"].shape[:2] == (2, 16)
 
