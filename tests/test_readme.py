@@ -17,7 +17,7 @@ from sinklens.study import Study
 from tests.helpers.pages import README, blocks, headings, links, readmes, table
 from tests.helpers.readme import HEAD, ORDER, with_table
 from tests.helpers.readme import README as RESULTS
-from tests.helpers.readme import table as results_table
+from tests.helpers.readme import table as results_of
 from tests.helpers.references import ROOT
 
 each_page = pytest.mark.parametrize("page", readmes(), ids=lambda page: str(page.relative_to(ROOT)))
@@ -47,7 +47,7 @@ def help_of(words: list[str]) -> str:
     else:
         from sinklens.cli import app
 
-        name = words[1:3] if words[1] == "analyse" else words[1:2]
+        name = words[1:3] if words[1] == "analyse" and "/" not in words[2] else words[1:2]  # not path/to/yours.py
         command = [*name, "--help"]
     found = CliRunner().invoke(app, command, env={"COLUMNS": "400", "NO_COLOR": "1", "TERM": "dumb"})
     assert found.exit_code == 0, f"{words}: {found.output}"
@@ -59,14 +59,15 @@ def test_the_first_page_is_short():
 
 
 def test_every_analysis_has_its_row(rows):
-    assert [name for name in ORDER if name in rows] == list(rows)
     assert set(rows) == set(list_analyses())
+    assert [name for name in ORDER if name in rows] == list(rows)
 
 
 def test_a_new_table_takes_the_place_of_the_old_one_and_of_nothing_else():
     text = RESULTS.read_text(encoding="utf-8")
-    assert with_table(text, results_table(text)) == text
-    assert with_table(with_table(text, "| new |"), results_table(text)) == text
+    assert results_of(text).startswith(HEAD)
+    assert with_table(text, results_of(text)) == text
+    assert with_table(with_table(text, "| new |"), results_of(text)) == text
 
 
 def test_the_first_page_s_results_are_those_of_the_table(rows):
@@ -128,9 +129,7 @@ def test_the_first_page_s_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (example,) = blocks(TEXT, "python")
     names: dict[str, Any] = {}
-    exec(
-        example.replace("n=16, length=64", "n=2, length=16").replace("8-12", "10"), names
-    )  # small, so that it is quick
+    exec(example.replace("n=16, length=64", "n=2, length=16").replace("8-12", "10"), names)
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
     assert names["logits"].shape[:2] == (2, 16)
 
