@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import typer
 
@@ -29,13 +30,17 @@ def _app() -> None:
     """Causal interpretability of attention sinks."""
 
 
+# Commands whose options are not known before the library is loaded: they read their arguments themselves.
+late: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+
 app.command()(chain.chain)
-app.command()(sweep.sweep)
+app.command(**late)(sweep.sweep)
 app.command()(gather.gather)
 app.command()(find.find)
-app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    analyse.analyse
-)
+app.command(**late)(analyse.analyse)
 app.command(name="all")(all_.everything)
 app.command()(report.report)
 app.command()(models.models)

@@ -68,7 +68,18 @@ def everything(
         chosen = () if only is None else tuple(part.strip() for part in only.split(","))
         allowed = budget(memory_budget)
         run_everything(
-            lambda step: load(step, model, device, dtype, backend, prompts, n, length, bos, seed),
+            lambda step: load(
+                step,
+                model=model,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                prompts=prompts,
+                n=n,
+                length=length,
+                bos=bos,
+                seed=seed,
+            ),
             out,
             target=target,
             only=chosen,

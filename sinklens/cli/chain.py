@@ -34,12 +34,12 @@ from sinklens.cli.common import (
     errors,
     fail,
     given_formation,
-    integers,
     load,
     progress,
     target_of,
     write_report,
 )
+from sinklens.records.ranges import integers
 
 
 def chain(
@@ -84,7 +84,18 @@ def chain(
         blocks = None if pair_layers is None else integers("--pair-layers", pair_layers)
         check_out(out, force=force)
         with progress() as (step, rows):
-            loaded, batch = load(step, model, device, dtype, backend, prompts, n, length, bos, seed)
+            loaded, batch = load(
+                step,
+                model=model,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                prompts=prompts,
+                n=n,
+                length=length,
+                bos=bos,
+                seed=seed,
+            )
             if batch.n < 2:
                 fail(TOO_FEW.format(f"only {batch.n} in {batch.source} has {length} tokens or more"))
             from sinklens.chain.run import run_chain

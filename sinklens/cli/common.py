@@ -11,13 +11,15 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 import typer.core
+
+from sinklens.records.ranges import integers
 
 if TYPE_CHECKING:
     from sinklens.engine.run import Progress
@@ -83,17 +85,6 @@ DimsOption = Annotated[str | None, typer.Option(help="Take these outlier dimensi
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-def integers(option: str, text: str) -> tuple[int, ...]:
-    """``0-2,7`` as ``(0, 1, 2, 7)``, and ``1-9:4`` as ``(1, 5, 9)``; anything else is the user's mistake."""
-    from sinklens.errors import InputError
-    from sinklens.records.ranges import parse
-
-    try:
-        return parse(option, text)
-    except InputError:
-        fail(f"{option} {text!r} must be whole numbers such as 0-2 or 0,3 or 1-9:4")
-
-
 def floats(option: str, text: str) -> tuple[float, ...]:
     """``1,2.5`` as ``(1.0, 2.5)``; anything else is the user's mistake."""
     try:
@@ -125,17 +116,18 @@ def budget(gib: float | None) -> int | None:
 
 
 def load(
-    step,
-    model,
-    device,
-    dtype,
-    backend,
-    prompts,
-    n,
-    length,
-    bos,
-    seed,
-    devices=1,  # noqa: ANN001
+    step: Callable[[str], None],
+    *,
+    model: str,
+    device: str,
+    dtype: Dtype,
+    backend: Backend,
+    prompts: str,
+    n: int,
+    length: int,
+    bos: bool,
+    seed: int,
+    devices: int = 1,
 ) -> tuple[Any, PromptBatch]:
     """The model and the prompts that the options name."""
     # os.path and not Path: it says no to a name that is too long instead of raising.

@@ -46,7 +46,18 @@ def find(
     with errors():
         given = given_formation(block, super_neurons, outlier_dims)
         with progress() as (step, _rows):
-            loaded, batch = load(step, model, device, dtype, backend, prompts, n, length, bos, seed)
+            loaded, batch = load(
+                step,
+                model=model,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                prompts=prompts,
+                n=n,
+                length=length,
+                bos=bos,
+                seed=seed,
+            )
             from sinklens.formation import find_formation
 
             step("finding the formation block")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from sinklens.edits import Edit
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.pairs.ablations import check_edit
-from sinklens.pairs.pair import PairKind
 from sinklens.readouts.named import ReadoutLike, check_readout, readout_name
 from sinklens.records.ranges import Numbers, read, within
 from sinklens.sweeps.companions import Companion, read_companions
 from sinklens.sweeps.places import Place, Units, find_place, place_name, read_units
 
+InducedKind: TypeAlias = Literal["block_aggregation", "amplify_variance"]
 Answers: TypeAlias = tuple[Sequence[int], Sequence[int]]
 METHODS = ("exact", "attribution", "screen")
 """How effects are found: by running every patch; estimated from gradients (:mod:`sinklens.attribution`); or estimated,
@@ -47,7 +47,7 @@ class Request:
     """``denoise``, ``noise`` or both; ``None``: all that the pair has."""
     target: int | str
     """Position that is made a sink, or ``natural``."""
-    pair: PairKind
+    pair: InducedKind
     """How it is made."""
     strength: float
     """Lambda of ``amplify_variance``."""

@@ -209,7 +209,7 @@ def test_an_analysis_of_ones_own_is_loaded_by_its_path(tmp_path):
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
     model = tiny_model("llama")
     batch = from_tokens(model, tiny_tokens(3, 16))
-    monkeypatch.setattr(of_analysis, "load", lambda *_: (model, batch))
+    monkeypatch.setattr(of_analysis, "load", lambda *_, **__: (model, batch))
     with pytest.raises(SystemExit) as stopped:
         of_analysis.run_command(SIMPLE, [*args, "--out", str(tmp_path / "out")], "simple")
     return int(stopped.value.code or 0)

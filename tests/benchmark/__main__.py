@@ -18,7 +18,8 @@ from typing import Annotated
 
 import typer
 
-from sinklens.cli.common import Commands, errors, integers, progress
+from sinklens.cli.common import Commands, errors, progress
+from sinklens.records.ranges import integers
 
 
 class Format(StrEnum):

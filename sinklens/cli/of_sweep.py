@@ -1,0 +1,179 @@
+"""The command of a sweep: the options that all have, and the arguments of :func:`sinklens.sweep` as options."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sinklens import find_formation
+from sinklens import sweep as function
+from sinklens.cli.common import (
+    Backend,
+    BackendOption,
+    BlockOption,
+    BosOption,
+    CountOption,
+    DeviceOption,
+    DimsOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    LengthOption,
+    MemoryOption,
+    ModelOption,
+    NeuronsOption,
+    PromptsOption,
+    budget,
+    fail,
+    given_formation,
+    load,
+    target_of,
+)
+from sinklens.cli.display import sweep_display
+from sinklens.cli.signature import Form, command_of, options_of, run_alone
+from sinklens.cli.tables import console
+from sinklens.cli.tables_sweep import judged_table, overview_table, strongest_table, verified_table
+from sinklens.edits import Edit
+from sinklens.readouts.named import ReadoutLike
+from sinklens.records.plain import to_plain
+from sinklens.records.ranges import Range, integers
+from sinklens.sweeps.companions import Companions
+from sinklens.sweeps.execution import Execution
+from sinklens.sweeps.places import Place
+from sinklens.sweeps.request import Request
+from sinklens.sweeps.result import SweepResult
+from sinklens.sweeps.run import prepare, run_sweep
+
+
+def _names(option: str, text: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not found:
+        fail(f"{option} is empty: name at least one")
+    return found
+
+
+def _shard(option: str, text: str) -> tuple[int, int]:
+    first, _, of = text.partition("/")
+    if not (first.isdigit() and of.isdigit()):
+        fail(f"{option} {text!r} must be I/N, such as 1/4")
+    return int(first), int(of)
+
+
+NAMES = Form(_names, ",".join)
+FORMS = {
+    Place | Sequence[Place]: NAMES,
+    str | Edit | Sequence[str | Edit]: NAMES,
+    ReadoutLike | Sequence[ReadoutLike]: NAMES,
+    str | Sequence[str]: NAMES,
+    Companions: Form(write=list, type=list[str]),
+    Range: Form(),  # ranges are read by the request
+    Sequence[int]: Form(integers),
+    int | str: Form(write=str),  # the target, which is read when the length is known
+    tuple[int, int]: Form(_shard),
+}
+"""How the arguments of a sweep are written."""
+FLAGS = {"companions": "--with"}
+"""Options that have another name than the argument."""
+ON_ALL = ("out", "force", "memory_budget")
+"""Arguments that commands have another form for."""
+OPTIONS = options_of(function, FORMS, FLAGS)
+
+
+def run_command(about: str, args: Sequence[str]) -> None:
+    """Run the command; ends by SystemExit with the exit code."""
+    own = [option for option in OPTIONS if option.possible and option.name not in ON_ALL]
+    run_alone(command_of(own, _run), about, args, "sinklens sweep")
+
+
+def _run(
+    options: dict[str, Any],
+    model: ModelOption = "smollm2",
+    length: LengthOption = 64,
+    n: CountOption = 8,
+    prompts: PromptsOption = "passages",
+    bos: BosOption = False,
+    block: BlockOption = None,
+    super_neurons: NeuronsOption = None,
+    outlier_dims: DimsOption = None,
+    device: DeviceOption = "auto",
+    devices: Annotated[int, typer.Option(min=1, help="GPUs that one model's blocks are spread over.")] = 1,
+    dtype: DtypeOption = Dtype.float32,
+    backend: BackendOption = Backend.auto,
+    memory_budget: MemoryOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results; the same sweep is taken up there again.")] = Path(
+        "runs/sweep"
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier sweep has left there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    formation = given_formation(block, super_neurons, outlier_dims)
+    spec = {"model": model, "dtype": dtype.value, "backend": backend.value, "devices": devices}
+    defaults = {option.name: option.parameter.default for option in OPTIONS}
+    chosen = {**defaults, **options, "target": target_of(str(options["target"]), length)}
+    chosen |= {"out": out, "force": force, "memory_budget": budget(memory_budget), "model_spec": spec}
+    request, execution = Request.of(chosen), Execution.of(chosen)
+    # All that can be said before the model is loaded.
+    request.positions_in(length)
+    prepare(execution)
+    began = time.monotonic()
+    try:
+        with sweep_display() as display:
+            loaded, batch = load(
+                display.step,
+                model=model,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                prompts=prompts,
+                n=n,
+                length=length,
+                bos=bos,
+                seed=request.seed,
+                devices=devices,
+            )
+            if formation:
+                display.step("finding the formation block")
+                found = find_formation(loaded, batch, memory_budget=execution.memory_budget, **formation)
+                request = replace(request, formation=found)
+            display.step("planning")
+            execution = replace(execution, progress=display.rows, planned=display.planned)
+            result = run_sweep(loaded, batch, request, execution)
+    except KeyboardInterrupt as error:
+        told = str(error).partition(";")[0] or "interrupted"
+        typer.echo(f"sinklens: {told}; run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        _print_json(result, out)
+    else:
+        _print(result, execution, time.monotonic() - began)
+
+
+def _print_json(result: SweepResult, out: Path) -> None:
+    data = {**result.record, "overview": result.overview().to_dict("records"), "folder": str(out)}
+    print(json.dumps(to_plain(data), indent=1, ensure_ascii=False))  # noqa: T201  (the command's output)
+
+
+def _print(result: SweepResult, execution: Execution, seconds: float) -> None:
+    screen, out = console(), execution.out
+    missing = result.missing
+    if missing:
+        whose = "other shards" if execution.shard else "other processes"
+        line = f"{len(missing):,} of {len(result.task_ids()):,} tasks are left to {whose}; results so far: {out}"
+        screen.print(line, markup=False, soft_wrap=True)
+        return
+    screen.print(overview_table(result))
+    screen.print(strongest_table(result))
+    if odd := result.n_nonfinite():
+        line = f"{odd:,} rows have no value: the patched run's activations or readout were not finite there"
+        screen.print(line, markup=False, soft_wrap=True)
+    verified = result.verified
+    if verified is not None:
+        screen.print(verified_table(verified))
+        screen.print(judged_table(result.judged()))
+    screen.print(f"{len(result):,} rows in {seconds:.1f} s. Results: {out}", markup=False, soft_wrap=True)

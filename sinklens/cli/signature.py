@@ -1,0 +1,166 @@
+"""Commands read off signatures: ``name: Annotated[type, "one line of help"] = default`` says all there is to say.
+
+A parameter of a type that a command line knows becomes an option as it is; for other types, a :class:`Form` says how
+their values are written and read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import typer
+
+from sinklens.cli.common import errors, fail, usage_errors
+from sinklens.records.ranges import AtLeast
+
+
+@dataclass(frozen=True)
+class Form:
+    """How values of a type are written on the command line."""
+
+    read: Callable[[str, Any], Any] = lambda _option, written: written
+    """``(option, as it was written) -> value``; says what is wrong."""
+    write: Callable[[Any], Any] = lambda value: value
+    """A default as one would write it; ``None`` stays."""
+    type: Any = str
+    """What typer is to read."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A parameter as an option."""
+
+    parameter: inspect.Parameter
+    """The parameter."""
+    hint: Any
+    """Its type."""
+    line: str
+    """Its help."""
+    least: float | None
+    """The least value that it may have."""
+    form: Form | None
+    """How it is written; ``None``: as typer does."""
+    flag: str | None
+    """Its name on the command line, where that is another than the parameter's."""
+
+    @property
+    def name(self) -> str:
+        """Name of the parameter."""
+        return self.parameter.name
+
+    @property
+    def written(self) -> str:
+        """Name of the option."""
+        return self.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
+    def possible(self) -> bool:
+        """Whether values can be written on a command line."""
+        return self.form is not None or _is_plain(self.hint)
+
+    def for_typer(self) -> inspect.Parameter:
+        """The parameter that typer makes the option of."""
+        kind = self.hint if self.form is None else self.form.type
+        if self.form is not None and _optional(self.hint):
+            kind = kind | None
+        least = self.least if self.hint in (int, int | None) else None
+        names = () if self.flag is None else (self.flag,)
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=self._default(),
+            annotation=Annotated[kind, typer.Option(*names, help=self.line, min=least)],
+        )
+
+    def value(self, written: Any) -> Any:
+        """What was written, as the function takes it."""
+        if written == self._default():
+            return self.parameter.default
+        value = written if self.form is None else self.form.read(self.written, written)
+        if self.least is not None and isinstance(value, float) and not self.least <= value < math.inf:
+            fail(f"{self.written} {value} must be a finite number, {self.least:g} or more")
+        return value
+
+    def _default(self) -> Any:
+        default = self.parameter.default
+        return default if self.form is None or default is None else self.form.write(default)
+
+
+def options_of(
+    function: Callable[..., Any], forms: Mapping[Any, Form], flags: Mapping[str, str] | None = None
+) -> list[Option]:
+    """The parameters of a function that have a default.
+
+    Args:
+        function: any, with ``Annotated`` types.
+        forms: by type, how values are written.
+        flags: names of options that differ from the parameters'.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    options = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.default is inspect.Parameter.empty:
+            continue
+        hint, extra = hints[parameter.name], ()
+        if typing.get_origin(hint) is Annotated:
+            hint, *extra = typing.get_args(hint)
+        options.append(
+            Option(
+                parameter=parameter,
+                hint=hint,
+                line=next((item for item in extra if isinstance(item, str)), ""),
+                least=next((item.value for item in extra if isinstance(item, AtLeast)), None),
+                form=_form(hint, forms),
+                flag=(flags or {}).get(parameter.name),
+            )
+        )
+    return options
+
+
+def command_of(options: Sequence[Option], run: Callable[..., None]) -> Callable[..., None]:
+    """A function whose signature typer can read: ``options``, then those of ``run`` but its first parameter.
+
+    ``run`` is called with the values of ``options`` by name, and with its own.
+    """
+
+    def command(**values: Any) -> None:
+        with errors():
+            run({option.name: option.value(values.pop(option.name)) for option in options}, **values)
+
+    common = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
+    parameters = [
+        *(option.for_typer() for option in options),
+        *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in common),
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def run_alone(command: Callable[..., None], help: str, args: Sequence[str] | None, prog: str | None) -> None:
+    """Run a function as a command of its own; ends by SystemExit with the exit code."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=help)(command)
+    with usage_errors():
+        raise SystemExit(app(args=None if args is None else list(args), prog_name=prog, standalone_mode=False) or 0)
+
+
+def _form(hint: Any, forms: Mapping[Any, Form]) -> Form | None:
+    return next((form for kind, form in forms.items() if hint in (kind, kind | None)), None)
+
+
+def _optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether typer reads values of a type by itself."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [kind for kind in kinds if kind is not type(None)]
+    return len(kinds) == 1 and (kinds[0] in (int, float, str, bool) or typing.get_origin(kinds[0]) is Literal)
