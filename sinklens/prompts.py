@@ -30,6 +30,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.errors import InputError
+from sinklens.models.view import Model, bos_token, context_length, tokenizer_of, vocabulary_size
 
 __all__ = ["PromptBatch", "from_dataset", "from_file", "from_texts", "from_tokens", "natural", "random_tokens"]
 
@@ -90,7 +91,7 @@ class PromptBatch:
 
 
 def natural(
-    model: Any, n: int = 16, length: int = 64, *, prepend_bos: bool = False, seed: int | None = None
+    model: Model, n: int = 16, length: int = 64, *, prepend_bos: bool = False, seed: int | None = None
 ) -> PromptBatch:
     """The first `n` of the 32 passages that come with the package, or with a `seed` a random choice of `n`.
 
@@ -114,7 +115,7 @@ def natural(
 
 
 def random_tokens(
-    model: Any, n: int = 16, length: int = 64, *, seed: int = 0, prepend_bos: bool = False
+    model: Model, n: int = 16, length: int = 64, *, seed: int = 0, prepend_bos: bool = False
 ) -> PromptBatch:
     """Tokens drawn uniformly from the vocabulary, special tokens left out when the model has a tokenizer.
 
@@ -125,8 +126,8 @@ def random_tokens(
         InputError: `n` or `length` is out of range, or `prepend_bos` is asked of a model that has no such token.
     """
     _check_size(model, length, n)
-    allowed = torch.arange(model.cfg.d_vocab)
-    tokenizer = _tokenizer(model)
+    allowed = torch.arange(vocabulary_size(model))
+    tokenizer = tokenizer_of(model)
     if tokenizer is not None:
         special = set(tokenizer.all_special_ids)
         special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -141,7 +142,7 @@ def random_tokens(
 
 
 def from_file(
-    model: Any, path: str | os.PathLike[str], *, length: int = 64, n: int | None = None, prepend_bos: bool = False
+    model: Model, path: str | os.PathLike[str], *, length: int = 64, n: int | None = None, prepend_bos: bool = False
 ) -> PromptBatch:
     """Prompts from a UTF-8 text file, one a line, or from a .jsonl file whose objects have a "text" field.
 
@@ -161,7 +162,7 @@ def from_file(
 
 
 def from_dataset(
-    model: Any,
+    model: Model,
     name: str = "wikitext",
     config: str | None = None,
     *,
@@ -195,7 +196,7 @@ def from_dataset(
 
 
 def from_texts(
-    model: Any,
+    model: Model,
     texts: Iterable[str],
     *,
     length: int = 64,
@@ -214,7 +215,7 @@ def from_texts(
     if isinstance(texts, str):
         raise InputError("texts must be a list of strings, and it is a single string; put it in a list.")
     _check_size(model, length, n)
-    tokenizer = _tokenizer(model)
+    tokenizer = tokenizer_of(model)
     if tokenizer is None:
         raise InputError("This model has no tokenizer, so it cannot read text; use random_tokens or from_tokens.")
     first = [_bos(model)] if prepend_bos else []
@@ -236,7 +237,7 @@ def from_texts(
 
 
 def from_tokens(
-    model: Any, tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]], *, source: str = "tokens"
+    model: Model, tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]], *, source: str = "tokens"
 ) -> PromptBatch:
     """A batch of your own token ids, copied to the CPU.
 
@@ -251,13 +252,13 @@ def from_tokens(
     _check_tokens(ids)
     ids = ids.long()
     _check_size(model, length=ids.shape[1])
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= model.cfg.d_vocab:
-        raise InputError(f"Token ids must lie in 0..{model.cfg.d_vocab - 1}, and these lie in {low}..{high}.")
+    low, high, size = int(ids.min()), int(ids.max()), vocabulary_size(model)
+    if low < 0 or high >= size:
+        raise InputError(f"Token ids must lie in 0..{size - 1}, and these lie in {low}..{high}.")
     return PromptBatch(ids, _labels(model, ids), source)
 
 
-def _check_size(model: Any, length: int, n: int | None = None) -> None:
+def _check_size(model: Model, length: int, n: int | None = None) -> None:
     """Raises InputError unless `n` and `length` are integers in range and `length` fits the model's context."""
     for name, value, least in (("n", 1 if n is None else n, 1), ("length", length, 2)):
         try:
@@ -266,8 +267,9 @@ def _check_size(model: Any, length: int, n: int | None = None) -> None:
             raise InputError(f"{name} must be an integer, and it is {value!r}.") from None
         if too_small:
             raise InputError(f"{name} must be at least {least}, and it is {value}.")
-    if model.cfg.n_ctx and length > model.cfg.n_ctx:
-        raise InputError(f"The model reads at most {model.cfg.n_ctx} tokens; use a length no greater, not {length}.")
+    longest = context_length(model)
+    if longest is not None and length > longest:
+        raise InputError(f"The model reads at most {longest} tokens; use a length no greater, not {length}.")
 
 
 def _check_tokens(tokens: Any) -> None:
@@ -282,26 +284,22 @@ def _check_tokens(tokens: Any) -> None:
         )
 
 
-def _tokenizer(model: Any) -> Any:
-    return getattr(model, "tokenizer", None)
-
-
-def _bos(model: Any) -> int:
-    bos = getattr(_tokenizer(model), "bos_token_id", None)
+def _bos(model: Model) -> int:
+    bos = bos_token(model)
     if bos is None:
         raise InputError("This model has no beginning-of-sequence token; leave prepend_bos off.")
     return bos
 
 
-def _labels(model: Any, tokens: Int[Tensor, "batch pos"]) -> tuple[tuple[str, ...], ...]:
+def _labels(model: Model, tokens: Int[Tensor, "batch pos"]) -> tuple[tuple[str, ...], ...]:
     """Each token decoded on its own; a fragment of a character, which cannot be, by its name in the vocabulary."""
-    tokenizer = _tokenizer(model)
+    tokenizer = tokenizer_of(model)
     strings = {i: str(i) for i in set(chain.from_iterable(tokens.tolist()))}
     if tokenizer is not None:
         for i in strings:
-            decoded = tokenizer.decode([i], clean_up_tokenization_spaces=False)
+            decoded = str(tokenizer.decode([i], clean_up_tokenization_spaces=False))
             readable = decoded and "\ufffd" not in decoded
-            strings[i] = decoded if readable else tokenizer.convert_ids_to_tokens(i) or str(i)
+            strings[i] = decoded if readable else str(tokenizer.convert_ids_to_tokens(i) or i)
     return tuple(tuple(strings[i] for i in row) for row in tokens.tolist())
 
 

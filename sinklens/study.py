@@ -28,7 +28,9 @@ from sinklens.models.view import (
     Model,
     ModelShape,
     block_weights,
+    bos_token,
     device_of,
+    dtype_of,
     model_id,
     model_shape,
     weight_digest,
@@ -81,7 +83,7 @@ class Study:
     @cached_property
     def random(self) -> Study:
         """The same study on as many random-token prompts of the same length (no BOS unless these have one)."""
-        bos = getattr(getattr(self.model, "tokenizer", None), "bos_token_id", None)
+        bos = bos_token(self.model)
         led = bos is not None and bool((self.batch.tokens[:, 0] == bos).all())
         batch = prompts.random_tokens(self.model, self.batch.n, self.batch.length, seed=self.seed, prepend_bos=led)
         return replace(self, batch=batch, given=dict(self.given))
@@ -264,7 +266,7 @@ def provenance(model: Model, batch: PromptBatch) -> dict[str, Any]:
         "versions": versions(),
         "git_commit": git_commit(),
         "device": name,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
         "model": model_id(model),
         "weight_digest": weight_digest(model),
         "prompts_digest": batch.digest(),

@@ -4,6 +4,7 @@ import json
 import sys
 from importlib import resources
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def passages() -> list[dict[str, str]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def fake_model(bos: str | None = "<bos>", n_ctx: int = 128):
+def fake_model(bos: str | None = "<bos>", n_ctx: int = 128) -> Any:
     """What prompts need of a model: ids 0 and 1 are special, 2 to 31 are words, and 32 to 39 exist only in d_vocab."""
     vocab = {"<bos>": 0, "<unk>": 1} | {word: i for i, word in enumerate(WORDS, 2)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -38,7 +39,7 @@ def model():
 
 
 @pytest.fixture
-def bare():
+def bare() -> Any:
     return SimpleNamespace(cfg=SimpleNamespace(n_ctx=128, d_vocab=40), tokenizer=None)
 
 

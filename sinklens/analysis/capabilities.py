@@ -22,7 +22,7 @@ from sinklens.chain.run import run_chain
 from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableError
 from sinklens.models.families import FAMILIES, random_model
 from sinklens.models.load import load_model
-from sinklens.models.view import Model, is_bridge
+from sinklens.models.view import Model, backend_name, model_id, tokenizer_of, vocabulary_size
 from sinklens.stages import CHAIN, Stage
 from sinklens.study import Study
 
@@ -82,12 +82,11 @@ def capabilities(model: Model | str) -> Capabilities:
         except InputError as error:
             return Capabilities(title, "", tuple(Capability(name, False, str(error)) for name in parts()))
     else:
-        title = str(getattr(model.cfg, "model_name", "model"))
-        batch = prompts.random_tokens(model, 4, 24) if getattr(model, "tokenizer", None) is None else None
+        title = model_id(model)
+        batch = prompts.random_tokens(model, 4, 24) if tokenizer_of(model) is None else None
         study = Study(model, batch or prompts.natural(model, 4, 32))
-    backend = "TransformerBridge" if is_bridge(study.model) else "HookedTransformer"
     found = [_stage(study, stage) for stage in CHAIN] + [_analysis(study, name) for name in list_analyses()]
-    return Capabilities(title, backend, tuple(found))
+    return Capabilities(title, backend_name(study.model), tuple(found))
 
 
 def parts() -> list[str]:
@@ -97,7 +96,7 @@ def parts() -> list[str]:
 
 def _random_study(family: str) -> Study:
     model = load_model(random_model(family), device="cpu")
-    tokens = torch.randint(3, model.cfg.d_vocab, (4, 24), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, vocabulary_size(model), (4, 24), generator=torch.Generator().manual_seed(0))
     given = {"layer": 1, "super_neurons": (3, 7), "outlier_dims": (2, 5)}
     return Study(model, prompts.from_tokens(model, tokens), given=given)
 

@@ -26,7 +26,7 @@ from sinklens.engine.memory import row_budget
 from sinklens.engine.run import PatchResult, Progress, run_patches
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation, find_formation
-from sinklens.models.view import Model, model_shape
+from sinklens.models.view import Model, dtype_of, model_shape
 from sinklens.pairs.pair import PairKind, SinkPair, check_target, induced_pair, natural_pair
 from sinklens.prompts import PromptBatch
 from sinklens.stages import CHAIN, Stage
@@ -108,7 +108,7 @@ def run_chain(
     effects = scoring.effects(trials, result, sinks, SINK, min_gap)
     scoring.check_pair(effects, result, sinks, min_gap)
     matrix = scoring.matrix(trials, result, sinks, stages, min_gap)
-    scoring.check_identities(effects, matrix, sinks, next(model.parameters()).dtype)
+    scoring.check_identities(effects, matrix, sinks, dtype_of(model))
     config = {
         "target": target,
         "pair": sinks.kind,

@@ -23,6 +23,7 @@ from sinklens.records.ranges import integers
 
 if TYPE_CHECKING:
     from sinklens.engine.run import Progress
+    from sinklens.models.view import Model
     from sinklens.prompts import PromptBatch
 
 
@@ -128,7 +129,7 @@ def load(
     bos: bool,
     seed: int,
     devices: int = 1,
-) -> tuple[Any, PromptBatch]:
+) -> tuple[Model, PromptBatch]:
     """The model and the prompts that the options name."""
     # os.path and not Path: it says no to a name that is too long instead of raising.
     if prompts not in ("passages", "random") and not os.path.exists(os.path.expanduser(prompts)):
@@ -146,12 +147,12 @@ def load(
     return loaded, make.from_file(loaded, prompts, n=n, length=length, prepend_bos=bos)
 
 
-def _check_weights(model: Any) -> None:
+def _check_weights(model: Model) -> None:
     """Activations would not be finite either, but by then nothing says where that came from."""
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            name = name.replace("._original_component", "")  # a bridge's wrapping
-            fail(f"the model's weight {name} holds NaN or infinite values: get the model again, or use another")
+    from sinklens.models.view import damaged_weight
+
+    if (name := damaged_weight(model)) is not None:
+        fail(f"the model's weight {name} holds NaN or infinite values: get the model again, or use another")
 
 
 def command_line() -> str:

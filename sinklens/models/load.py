@@ -21,7 +21,6 @@ import torch
 from sinklens.errors import InputError
 from sinklens.models import smollm2 as _smollm2
 from sinklens.models.backends import has_hooked_transformer, to_bridge, to_hooked
-from sinklens.models.view import Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,7 +116,7 @@ def load_model(
     backend: Backend = "auto",
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     devices: int = 1,
-) -> Model:
+) -> Any:
     """Load a model for use with every other function here, its weights exactly as published.
 
     Args:
@@ -133,8 +132,9 @@ def load_model(
         devices: GPUs over which the blocks are spread, one part after the other, for models that are larger than one.
 
     Returns:
-        A HookedTransformer or a TransformerBridge in eval mode. `tokenizer` is None on it where the model has none;
-        token tensors still work.
+        A HookedTransformer or a TransformerBridge in eval mode, with all that TransformerLens gives it; the type that
+        the functions here ask for, `sinklens.models.Model`, is what the two have in common. `tokenizer` is None on it
+        where the model has none; token tensors still work.
 
     Raises:
         InputError: the model is unknown or damaged, the device or dtype is not available, or the backend cannot load

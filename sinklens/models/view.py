@@ -1,8 +1,10 @@
 """One view of a model, whether it is a `HookedTransformer` or a `TransformerBridge`.
 
 The two answer to the same hook names, but differ in what they call their parts, in which weights are there, and in
-whether a forward pass can start in the middle. Everything above this module asks here and never looks at the model's
-own attributes.
+whether a forward pass can start in the middle. Everything above this room knows a model as the protocol `Model`, which
+has only what is called on it, and asks here for the rest. The model's own attributes are looked at in this file alone,
+and in `sinklens.models.hooked`, which takes a HookedTransformer apart for passes of our own. (The other files of this
+room build models, and set such attributes.)
 
 Pitfalls that this module exists for, all checked by running:
 - a bridge of TransformerLens 3.9 silently ignores an unknown hook name: `check_hook_name` raises instead;
@@ -15,8 +17,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -24,9 +28,33 @@ from torch import Tensor
 
 from sinklens.errors import EngineError, NotApplicableError
 
-# A HookedTransformer or a TransformerBridge. Neither name can be written here: importing them costs seconds, and the
-# first is gone from TransformerLens 4.
-Model: TypeAlias = Any
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Model(Protocol):
+    """A HookedTransformer or a TransformerBridge: what is called on a model itself.
+
+    A protocol, because neither class can be named here: importing them costs seconds, and the first is gone from
+    TransformerLens 4. Hooks are pairs ``(name of a hook point, function of (tensor, hook))``.
+    """
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """A forward pass: logits ``[batch pos d_vocab]`` of tokens ``[batch pos]``."""
+        ...
+
+    def hooks(self, fwd_hooks: list[Any] = ...) -> AbstractContextManager[Any]:
+        """Hooks that are on the model inside a ``with``."""
+        ...
+
+    def run_with_hooks(self, x: Tensor, /, *, fwd_hooks: list[Any] = ..., **options: Any) -> Any:
+        """One forward pass with hooks."""
+        ...
+
+    def run_with_cache(self, x: Tensor, /, **options: Any) -> tuple[Any, Any]:
+        """One forward pass: what it returns, and its activations by the names of their hook points."""
+        ...
+
 
 # These normalise each sub-block's output instead of its input, so there is no norm in front of it to read.
 _POST_NORM = frozenset({"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
@@ -82,6 +110,9 @@ class BlockWeights:
     """Multiplier that the norm before the MLP applies; that of `ln1` where a parallel block has one norm for both."""
 
 
+# --- Which model it is, and what it can do ---------------------------------------------------------------------------
+
+
 def is_bridge(model: Model) -> bool:
     """Whether `model` is a TransformerBridge (as opposed to a HookedTransformer)."""
     from transformer_lens.model_bridge import TransformerBridge
@@ -89,9 +120,30 @@ def is_bridge(model: Model) -> bool:
     return isinstance(model, TransformerBridge)
 
 
+def backend_name(model: Model) -> Literal["HookedTransformer", "TransformerBridge"]:
+    """Which of TransformerLens's two kinds of model it is."""
+    return "TransformerBridge" if is_bridge(model) else "HookedTransformer"
+
+
+def can_resume(model: Model) -> bool:
+    """Whether `forward` can start from a cached residual without running the blocks before it (no bridge can)."""
+    return not is_bridge(model)
+
+
+supports_resume = can_resume  # its name when it was first published
+
+
 def model_id(model: Model) -> str:
     """The model's name for people: what `load_model` was asked for, else the name in the model's own config."""
-    return str(model.cfg.model_name)
+    return str(_inside(model).cfg.model_name)
+
+
+def _inside(model: Model) -> Any:
+    """The model without its protocol: here begins what is different from one backend to the other."""
+    return model
+
+
+# --- Sizes and weights -----------------------------------------------------------------------------------------------
 
 
 def model_shape(model: Model) -> ModelShape:
@@ -100,10 +152,10 @@ def model_shape(model: Model) -> ModelShape:
     Raises:
         InputError: the model has no dense MLP in its first block (mixture of experts).
     """
-    cfg = model.cfg
-    W_in, W_O = _dense_mlp(model, 0), model.blocks[0].attn.W_O
+    cfg, blocks = _inside(model).cfg, _inside(model).blocks
+    W_in, W_O = _dense_mlp(model, 0), blocks[0].attn.W_O
     return ModelShape(
-        n_layers=len(model.blocks),
+        n_layers=len(blocks),
         n_heads=W_O.shape[0],
         n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
         d_model=W_in.shape[0],
@@ -111,7 +163,7 @@ def model_shape(model: Model) -> ModelShape:
         d_mlp=W_in.shape[1],  # read from the weight: a bridge's cfg.d_mlp is a guess for some architectures (OPT)
         d_vocab=cfg.d_vocab,
         n_ctx=cfg.n_ctx,
-        gated=getattr(model.blocks[0].mlp, "W_gate", None) is not None,
+        gated=getattr(blocks[0].mlp, "W_gate", None) is not None,
         norm="rms" if str(cfg.normalization_type).startswith("RMS") else "layer",
         norm_eps=float(cfg.eps),
         parallel=_is_parallel(model),
@@ -129,9 +181,9 @@ def block_weights(model: Model, layer: int) -> BlockWeights:
     Raises:
         InputError: the block has a mixture of experts, or no norm in front of attention and MLP.
     """
-    block = model.blocks[layer]
+    block = _inside(model).blocks[layer]
     W_in = _dense_mlp(model, layer)
-    if _architecture(model) in _POST_NORM or getattr(block, "ln1", None) is None:
+    if norms_follow(model) or getattr(block, "ln1", None) is None:
         raise NotApplicableError(
             f"{model_id(model)} normalises after attention and MLP, not before; sinklens needs a norm in front."
         )
@@ -147,23 +199,61 @@ def block_weights(model: Model, layer: int) -> BlockWeights:
     )
 
 
+def norms_follow(model: Model) -> bool:
+    """Whether attention and MLP are followed by a norm instead of having one in front (OLMo-2)."""
+    return _architecture(model) in _POST_NORM
+
+
 def check_writes_directly(model: Model, layer: int) -> None:
     """Make sure that what an MLP's neurons write is what is added to the residual stream.
 
     Raises:
         InputError: a norm stands between the two (Gemma-2), so that a row of W_out is not what its neuron adds.
     """
-    block = model.blocks[layer]
-    if getattr(block, "ln2_post", None) is not None or _architecture(model) in _POST_NORM:
+    block = _inside(model).blocks[layer]
+    if getattr(block, "ln2_post", None) is not None or norms_follow(model):
         raise NotApplicableError(
             f"{model_id(model)} normalises what its MLPs write before adding it, so a neuron's contribution to the "
             "residual stream cannot be read off W_out."
         )
 
 
+def _architecture(model: Model) -> str | None:
+    cfg = _inside(model).cfg
+    return getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", None)
+
+
+def _is_parallel(model: Model) -> bool:
+    if is_bridge(model):
+        # The block's class decides what is computed; cfg.parallel_attn_mlp is only the architecture's default.
+        return "Parallel" in type(_inside(model).blocks[0]).__name__
+    return bool(_inside(model).cfg.parallel_attn_mlp)
+
+
+def _dense_mlp(model: Model, layer: int) -> Float[Tensor, "d_model d_mlp"]:
+    W_in = getattr(_inside(model).blocks[layer].mlp, "W_in", None)
+    if not isinstance(W_in, Tensor) or W_in.ndim != 2:
+        raise NotApplicableError(
+            f"{model_id(model)} has no dense MLP in block {layer}; mixtures of experts are not supported."
+        )
+    return W_in
+
+
+def _norm_multiplier(model: Model, norm: Any) -> Float[Tensor, " d_model"]:
+    weight = getattr(norm, "w", None) if not is_bridge(model) else getattr(norm.original_component, "weight", None)
+    if weight is None:  # a norm without a scale (OLMo, or a folded one) multiplies by one
+        some = _inside(model).blocks[0].mlp.W_in
+        return torch.ones(some.shape[0], dtype=some.dtype, device=some.device)
+    # A HookedTransformer adds Gemma's one when it converts the weights; a bridge keeps the stored offset.
+    return weight + 1 if is_bridge(model) and getattr(_inside(model).cfg, "rmsnorm_uses_offset", False) else weight
+
+
+# --- Hook points -----------------------------------------------------------------------------------------------------
+
+
 def has_hook(model: Model, name: str) -> bool:
     """Whether `name` is a hook point of `model`, under its own name or an alias."""
-    return name in model.hook_dict
+    return name in _inside(model).hook_dict
 
 
 def check_hook_name(model: Model, name: str) -> None:
@@ -174,14 +264,17 @@ def check_hook_name(model: Model, name: str) -> None:
     """
     if has_hook(model, name):
         return
-    close = difflib.get_close_matches(name, model.hook_dict, n=3)
+    close = difflib.get_close_matches(name, _inside(model).hook_dict, n=3)
     hint = f"; did you mean {', '.join(map(repr, close))}?" if close else "."
     raise EngineError(f"{model_id(model)} has no hook point {name!r}{hint}")
 
 
-def supports_resume(model: Model) -> bool:
-    """Whether `forward` can start from a cached residual without running the blocks before it (no bridge can)."""
-    return not is_bridge(model)
+def carries_hooks(model: Model) -> bool:
+    """Whether somebody has hooks on the model at the moment."""
+    return any(point.fwd_hooks for point in _inside(model).hook_dict.values())
+
+
+# --- Running it ------------------------------------------------------------------------------------------------------
 
 
 @overload
@@ -228,7 +321,7 @@ def forward(
         EngineError: `x` does not fit `start_at`, the block range is empty or outside the model, or a bridge was given a
             residual.
     """
-    n_layers = len(model.blocks)
+    n_layers = len(_inside(model).blocks)
     from_tokens = not x.is_floating_point()
     if not 0 <= start_at < n_layers or (stop_at is not None and not start_at < stop_at <= n_layers):
         raise EngineError(f"cannot run blocks {start_at} to {stop_at} of a model with {n_layers} blocks.")
@@ -246,52 +339,11 @@ def forward(
     return model(x, return_type=return_type, stop_at_layer=stop_at)
 
 
-def weight_digest(model: Model) -> str:
-    """SHA-256 over every parameter's name, shape, dtype and bytes, in the order of the names.
-
-    Parameters are streamed one at a time, so the digest needs no second copy of the model. The two backends name their
-    parameters differently, so the same weights have one digest on each.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _architecture(model: Model) -> str | None:
-    return getattr(model.cfg, "architecture", None) or getattr(model.cfg, "original_architecture", None)
-
-
-def _is_parallel(model: Model) -> bool:
-    if is_bridge(model):
-        # The block's class decides what is computed; cfg.parallel_attn_mlp is only the architecture's default.
-        return "Parallel" in type(model.blocks[0]).__name__
-    return bool(model.cfg.parallel_attn_mlp)
-
-
-def _dense_mlp(model: Model, layer: int) -> Float[Tensor, "d_model d_mlp"]:
-    W_in = getattr(model.blocks[layer].mlp, "W_in", None)
-    if not isinstance(W_in, Tensor) or W_in.ndim != 2:
-        raise NotApplicableError(
-            f"{model_id(model)} has no dense MLP in block {layer}; mixtures of experts are not supported."
-        )
-    return W_in
-
-
-def _norm_multiplier(model: Model, norm: Any) -> Float[Tensor, " d_model"]:
-    weight = getattr(norm, "w", None) if not is_bridge(model) else getattr(norm.original_component, "weight", None)
-    if weight is None:  # a norm without a scale (OLMo, or a folded one) multiplies by one
-        some = model.blocks[0].mlp.W_in
-        return torch.ones(some.shape[0], dtype=some.dtype, device=some.device)
-    # A HookedTransformer adds Gemma's one when it converts the weights; a bridge keeps the stored offset.
-    return weight + 1 if is_bridge(model) and getattr(model.cfg, "rmsnorm_uses_offset", False) else weight
-
-
 def _bridge_final_residual(model: Model, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
     """The residual after the last block, which no `stop_at_layer` of a bridge returns."""
     seen: list[Tensor] = []
-    point = model.hook_dict[f"blocks.{len(model.blocks) - 1}.hook_resid_post"]
+    last = len(_inside(model).blocks) - 1
+    point = _inside(model).hook_dict[f"blocks.{last}.hook_resid_post"]
     # A plain forward hook, registered last: it sees what the caller's own hooks made of the value, and it never
     # disturbs the model's list of hooks, which the caller may be using.
     handle = point.register_forward_hook(lambda _module, _args, output: seen.append(output))
@@ -302,6 +354,79 @@ def _bridge_final_residual(model: Model, tokens: Int[Tensor, "batch pos"]) -> Fl
     return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
 
 
+# --- Parameters and where they are -----------------------------------------------------------------------------------
+
+
+def parameters_of(model: Model) -> Iterator[torch.nn.Parameter]:
+    """The model's parameters, one after the other."""
+    yield from _inside(model).parameters()
+
+
+def dtype_of(model: Model) -> torch.dtype:
+    """The dtype of the model's weights."""
+    return next(parameters_of(model)).dtype
+
+
 def device_of(model: Model) -> torch.device:
-    """The device that the model's weights are on."""
-    return next(model.parameters()).device
+    """The device that the model's weights are on; the first one where they are spread over several."""
+    return next(parameters_of(model)).device
+
+
+def devices_of(model: Model) -> set[torch.device]:
+    """All devices that the model's weights are on."""
+    return {parameter.device for parameter in parameters_of(model)}
+
+
+def moved_to(model: Model, device: torch.device | str) -> Model:
+    """The same model, moved to ``device``."""
+    return _inside(model).to(device)
+
+
+def bytes_of(model: Model) -> int:
+    """Bytes that the model's parameters and buffers take."""
+    inside = _inside(model)
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*inside.parameters(), *inside.buffers()))
+
+
+def damaged_weight(model: Model) -> str | None:
+    """Name of the first parameter that holds NaN or infinite values; None where all are finite."""
+    for name, weight in _inside(model).named_parameters():
+        if not weight.isfinite().all():
+            return name.replace("._original_component", "")  # a bridge's wrapping
+    return None
+
+
+def weight_digest(model: Model) -> str:
+    """SHA-256 over every parameter's name, shape, dtype and bytes, in the order of the names.
+
+    Parameters are streamed one at a time, so the digest needs no second copy of the model. The two backends name their
+    parameters differently, so the same weights have one digest on each.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(_inside(model).named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# --- Text ------------------------------------------------------------------------------------------------------------
+
+
+def vocabulary_size(model: Model) -> int:
+    """How many token ids the model's embedding has; no weight is looked at."""
+    return _inside(model).cfg.d_vocab
+
+
+def context_length(model: Model) -> int | None:
+    """The most tokens that the model reads at once; None where nothing limits them."""
+    return _inside(model).cfg.n_ctx or None
+
+
+def tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; None where it has none, and only token tensors work."""
+    return getattr(model, "tokenizer", None)
+
+
+def bos_token(model: Model) -> int | None:
+    """Id of the beginning-of-sequence token; None where there is no such token or no tokenizer."""
+    return getattr(tokenizer_of(model), "bos_token_id", None)

@@ -24,7 +24,7 @@ from sinklens.edits import AttendSelf, Constant, Edit, EditSite, Function, PerPr
 from sinklens.edits.base import Gathered, Read
 from sinklens.engine.capture import Want, capture_runs
 from sinklens.errors import InputError
-from sinklens.models.view import Model
+from sinklens.models.view import Model, model_shape
 from sinklens.pairs.pair import SinkPair
 from sinklens.patches import Patch
 from sinklens.prompts import PromptBatch
@@ -97,7 +97,7 @@ def ablation(
 ) -> Edit:
     """The edit ``mean`` or ``resample`` of a site, in some blocks, on all prompts."""
     donors = draw_places(pair.ordinary, generator(seed, "sweep/resample"))
-    per_block = batch.length * model.cfg.d_model * 4 * max(1, len(layers))
+    per_block = batch.length * model_shape(model).d_model * 4 * max(1, len(layers))
     step = max(1, min(max_rows, _CHUNK_BYTES // per_block))
     sums: dict[int, Tensor] = {}
     drawn: dict[int, Tensor] = {}

@@ -170,8 +170,9 @@ def test_a_plain_mlp_has_one_matrix_for_both():
 
 def with_rows(rows: torch.Tensor) -> Study:
     study = tiny_study()
+    model: Any = study.model
     with torch.no_grad():
-        study.model.blocks[1].mlp.W_out[[3, 7]] = rows
+        model.blocks[1].mlp.W_out[[3, 7]] = rows
     return study
 
 

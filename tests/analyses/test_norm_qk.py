@@ -164,10 +164,11 @@ def test_a_sink_by_what_it_lacks_needs_no_outlier():
 def test_sinks_that_differ_between_prompts_are_no_constant():
     """The outlier's sign follows the token: half of the pairs are opposite."""
     study = planted_study(planted())
+    model: Any = study.model
     with torch.no_grad():
-        study.model.blocks[0].mlp.W_out[SUPER, 5] = 100.0
-        study.model.embed.W_E[SMALL_PLUS, 6] = 1.0
-        study.model.blocks[0].mlp.W_in[6, SUPER] = -40.0  # a negative linear branch for this token alone
+        model.blocks[0].mlp.W_out[SUPER, 5] = 100.0
+        model.embed.W_E[SMALL_PLUS, 6] = 1.0
+        model.blocks[0].mlp.W_in[6, SUPER] = -40.0  # a negative linear branch for this token alone
     study.formation = Formation(0, (0, 0, 0), (SuperNeuron(SUPER, None, 0, 0, 0),), (OutlierDim(OUTLIER, 0, 0),))
     result = run("rmsnorm_filter", study)
     # Pairs that differ up to the sink are those with the second prompt, whose outlier has the other sign.
@@ -325,8 +326,9 @@ def test_without_an_outlier_nothing_collapses():
 def test_a_collapse_of_all_tokens_is_told_apart():
     """Block 1 of the tiny model writes one direction, with a size of its own, into every token."""
     study = tiny_study()
+    model: Any = study.model
     with torch.no_grad():
-        W_out = study.model.blocks[1].mlp.W_out
+        W_out = model.blocks[1].mlp.W_out
         W_out.copy_(1000 * torch.outer(torch.ones(len(W_out)), W_out[0] / W_out[0].norm()))
     result = run("effective_rank", study)
     assert result.findings.verdict.outcome == "holds"

@@ -295,9 +295,10 @@ def sharpened(scales: tuple[float, float]) -> sl.Study:
         return noise * torch.tensor(scales)[:, None]
 
     study = study_of(tiny_model("llama"), n=16)
+    model: Any = study.model
     for layer in range(4):
-        study.model.add_hook(f"blocks.{layer}.attn.hook_pattern", pattern_hook, is_permanent=True)
-        study.model.add_hook(f"blocks.{layer}.attn.hook_v", value_hook, is_permanent=True)
+        model.add_hook(f"blocks.{layer}.attn.hook_pattern", pattern_hook, is_permanent=True)
+        model.add_hook(f"blocks.{layer}.attn.hook_v", value_hook, is_permanent=True)
     return study
 
 

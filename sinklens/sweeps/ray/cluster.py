@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from sinklens.errors import EngineError, InputError, need
-from sinklens.models.view import Model
+from sinklens.models.view import Model, devices_of
 
 LOCAL = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Environment of a Ray of our own. The second is how Ray is told, on any system, to listen on the loopback alone."""
@@ -43,11 +43,6 @@ class Cluster:
         if self.gpus is not None:
             return self
         return replace(self, gpus=len([device for device in devices_of(model) if device.type == "cuda"]))
-
-
-def devices_of(model: Model) -> set[torch.device]:
-    """Devices that a model's weights are on."""
-    return {weight.device for weight in model.parameters()}
 
 
 def cluster_of(

@@ -22,10 +22,10 @@ from typing import Any
 from sinklens.engine.run import Progress
 from sinklens.errors import EngineError, InputError
 from sinklens.models.load import REGISTRY
-from sinklens.models.view import Model, device_of
+from sinklens.models.view import Model, bytes_of, device_of, devices_of, moved_to
 from sinklens.sweeps.local import Interrupted, interrupts
 from sinklens.sweeps.plan import Plan
-from sinklens.sweeps.ray.cluster import Cluster, connected, devices_of
+from sinklens.sweeps.ray.cluster import Cluster, connected
 from sinklens.sweeps.ray.remote import Actor, Orders
 from sinklens.sweeps.shards import read_shard
 from sinklens.sweeps.store import SHARDS, FolderSink, Sink
@@ -111,14 +111,14 @@ def _on_cpu(model: Model) -> Model:
     """
     if len(devices_of(model)) > 1:
         raise InputError("a model on several GPUs cannot be sent to workers: give model_spec, arguments of load_model")
-    return model if device_of(model).type == "cpu" else copy.deepcopy(model).to("cpu")
+    return model if device_of(model).type == "cpu" else moved_to(copy.deepcopy(model), "cpu")
 
 
 def _size(model: Model | None) -> int:
     """Bytes of a model in the object store, from above."""
     if model is None:
         return 0
-    return 2 * sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    return 2 * bytes_of(model)
 
 
 def _put(ray: ModuleType, value: Plan | Model) -> Any:

@@ -13,9 +13,9 @@ import torch
 from sinklens.engine.memory import default_budget
 from sinklens.errors import InputError
 from sinklens.models.load import load_model
-from sinklens.models.view import Model, weight_digest
+from sinklens.models.view import Model, devices_of, moved_to, weight_digest
 from sinklens.sweeps.plan import Plan
-from sinklens.sweeps.ray.cluster import Cluster, devices_of
+from sinklens.sweeps.ray.cluster import Cluster
 from sinklens.sweeps.store import FolderSink, read_record
 from sinklens.sweeps.worker import Worker
 
@@ -57,7 +57,7 @@ class Actor:
         plan: Plan = ray.get(orders.plan)
         if orders.cluster.address is not None:
             check_shared(orders.folder, plan)
-        model = load_as_planned(plan, device) if orders.model is None else ray.get(orders.model)
+        model: Any = load_as_planned(plan, device) if orders.model is None else ray.get(orders.model)
         self.worker = Worker(placed(model, device), plan, **limits_of(orders, device))
 
     def run(self, index: int) -> None:
@@ -74,9 +74,9 @@ def limits_of(orders: Orders, device: torch.device) -> dict[str, Any]:
     return {**orders.limits, "memory_budget": int(default_budget(device) * share)}
 
 
-def placed(model: Any, device: torch.device) -> Model:
+def placed(model: Model, device: torch.device) -> Model:
     """The model on ``device``; one that is spread over several stays so."""
-    return model.to(device) if len(devices_of(model)) == 1 else model
+    return moved_to(model, device) if len(devices_of(model)) == 1 else model
 
 
 def load_as_planned(plan: Plan, device: torch.device) -> Model:
