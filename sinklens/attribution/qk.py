@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +28,8 @@ from torch import Tensor
 
 from sinklens.attribution.trace import Node, Trace
 from sinklens.errors import NotApplicableError
-from sinklens.models.view import Model, is_bridge, model_id
+from sinklens.models.hooked import AttentionWeights, attention_weights, can_take_apart
+from sinklens.models.view import Model, backend_name, model_id
 from sinklens.sites import PATTERN, K, Q
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -45,8 +45,8 @@ def nodes_for_fix(layer: int) -> tuple[set[Node], set[Node]]:
 class Attention:
     """One block's attention in the patched run, recomputed from its queries and keys."""
 
-    block: Any
-    """The model's attention module, for its norms and rotation."""
+    weights: AttentionWeights
+    """The model's own, for its norms and rotation."""
     q: Float[Tensor, "prompt pos head d_head"]
     """Queries as they meet the keys: normed and rotated where the model does that, and divided by the scale."""
     k: Float[Tensor, "prompt pos head d_head"]
@@ -62,7 +62,8 @@ class Attention:
         self, old: Tensor, new: Tensor, prompts: Tensor, positions: Tensor, heads: Int[Tensor, "pair unit"]
     ) -> Float[Tensor, "readout pair unit"]:
         """The estimate for queries ``old`` that become ``new`` (each ``[pair, unit, d_head]``), head by head."""
-        moved = (_place(self.block, new, positions, "q") - _place(self.block, old, positions, "q")) / _scale(self.block)
+        weights = self.weights
+        moved = (_place(weights, new, positions, "q") - _place(weights, old, positions, "q")) / weights.scale
         keys = self.k[prompts[:, None], :, heads]  # [pair, unit, key, d_head]
         change = torch.einsum("pud,pukd->puk", moved, keys)
         at = (prompts[:, None], heads, positions[:, None])
@@ -107,7 +108,7 @@ class Attention:
         self, old: Tensor, new: Tensor, prompts: Tensor, positions: Tensor, units: Tensor
     ) -> tuple[Float[Tensor, "pair head query"], Int[Tensor, "pair head"]]:
         """How patched keys change every query's score, and the query heads that read them."""
-        moved = _place(self.block, new, positions, "k") - _place(self.block, old, positions, "k")
+        moved = _place(self.weights, new, positions, "k") - _place(self.weights, old, positions, "k")
         heads = (units[:, :, None] * self.group + torch.arange(self.group, device=units.device)).flatten(1)
         queries = self.q[prompts[:, None], :, heads]  # [pair, head, query, d_head]
         change = torch.einsum("phd,phqd->phq", moved.repeat_interleave(self.group, 1), queries).double()
@@ -136,16 +137,16 @@ def attention(model: Model, layer: int, trace: Trace, readouts: list[str]) -> At
     Raises:
         NotApplicableError: the model's pattern is not what its queries and keys give by the rules known here.
     """
-    if is_bridge(model):
+    if not can_take_apart(model):
         raise NotApplicableError(
-            "the QK fix needs a HookedTransformer, and this model is a TransformerBridge: run queries and keys "
+            f"the QK fix needs a HookedTransformer, and this model is a {backend_name(model)}: run queries and keys "
             "exactly, or pass qk_fix=False"
         )
-    block = model.blocks[layer].attn
     raw_q, raw_k = trace.acts[Node(Q, layer)], trace.acts[Node(K, layer)]
+    weights = attention_weights(model, layer, length=raw_q.shape[1])
     every = torch.arange(raw_q.shape[1], device=raw_q.device).repeat(len(raw_q))
-    q = _place(block, raw_q.flatten(0, 1), every, "q").view_as(raw_q) / _scale(block)
-    k = _place(block, raw_k.flatten(0, 1), every, "k").view_as(raw_k)
+    q = _place(weights, raw_q.flatten(0, 1), every, "q").view_as(raw_q) / weights.scale
+    k = _place(weights, raw_k.flatten(0, 1), every, "k").view_as(raw_k)
     group = raw_q.shape[2] // raw_k.shape[2]
     k = k.repeat_interleave(group, 2)
     scores = torch.einsum("pqhd,pkhd->phqk", q, k).double()
@@ -162,7 +163,7 @@ def attention(model: Model, layer: int, trace: Trace, readouts: list[str]) -> At
     grads = [trace.grads.get((name, node)) for name in readouts]
     full = [torch.zeros_like(pattern) if g is None else node.site.from_canonical(g).double() for g in grads]
     grad = torch.stack(full)
-    return Attention(block, q, k, log_pattern, grad - (grad * pattern).sum(-1, keepdim=True), group)
+    return Attention(weights, q, k, log_pattern, grad - (grad * pattern).sum(-1, keepdim=True), group)
 
 
 def _sum_rows(change: Tensor, pattern: Tensor, centred: Float[Tensor, "readout *row key"]) -> Tensor:
@@ -177,20 +178,12 @@ def _others(x: Float[Tensor, "... key"]) -> Float[Tensor, "... key"]:
     return before + after
 
 
-def _scale(block: Any) -> float:
-    return float(block.attn_scale)
-
-
 def _place(
-    block: Any, x: Float[Tensor, "pair unit d_head"], positions: Int[Tensor, " pair"], which: str
+    weights: AttentionWeights, x: Float[Tensor, "pair unit d_head"], positions: Int[Tensor, " pair"], which: str
 ) -> Float[Tensor, "pair unit d_head"]:
     """Queries or keys as they meet each other: the model's norm, then the rotation of each pair's own position."""
-    norm = getattr(block, f"{which}_norm", None)
+    norm = weights.q_norm if which == "q" else weights.k_norm
     if norm is not None:
-        x = norm(x.to(norm.w.device)).to(x.device)
+        x = norm(x.to(weights.W_Q.device)).to(x.device)
     x = x if x.dtype == torch.float64 else x.float()
-    if block.cfg.positional_embedding_type != "rotary":
-        return x
-    turned, passed = x[..., : block.cfg.rotary_dim], x[..., block.cfg.rotary_dim :]
-    cos, sin = (table.to(x.device)[positions, None] for table in (block.rotary_cos, block.rotary_sin))
-    return torch.cat([turned * cos + block.rotate_every_two(turned) * sin, passed], -1)
+    return x if weights.rotary is None else weights.rotary.turned(x, positions)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sinklens.engine.hooks import Program, check_fired, hook_points, readouts_in, root_ops
 from sinklens.errors import EngineError, InputError
-from sinklens.models.view import Model, check_hook_name, device_of, forward, model_shape
+from sinklens.models.view import Model, check_hook_name, device_of, forward, model_shape, parameters_of
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout, Rows
 from sinklens.sites import ATTN_OUT, LOGITS, MLP_OUT, HookSite
@@ -237,7 +237,7 @@ def without(readout: str, dropped: int | None) -> str:
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
     """The model's parameters take no gradient inside; afterwards each is as it was."""
-    mine = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    mine = [parameter for parameter in parameters_of(model) if parameter.requires_grad]
     for parameter in mine:
         parameter.requires_grad_(False)
     try:

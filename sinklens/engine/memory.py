@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from sinklens.models.view import Model, ModelShape, device_of, model_shape
+from sinklens.models.view import Model, ModelShape, device_of, dtype_of, model_shape
 
 CPU_BUDGET = 1 << 28
 """Default budget for activations on the CPU, bytes. More rows at once are slower there: they fall out of the caches."""
@@ -42,8 +42,7 @@ def bytes_per_row(shape: ModelShape, length: int, itemsize: int, logits: bool = 
 def row_budget(model: Model, length: int, budget: int | None, logits: bool = False) -> int:
     """Rows of ``length`` tokens for one forward pass within ``budget`` bytes: at least 1, at most :data:`MAX_ROWS`."""
     budget = default_budget(device_of(model)) if budget is None else budget
-    itemsize = next(model.parameters()).element_size()
-    return max(1, min(MAX_ROWS, budget // bytes_per_row(model_shape(model), length, itemsize, logits)))
+    return max(1, min(MAX_ROWS, budget // bytes_per_row(model_shape(model), length, dtype_of(model).itemsize, logits)))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -18,7 +18,7 @@ from sinklens.engine.apply import Op, source_at
 from sinklens.engine.capture import ActivationStore, Want
 from sinklens.engine.hooks import Program, execute, readouts_in, root_ops
 from sinklens.engine.places import group_parts, pairs_of, parts_of
-from sinklens.models.view import Model, supports_resume
+from sinklens.models.view import Model, can_resume
 from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import Readout
 from sinklens.sites import RESID_PRE, HookSite
@@ -43,7 +43,7 @@ class PlainJob:
         self.model, self.tokens, self.patches, self.readouts = model, tokens, patches, readouts
         self.runs, self.store, self.out, self.device = runs, store, out, out.device
         self.names = list(dict.fromkeys(patch.run for patch in patches))
-        self.resume = supports_resume(model)
+        self.resume = can_resume(model)
         self.parts = parts_of(patches)
         self.changed = torch.zeros(len(self.parts), dtype=torch.int32, device=self.device)
         self.finite = torch.ones(len(patches), dtype=torch.bool, device=self.device)
@@ -158,7 +158,7 @@ def plain_wants(model: Model, patches: Sequence[Patch], runs: Runs, n_prompts: i
     wants: dict[Want, None] = {}
     names = list(dict.fromkeys(patch.run for patch in patches))
     for patch in patches:
-        if supports_resume(model):
+        if can_resume(model):
             # Of every run that is patched: they are looked up together.
             for run in names:
                 wants[Want(run, RESID_PRE, patch.start)] = None

@@ -105,7 +105,7 @@ class PackedPass:
         position = self.layout.position[: len(x)]
         cos, sin = (table[position].unsqueeze(1) for table in rotary)
         size = cos.shape[-1]
-        if self.model.cfg.rotary_adjacent_pairs:
+        if self.model.rotary_adjacent:
             first, second = slice(0, size, 2), slice(1, size, 2)
         else:
             first, second = slice(size // 2), slice(size // 2, size)

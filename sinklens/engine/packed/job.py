@@ -115,7 +115,7 @@ class PackedJob:
         return Rows(zeros - 1, zeros, runs * self.plan.n_prompts, begins, zeros + self.stops[0], zeros + entry)
 
     def _check(self, tries: Rows, readings: dict[str, Tensor]) -> None:
-        tolerance = TOLERANCE[self.packed.cfg.dtype]
+        tolerance = TOLERANCE[self.packed.dtype]
         for readout in self.readouts:
             expected = readout.combine(self._before(readout, tries)).float()
             found = readings[readout.name][: len(tries)].float()

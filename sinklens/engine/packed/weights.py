@@ -10,7 +10,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinklens.models.view import Model, is_bridge
+from sinklens.models.hooked import (
+    NormWeights,
+    Options,
+    attention_weights,
+    can_take_apart,
+    final_norm,
+    has_option,
+    mlp_weights,
+    norms,
+    options,
+    unembedding,
+)
+from sinklens.models.view import Model, backend_name, carries_hooks, model_shape, norms_follow
 
 _NORMS = ("RMS", "RMSPre", "LN", "LNPre")
 # Options of TransformerLens that change the computation in a way that the packed pass does not have.
@@ -29,29 +41,28 @@ _OPTIONS = (
     "num_experts",
     "clip_qkv",
 )
-_POST_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM")
 
 
 def unsupported(model: Model, length: int) -> str | None:
     """What the packed pass does not know about ``model`` at this prompt length; None when it can run it."""
-    if is_bridge(model):
-        return "a TransformerBridge"
-    cfg = model.cfg
-    if (name := next((name for name in _OPTIONS if getattr(cfg, name, None)), None)) is not None:
+    if not can_take_apart(model):
+        return f"a {backend_name(model)}"
+    if (name := next((name for name in _OPTIONS if has_option(model, name)), None)) is not None:
         return name
-    if cfg.original_architecture in _POST_NORM:
+    if norms_follow(model):
         return "norms behind attention and MLP"
-    if cfg.attention_dir != "causal" or cfg.positional_embedding_type not in ("rotary", "standard"):
-        return f"{cfg.attention_dir} attention with {cfg.positional_embedding_type} positions"
-    if cfg.normalization_type not in _NORMS or cfg.is_layer_norm_activation():
-        return f"normalization {cfg.normalization_type} with activation {cfg.act_fn}"
-    if cfg.use_qk_norm and cfg.positional_embedding_type != "rotary":
+    has = options(model)
+    if has.attention_dir != "causal" or has.positions not in ("rotary", "standard"):
+        return f"{has.attention_dir} attention with {has.positions} positions"
+    if has.norm not in _NORMS or has.norm_in_activation:
+        return f"normalization {has.norm} with activation {has.act_fn}"
+    if has.qk_norm and has.positions != "rotary":
         return "norms of queries and keys without rotary positions"
-    if (cfg.attn_scores_soft_cap or 0) > 0:
+    if has.scores_cap > 0:
         return "a soft cap on attention scores"
-    if cfg.use_local_attn and (cfg.window_size or 0) < length:
-        return f"a sliding window of {cfg.window_size} tokens"
-    if any(point.fwd_hooks for point in model.hook_dict.values()):
+    if has.window is not None and has.window < length:
+        return f"a sliding window of {has.window} tokens"
+    if carries_hooks(model):
         return "hooks that are installed on the model"
     return None
 
@@ -122,27 +133,25 @@ class PackedModel:
     """A HookedTransformer's blocks, taken apart on first use: make a new one when the weights change."""
 
     def __init__(self, model: Model, length: int) -> None:
-        self.model, self.cfg = model, model.cfg
-        self.n_heads: int = model.cfg.n_heads
-        self.n_kv_heads: int = model.cfg.n_key_value_heads or model.cfg.n_heads
-        self.d_head: int = model.cfg.d_head
-        self.parallel: bool = bool(model.cfg.parallel_attn_mlp)
-        self.rotary: bool = model.cfg.positional_embedding_type == "rotary"
-        self.length = length
+        self.model, self.length, self.options = model, length, options(model)
+        shape = model_shape(model)
+        self.n_heads, self.n_kv_heads, self.d_head = shape.n_heads, shape.n_kv_heads, shape.d_head
+        self.parallel, self.rotary = shape.parallel, shape.rotary
+        self.rotary_adjacent, self.dtype = self.options.rotary_adjacent, self.options.dtype
         self._blocks: dict[int, PackedBlock] = {}
 
     def block(self, layer: int) -> PackedBlock:
         """The weights of block ``layer``."""
         if layer not in self._blocks:
             with torch.no_grad():
-                self._blocks[layer] = _block(self, self.model.blocks[layer])
+                self._blocks[layer] = _block(self, layer)
         return self._blocks[layer]
 
     def logits(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_vocab"]:
         """The model's output for packed residuals after the last block."""
-        unembed, cap = self.model.unembed, self.cfg.output_logits_soft_cap or 0
-        x = _norm(self.cfg, self.model.ln_final)(x.to(unembed.W_U.device))
-        out = x @ unembed.W_U if (b := _bias(unembed.b_U)) is None else torch.addmm(b, x, unembed.W_U)
+        (W_U, b_U), cap = unembedding(self.model), self.options.logits_cap
+        x = _norm(self.options, final_norm(self.model))(x.to(W_U.device))
+        out = x @ W_U if (b := _bias(b_U)) is None else torch.addmm(b, x, W_U)
         return cap * torch.tanh(out / cap) if cap > 0 else out
 
 
@@ -151,40 +160,33 @@ def _bias(b: Tensor | None) -> Tensor | None:
     return None if b is None or not b.any() else b
 
 
-def _norm(cfg: Any, norm: Any) -> Norm:
-    kind = "rms" if cfg.normalization_type.startswith("RMS") else "layer"
-    return Norm(kind, float(cfg.eps), getattr(norm, "w", None), getattr(norm, "b", None), cfg.dtype)
+def _norm(has: Options, norm: NormWeights) -> Norm:
+    return Norm("rms" if has.norm.startswith("RMS") else "layer", has.norm_eps, norm.w, norm.b, has.dtype)
 
 
 def _columns(W: Float[Tensor, "head d_model d_head"]) -> Float[Tensor, "d_model columns"]:
     return W.transpose(0, 1).flatten(1)
 
 
-def _block(packed: PackedModel, block: Any) -> PackedBlock:
-    cfg, attn, mlp = packed.cfg, block.attn, block.mlp
-    grouped = cfg.n_key_value_heads is not None
-    W_K, W_V = (attn._W_K, attn._W_V) if grouped else (attn.W_K, attn.W_V)
-    b_K, b_V = (attn._b_K, attn._b_V) if grouped else (attn.b_K, attn.b_V)
-    rotary = None
-    if packed.rotary:
-        if packed.length > attn.rotary_cos.shape[0]:
-            attn._extend_rotary_embeddings(packed.length)
-        rotary = (attn.rotary_cos[: packed.length], attn.rotary_sin[: packed.length])
+def _block(packed: PackedModel, layer: int) -> PackedBlock:
+    attn, mlp = attention_weights(packed.model, layer, packed.length), mlp_weights(packed.model, layer)
+    ln1, ln2 = norms(packed.model, layer)
+    turn, length = attn.rotary, packed.length
     return PackedBlock(
-        ln1=_norm(cfg, block.ln1),
-        ln2=_norm(cfg, block.ln2),
-        W_qkv=torch.cat([_columns(attn.W_Q), _columns(W_K), _columns(W_V)], -1),
-        b_qkv=_bias(torch.cat([attn.b_Q.flatten(), b_K.flatten(), b_V.flatten()])),
+        ln1=_norm(packed.options, ln1),
+        ln2=_norm(packed.options, ln2),
+        W_qkv=torch.cat([_columns(attn.W_Q), _columns(attn.W_K), _columns(attn.W_V)], -1),
+        b_qkv=_bias(torch.cat([attn.b_Q.flatten(), attn.b_K.flatten(), attn.b_V.flatten()])),
         W_O=attn.W_O.flatten(0, 1),
         b_O=_bias(attn.b_O),
-        W_gate=getattr(mlp, "W_gate", None),
+        W_gate=mlp.W_gate,
         W_in=mlp.W_in,
         b_in=_bias(mlp.b_in),
         W_out=mlp.W_out,
         b_out=_bias(mlp.b_out),
-        act=mlp.act_fn,
+        act=mlp.act,
         q_norm=attn.q_norm,
         k_norm=attn.k_norm,
-        scale=float(attn.attn_scale),
-        rotary=rotary,
+        scale=attn.scale,
+        rotary=None if turn is None else (turn.cos[:length], turn.sin[:length]),
     )
