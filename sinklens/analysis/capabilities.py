@@ -26,7 +26,7 @@ from sinklens.models.view import Model, backend_name, model_id, tokenizer_of, vo
 from sinklens.stages import CHAIN, Stage
 from sinklens.study import Study
 
-SHOWN = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "gpt_neox", "phi3", "olmo", "olmo2")
+SHOWN = tuple(key for key, family in FAMILIES.items() if family.in_table)
 """The families of the table in ``sinklens/models/README.md``."""
 
 HEAD = """# What runs on what

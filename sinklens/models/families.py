@@ -3,6 +3,9 @@
 They answer one question: what runs on which architecture. Their weights are random, so their numbers mean nothing;
 they are scaled so that attention and MLPs do something, and their sizes differ from one another wherever the
 architecture allows, so that an edit on a wrong axis fails loudly.
+
+A family is one entry of :data:`FAMILIES`. With it come the table of what runs on it, `sinklens models --capabilities`,
+and the tests of loading and of agreement with Hugging Face.
 """
 
 from __future__ import annotations
@@ -54,6 +57,14 @@ class Family:
     """Arguments of its config."""
     head: str = "ForCausalLM"
     """What follows the prefix in the name of its model class."""
+    hooked: bool = True
+    """Whether TransformerLens 3.9 has a HookedTransformer for any model of it; a bridge is needed otherwise."""
+    offset_norms: bool = False
+    """Whether norm weights are stored minus one."""
+    transposed: bool = False
+    """Whether linear weights are stored as [in, out]."""
+    in_table: bool = True
+    """Whether the README's table has a column for it."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -62,16 +73,16 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2", "Qwen2", _MODERN),  # with biases on q, k, v
     "qwen3": Family("Qwen3", "Qwen3", _MODERN | {"head_dim": D_HEAD}),  # with norms on q, k
     "mistral": Family("Mistral", "Mistral", _MODERN),
-    "phi3": Family("Phi-3", "Phi3", _MODERN),  # with fused projections
+    "gemma2": Family("Gemma-2", "Gemma2", _MODERN | {"head_dim": D_HEAD}, hooked=False, offset_norms=True),
     # LayerNorm, plain MLP.
-    "gpt2": Family("GPT-2", "GPT2", _GPT, "LMHeadModel"),  # learned positions
+    "gpt2": Family("GPT-2", "GPT2", _GPT, "LMHeadModel", transposed=True),  # learned positions
     "gpt_neox": Family("GPT-NeoX, Pythia", "GPTNeoX", _NO_KV),  # parallel blocks, a norm each
-    "gptj": Family("GPT-J", "GPTJ", _GPT | {"rotary_dim": 4}),  # parallel blocks, one norm for both
-    # Architectures that TransformerLens 3.9 converts by name only, or not at all: a bridge is needed.
-    "phi": Family("Phi", "Phi", _NO_KV),  # parallel blocks, one norm for both
-    "gemma2": Family("Gemma-2", "Gemma2", _MODERN | {"head_dim": D_HEAD}),  # norm weights stored minus one
-    "olmo": Family("OLMo", "Olmo", _MODERN),  # LayerNorm without weights
-    "olmo2": Family("OLMo-2", "Olmo2", _MODERN),  # norms after attention and MLP
+    "gptj": Family("GPT-J", "GPTJ", _GPT | {"rotary_dim": 4}, in_table=False),  # parallel blocks, one norm for both
+    "phi": Family("Phi", "Phi", _NO_KV, hooked=False, in_table=False),  # parallel blocks, one norm for both
+    # Others.
+    "phi3": Family("Phi-3", "Phi3", _MODERN),  # with fused projections
+    "olmo": Family("OLMo", "Olmo", _MODERN, hooked=False),  # LayerNorm without weights
+    "olmo2": Family("OLMo-2", "Olmo2", _MODERN, hooked=False),  # norms after attention and MLP
 }
 
 
@@ -95,12 +106,12 @@ def random_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> P
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim < 2:
-                is_scale = name.endswith("weight") and family != "gemma2"
+                is_scale = name.endswith("weight") and not chosen.offset_norms
                 parameter.copy_(noise.mul(0.2) + (1.0 if is_scale else 0.0))
             elif any(part in name for part in ("embed", "wte", "wpe", "lm_head")):
                 parameter.copy_(noise)
             else:
                 # Twice the variance-preserving scale, for attention that is sharper than uniform.
-                fan_in = parameter.shape[0] if family == "gpt2" else parameter.shape[1]  # GPT-2 stores [in, out]
+                fan_in = parameter.shape[0 if chosen.transposed else 1]
                 parameter.copy_(noise * 2 / fan_in**0.5)
     return model.eval()

@@ -24,8 +24,8 @@ from sinklens.models.load import load_model
 __all__ = ["D_HEAD", "D_MLP", "D_MODEL", "D_VOCAB", "N_CTX", "N_HEADS", "N_KV_HEADS", "N_LAYERS"]
 
 ARCHITECTURES = tuple(FAMILIES)
-HOOKED = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gpt2", "gpt_neox", "gptj")
-BRIDGE_ONLY = ("phi", "gemma2", "olmo", "olmo2")
+HOOKED = tuple(key for key, family in FAMILIES.items() if family.hooked)
+BRIDGE_ONLY = tuple(key for key, family in FAMILIES.items() if not family.hooked)
 
 
 def tiny_hf(arch: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
