@@ -9,7 +9,7 @@ from typing import Any
 from sinklens.edits import Edit
 from sinklens.errors import InputError
 from sinklens.formation import Formation
-from sinklens.models.view import Model, ModelShape, device_of, model_shape
+from sinklens.models.view import Model, ModelShape, device_of, dtype_of, model_shape
 from sinklens.pairs.pair import PairChoice, check_target
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.named import fingerprint
@@ -164,7 +164,7 @@ def _sizes(request: Request, model: Model, batch: PromptBatch) -> dict[str, int]
 
 def default_group(model: Model, batch: PromptBatch) -> int:
     """Prompts whose residual streams of two runs, and as much again for sources, fit in :data:`GROUP_BYTES`."""
-    shape, itemsize = model_shape(model), next(model.parameters()).element_size()
+    shape, itemsize = model_shape(model), dtype_of(model).itemsize
     each = 4 * shape.n_layers * batch.length * shape.d_model * itemsize
     return max(1, min(batch.n, GROUP_BYTES.get(device_of(model).type, 1 << 30) // each))
 
