@@ -8,24 +8,28 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny import save_tiny, tiny_model
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@pytest.fixture(autouse=True)
-def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Several threads on matrices of 32 columns spend their time waiting for one another."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """One thread for tiny models: several on matrices of 32 columns spend their time waiting for one another.
+
+    A hook and no fixture, so that it also holds while fixtures of a whole module are made. Processes that tests run at
+    the same time share the cores.
+    """
     import torch
 
-    before = torch.get_num_threads()
-    if request.node.get_closest_marker("smollm2") is None:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    large = item.get_closest_marker("smollm2") is not None
+    torch.set_num_threads(max(CORES // workers, 1) if large else 1)
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +62,9 @@ def tiny_gpt2() -> Any:
 def tiny_neox() -> Any:
     """Parallel attention and MLP."""
     return tiny_model("gpt_neox")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model without a sink, with a tokenizer of whole words; nothing may be changed in it."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")

@@ -13,6 +13,7 @@ from sinklens.metrics import position_variance
 from sinklens.statistics import (
     Estimate,
     bootstrap_estimate,
+    bootstrap_interval,
     generator,
     mean_estimate,
     null_estimate,
@@ -21,6 +22,7 @@ from sinklens.statistics import (
     resampled_curves,
 )
 
+NAN = math.nan
 pytestmark = pytest.mark.backend
 
 
@@ -112,3 +114,40 @@ def test_random_orders_are_permutations_each_its_own():
     assert torch.equal(orders.sort(-1).values, torch.arange(6).expand(3, 50, 6))
     assert len(orders.flatten(0, 1).unique(dim=0)) > 100
     assert torch.equal(orders, random_orders((3, 50, 6), generator(0, "orders")))
+
+
+def test_bootstrap_depends_on_the_seed_alone() -> None:
+    values = np.random.default_rng(1).normal(size=16)
+    np.random.seed(5)
+    first = bootstrap_interval(values, seed=3)
+    np.random.seed(6)
+    assert bootstrap_interval(values, seed=3) == first
+    assert bootstrap_interval(list(values), seed=3) == first
+    assert bootstrap_interval(values, seed=4) != first
+
+
+def test_bootstrap_of_equal_values_is_a_point() -> None:
+    assert bootstrap_interval([0.7] * 5, seed=0) == (0.7, 0.7)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [NAN, 1.0], [NAN, NAN], [math.inf, 1.0]])
+def test_bootstrap_of_fewer_than_two_values_is_missing(values: list[float]) -> None:
+    assert np.isnan(bootstrap_interval(values, seed=0)).all()
+
+
+def test_bootstrap_leaves_out_what_is_missing() -> None:
+    values = [0.1, 0.5, 0.9, 0.3]
+    assert bootstrap_interval([0.1, NAN, 0.5, 0.9, 0.3], seed=0) == bootstrap_interval(values, seed=0)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.5])
+def test_bootstrap_against_one_written_out(level: float) -> None:
+    values = np.random.default_rng(2).exponential(size=24)
+    rng = np.random.default_rng(99)
+    means = values[rng.integers(0, len(values), size=(50_000, len(values)))].mean(1)
+    tail = 50 * (1 - level)
+    expected = np.percentile(means, [tail, 100 - tail])
+    # 2000 resamples: the ends of a 95% interval scatter by about a twentieth of a standard error.
+    found = bootstrap_interval(values, seed=0, level=level)
+    np.testing.assert_allclose(found, expected, atol=0.25 * means.std())
+    assert found[0] < values.mean() < found[1]

@@ -129,19 +129,6 @@ def test_moment_matching_fires_where_the_arithmetic_says(model, batch, formation
     np.testing.assert_allclose(rows.query("direction == 'noise'").effect, [0, 0], atol=2e-3)
 
 
-def test_formation_is_found(model):
-    """In prompts with a sink of their own: block 0, the planted neuron, the planted dimension, and nothing else."""
-    batch = from_tokens(model, prompts(LENGTH)[1:].repeat(3, 1))
-    found = find_formation(model, batch)
-    assert found.layer == 0
-    assert found.sink_positions == (0, 0, 0)
-    assert found.neurons == (SUPER,)
-    assert found.dims == (OUTLIER,)
-    # 10 (1 - 1/2) / rms for the gate, 10 / rms for the linear branch, rms^2 = (1 + 1 + 1) / 8.
-    assert found.super_neurons[0].activation_sink == pytest.approx(10 * 0.5 * 10 / (3 / 8), rel=1e-5)
-    assert found.outlier_dims[0].written == pytest.approx(100 * 10 * 0.5 * 10 / (3 / 8), rel=1e-5)
-
-
 def test_the_natural_sink(model):
     """Noising it with an ordinary position's activations takes it away; ordinary positions get the rest of nothing."""
     batch = from_tokens(model, prompts(LENGTH)[1:].repeat(3, 1))

@@ -9,170 +9,20 @@ import re
 import shutil
 import subprocess
 import sys
-import types
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as token_models
-from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from sinklens import cli
 from sinklens.cli import common as _cli
 from sinklens.errors import EngineError, InputError
 from sinklens.models import smollm2 as _smollm2
-from sinklens.models.families import D_VOCAB, N_CTX
-from sinklens.models.load import load_model
-from tests.chain.test_result import earlier_run, synthetic_result
-from tests.helpers.tiny import tiny_hf
-
-WORDS = [f"w{i}" for i in range(4, D_VOCAB)]
-LINE = " ".join(WORDS[:16])
-NOTE = "sinklens: note: "
-
-Run = Callable[..., "Outcome"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def sentence(self) -> str:
-        """The one line that says what is wrong; remarks may stand before it."""
-        *notes, last = self.err.splitlines()
-        assert all(line.startswith(NOTE) for line in notes), self.err
-        assert last.startswith("sinklens: ") and not last.startswith(NOTE), self.err
-        return last.removeprefix("sinklens: ")
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model without a sink, with a tokenizer of whole words."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model = tiny_hf("llama")
-    for name, weight in model.named_parameters():
-        if "q_proj" in name:
-            weight.data *= 0.1  # nearly uniform attention
-    model.save_pretrained(folder)
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {word: i for i, word in enumerate(WORDS, 4)}
-    core = Tokenizer(token_models.WordLevel(vocab, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]: read-only stub
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_loaded(tiny_folder: Path) -> Any:
-    return load_model(tiny_folder, device="cpu")
-
-
-@pytest.fixture
-def quick_load(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tiny_loaded: Any) -> None:
-    """The tiny model is loaded once for all tests; everything else is left to the real function."""
-
-    def load(model: str, **options: Any) -> Any:
-        usual = model == str(tiny_folder) and options["device"] == "cpu"
-        return tiny_loaded if usual else load_model(model, **options)
-
-    monkeypatch.setattr("sinklens.models.load.load_model", load)
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, with a file of two usable prompts in it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "texts.txt").write_text(f"{LINE}\n{LINE} w4\n")
-    return tmp_path
-
-
-@pytest.fixture
-def chain(here: Path, tiny_folder: Path, quick_load: None) -> Run:
-    """`sinklens chain` in this process, on the tiny model unless told otherwise; checks that nothing is left."""
-    del quick_load
-
-    def run(*arguments: str, changes: bool = False) -> Outcome:
-        defaults = {"--model": str(tiny_folder), "--prompts": "texts.txt", "--length": "16", "--device": "cpu"}
-        given = [part for pair in defaults.items() if pair[0] not in arguments for part in pair]
-        before = snapshot(here)
-        outcome = invoke("chain", *given, *arguments)
-        assert changes or snapshot(here) == before
-        return outcome
-
-    return run
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch, quick_load: None) -> None:
-    """Loading a model is an error: what is wrong must be said before that."""
-
-    del quick_load  # asked for so that this comes after it
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr("sinklens.models.load.load_model", refuse)
-
-
-@pytest.fixture
-def fake_chain(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The main job answers at once with a synthetic result; gives the arguments that it was called with."""
-    called: dict[str, Any] = {}
-
-    def run_chain(model: object, batch: object, *, progress: Callable[[int, int], None], **options: Any) -> Any:
-        progress(1, 2)
-        called.update(options, model=model, batch=batch)
-        return synthetic_result()
-
-    def report(folder: Path) -> Path:
-        (folder / "report.html").write_text("<p>a report</p>")
-        return folder / "report.html"
-
-    fake_report = types.ModuleType("sinklens.pages.page")
-    fake_report.report = report  # pyright: ignore[reportAttributeAccessIssue]: a module made here
-    monkeypatch.setattr("sinklens.chain.run.run_chain", run_chain)
-    monkeypatch.setitem(sys.modules, "sinklens.pages.page", fake_report)
-    return called
-
-
-def invoke(*arguments: str) -> Outcome:
-    result = CliRunner().invoke(cli.app, list(arguments))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Outcome(result.exit_code, result.stdout, result.stderr)
-
-
-def process(*arguments: str, cwd: Path, **environment: str) -> Outcome:
-    """A process of its own, whose streams are pipes."""
-    root = str(Path(cli.__file__).parents[2])
-    env = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1", **environment}
-    command = [sys.executable, "-m", "sinklens.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env, timeout=120)
-    return Outcome(done.returncode, done.stdout, done.stderr)
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def refused(outcome: Outcome, *parts: str) -> None:
-    """Exit code 2, nothing on stdout, and one sentence on stderr with every part in it."""
-    assert outcome.code == 2
-    assert outcome.out == ""
-    for part in parts:
-        assert part in outcome.sentence
-
+from sinklens.models.families import N_CTX
+from tests.helpers.command_line import LINE, NOTE, Run, environment, invoke, process, refused, snapshot
+from tests.helpers.folders import earlier_run
+from tests.helpers.synthetic import synthetic_result
 
 # -- Bad input, said before the model is loaded -----------------------------------------------------------------------
 
@@ -515,8 +365,8 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
         "    print(CliRunner().invoke(app, arguments.split()).exit_code)\n"
         "print({'torch', 'transformers', 'transformer_lens', 'pandas', 'numpy'} & set(sys.modules))"
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=env)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
     assert done.stdout.splitlines() == ["0", "0", "0", "0", "2", "set()"]
     assert done.stderr == ""
 
@@ -539,11 +389,10 @@ def test_a_pipe_sees_one_sentence_and_nothing_else(here: Path, tiny_folder: Path
 
 
 def test_a_reader_that_leaves_early_is_no_accident(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "sinklens.cli", "models"]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment())
     os.close(writing)
     assert done.returncode == 1
     assert done.stderr == ""

@@ -3,59 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sinklens import cli
 from sinklens.cli import display as cli_display
 from sinklens.sweeps import SweepResult, Worker
-from tests.cli.test_cli import (  # noqa: F401  (fixtures)
-    Outcome,
-    here,
-    invoke,
-    no_model,
-    quick_load,
-    refused,
-    snapshot,
-    tiny_folder,
-    tiny_loaded,
-)
+from tests.helpers.command_line import MANY, QUICK, Outcome, invoke, refused, snapshot, start
+from tests.helpers.sweeps import until
 
-QUICK = [
-    "--prompts",
-    "texts.txt",
-    "--length",
-    "16",
-    "--n",
-    "2",
-    "--device",
-    "cpu",
-    "--block",
-    "1",
-    "--super-neurons",
-    "3,7",
-    "--outlier-dims",
-    "1",
-]
 SMALL = ["--stages", "z,resid_pre", "--layers", "0-2", "--positions", "9-11", "--units", "heads", "--task-size", "20"]
 
 
-@pytest.fixture
-def sweep(here: Path, tiny_folder: Path, quick_load: None) -> Any:  # noqa: F811
-    """`sinklens sweep` in this process on the tiny model."""
-    del quick_load, here
-    return lambda *arguments: invoke("sweep", "--model", str(tiny_folder), *QUICK, *arguments)
-
-
-def test_a_sweep(sweep: Any, here: Path) -> None:  # noqa: F811
+def test_a_sweep(sweep: Any, here: Path) -> None:
     done: Outcome = sweep(*SMALL)
     assert done.code == 0, done.err
     first = done.err.splitlines()[0]
@@ -80,7 +43,7 @@ def test_json(sweep: Any) -> None:
     assert data["tasks"]["n_patches"] == 90 and data["choices"]["units"] == "heads" and len(data["overview"]) == 4
 
 
-def test_shards_and_gather(sweep: Any, here: Path) -> None:  # noqa: F811
+def test_shards_and_gather(sweep: Any, here: Path) -> None:
     one: Outcome = sweep(*SMALL, "--out", "one", "--shard", "1/2")
     assert one.code == 0 and "2 of 5 tasks are left to other shards; results so far: one" in one.out
     refused(invoke("gather", "one", "--out", "all.parquet"), "2 of 5 tasks are missing (numbers 1, 3)")
@@ -92,7 +55,7 @@ def test_shards_and_gather(sweep: Any, here: Path) -> None:  # noqa: F811
     assert SweepResult.load(here / "all.parquet").table.equals(SweepResult.load(here / "whole").table)
 
 
-def test_another_sweep_in_the_folder(sweep: Any, here: Path) -> None:  # noqa: F811
+def test_another_sweep_in_the_folder(sweep: Any, here: Path) -> None:
     sweep(*SMALL)
     before = snapshot(here)
     refused(sweep(*SMALL, "--seed", "1"), "runs/sweep holds another sweep (seed was 0, now 1)", "--force")
@@ -132,7 +95,7 @@ def test_another_sweep_in_the_folder(sweep: Any, here: Path) -> None:  # noqa: F
     ],
     ids=lambda value: " ".join(value)[:40] if value and value[0].startswith("--") else "",
 )
-def test_bad_arguments(sweep: Any, here: Path, arguments: list[str], parts: list[str]) -> None:  # noqa: F811
+def test_bad_arguments(sweep: Any, here: Path, arguments: list[str], parts: list[str]) -> None:
     (here / "notes").mkdir()
     (here / "notes" / "thesis.txt").write_text("years of work")
     before = snapshot(here)
@@ -140,19 +103,19 @@ def test_bad_arguments(sweep: Any, here: Path, arguments: list[str], parts: list
     assert snapshot(here) == before
 
 
-def test_ranges_beyond_the_model_leave_nothing(sweep: Any, here: Path) -> None:  # noqa: F811
+def test_ranges_beyond_the_model_leave_nothing(sweep: Any, here: Path) -> None:
     before = snapshot(here)
     refused(sweep("--layers", "0-9"), "layers 4, 5, 6, 7 and 2 more: the model's blocks are 0-3")
     refused(sweep("--units", "0-9", "--stages", "z"), "units 4, 5, 6, 7 and 2 more: the units (head) of z are 0-3")
     assert snapshot(here) == before
 
 
-def test_interrupted(sweep: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_interrupted(sweep: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Worker.run
 
     def interrupted(self: Worker, index: int, progress: Any = None) -> Any:
         if index == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return run(self, index, progress)
 
     with monkeypatch.context() as patched:
@@ -169,31 +132,10 @@ def test_interrupted(sweep: Any, here: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_process_of_its_own(here: Path, tiny_folder: Path) -> None:  # noqa: F811
+def test_ctrl_c_in_a_process_of_its_own(here: Path, tiny_folder: Path) -> None:
     """The whole command with a real SIGINT: exit code 130, and the same command goes on."""
-    root = str(Path(cli.__file__).parents[2])
-    env = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "sinklens.cli",
-        "sweep",
-        "--model",
-        str(tiny_folder),
-        *QUICK,
-        "--task-size",
-        "1",
-        "--stages",
-        "z,resid_pre,mlp_out",
-        "--positions",
-        "all",
-        "--out",
-        "run",
-    ]
-    process = subprocess.Popen(command, cwd=here, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    limit = time.monotonic() + 120
-    while not list((here / "run").glob("shards/*.parquet")) and time.monotonic() < limit:
-        time.sleep(0.01)
+    process = start("sweep", "--model", str(tiny_folder), *QUICK, *MANY.split(), cwd=here)
+    until(lambda: any((here / "run").glob("shards/*.parquet")), 120)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

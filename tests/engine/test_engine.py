@@ -16,17 +16,13 @@ from sinklens.chain.scoring import SINK
 from sinklens.engine.packed import PackedJob
 from sinklens.engine.packed.blocks import PackedPass
 from sinklens.engine.run import run_patches
-from sinklens.errors import EngineError, InputError, NotApplicableError
-from sinklens.formation import find_formation
-from sinklens.pairs.pair import induced_pair, natural_pair
+from sinklens.errors import EngineError, InputError
 from sinklens.patches import Patch, Source
-from sinklens.prompts import from_tokens
 from sinklens.readouts.base import Readout
 from sinklens.stages.base import Setting
 from tests.helpers.one_at_a_time import OneAtATime
+from tests.helpers.settings import LENGTH, TARGET, N, setting_for, tokens_for
 from tests.helpers.tiny import tiny_model
-
-N, LENGTH, TARGET = 3, 12, 4
 
 MODELS: dict[str, tuple[str, Any]] = {
     "llama": ("llama", "auto"),  # gated, RMSNorm, rotary, grouped-query
@@ -45,24 +41,6 @@ def tiny(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="module")
 def llama() -> Any:
     return tiny_model("llama")
-
-
-def tokens_for(model: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(3, model.cfg.d_vocab, (N, LENGTH), generator=generator)
-
-
-def setting_for(model: Any, kind: str = "block_aggregation") -> Setting:
-    batch = from_tokens(model, tokens_for(model))
-    formation = find_formation(model, batch, layer=1, super_neurons=[3, 7], outlier_dims=[2, 5])
-    if kind == "natural":
-        # Different positions in different prompts: nothing may assume one position for all.
-        formation = replace(formation, sink_positions=(0, 2, 1))
-        pair = natural_pair(batch, formation)
-    else:
-        formation = replace(formation, sink_positions=(0, 0, 0))
-        pair = induced_pair(model, batch, formation, TARGET, kind=kind)  # type: ignore[arg-type]
-    return Setting(model, batch, formation, pair, (2, 3), 8)
 
 
 def measured(setting: Setting) -> list[Readout]:
@@ -310,39 +288,3 @@ def test_places_that_do_not_exist_are_refused(llama, changes, message):
     with pytest.raises(InputError, match=message):
         run_patches(llama, tokens_for(llama), [transplant(**changes)], [received()])
     assert hooks_left(llama) == 0
-
-
-def test_patch_ids_are_content_hashes():
-    a, b = transplant(), transplant(label="another name")
-    assert a.id == b.id
-    assert a.id != transplant(layers=(2,)).id
-    one, two = ({1: torch.full((4, 8), value)} for value in (1.0, 2.0))
-    assert transplant(edit=edits.Constant("mean", one)).id != transplant(edit=edits.Constant("mean", two)).id
-
-
-@pytest.mark.backend
-def test_a_norm_behind_the_mlp_is_not_passed_over():
-    """Gemma-2 normalises what its MLP writes: contributions read off W_out would be wrong, and are refused."""
-    model = tiny_model("gemma2", "bridge")
-    batch = from_tokens(model, tokens_for(model))
-    setting = setting_for(model)
-    with pytest.raises(NotApplicableError, match="normalises what its MLPs write"):
-        _trials(setting, (stages.DOWN_PROJECTION,), 1, seed=0)
-    skipped: dict[str, str] = {}
-    trials = _trials(setting, stages.CHAIN, 1, seed=0, skipped=skipped)
-    assert set(skipped) == {"down_projection/outlier_dims", "down_projection/densified"}
-    patches = [replace(trial.patch, allow_unchanged=True) for trial in trials]
-    result = run_patches(model, batch, patches, [received()], runs=setting.pair.runs)
-    assert torch.isfinite(result.values[SINK]).all()
-
-
-@pytest.mark.backend
-def test_outlier_dimensions_behind_a_norm_are_those_that_the_mlp_adds_to():
-    model = tiny_model("gemma2", "bridge")
-    batch = from_tokens(model, tokens_for(model))
-    found = find_formation(model, batch, layer=1, super_neurons=[3, 7])
-    _, cache = model.run_with_cache(batch.tokens)
-    sinks = torch.tensor(found.sink_positions)
-    added = cache["blocks.1.hook_mlp_out"][torch.arange(batch.n), sinks].mean(0)
-    assert found.dims[0] == int(added.abs().argmax())
-    assert found.outlier_dims[0].written == pytest.approx(float(added[found.dims[0]]), abs=1e-5)

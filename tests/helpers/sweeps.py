@@ -1,12 +1,16 @@
-"""What the tests of sweeps share: a formation for tiny models, and a sweep's cells run one at a time."""
+"""What the tests of sweeps share: a formation for tiny models, a small sweep, and its cells run one at a time."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
+import sinklens as sl
 from sinklens.edits import Constant, Edit, Transplant
 from sinklens.formation import Formation, FormationEvent, SuperNeuron
 from sinklens.pairs.pair import SinkPair
@@ -14,6 +18,7 @@ from sinklens.patches import Patch, Source
 from sinklens.prompts import PromptBatch, from_tokens
 from sinklens.readouts.base import Readout
 from sinklens.sites import HookSite
+from sinklens.sweeps import SweepResult
 from tests.helpers.one_at_a_time import OneAtATime, cache_of
 from tests.helpers.tiny import tiny_tokens
 
@@ -68,3 +73,35 @@ def one_by_one(
     patch = Patch(site, layers, (int(row.position),), edit, units, run, used, allow_unchanged=True)
     names = [readout.name for readout in readouts]
     return OneAtATime(model, batch.tokens, readouts, pair.runs)(patch, int(row.prompt))[names.index(row.readout)]
+
+
+OPTIONS: dict[str, Any] = {
+    "stages": "z,resid_pre",
+    "layers": "0-2",
+    "positions": "3-5",
+    "units": "heads",
+    "target": TARGET,
+    "formation": FORMATION,
+    "task_size": 7,
+    "group_size": 2,
+    "min_gap": 0.0,
+}
+
+
+N_TASKS = 2 * 13
+
+
+def run(model: Any, out: Path | None = None, **options: Any) -> SweepResult:
+    return sl.sweep(model, tiny_batch(model), out=out, **{**OPTIONS, **options})
+
+
+def written(folder: Path) -> dict[str, int]:
+    """Shards, and when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "shards").glob("*.parquet")}
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.002)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sinklens.models.families import (
     D_HEAD,
@@ -26,6 +29,8 @@ __all__ = ["D_HEAD", "D_MLP", "D_MODEL", "D_VOCAB", "N_CTX", "N_HEADS", "N_KV_HE
 ARCHITECTURES = tuple(FAMILIES)
 HOOKED = tuple(key for key, family in FAMILIES.items() if family.hooked)
 BRIDGE_ONLY = tuple(key for key, family in FAMILIES.items() if not family.hooked)
+WORDS = [f"w{i}" for i in range(4, D_VOCAB)]
+"""What the tokenizer of :func:`save_tiny` knows."""
 
 
 def tiny_hf(arch: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -52,3 +57,18 @@ def hooks_left(model: Any) -> list[str]:
         for name, point in model.hook_dict.items()
         if point.fwd_hooks or point.bwd_hooks or point._forward_hooks or point._forward_pre_hooks
     ]
+
+
+def save_tiny(folder: Path) -> Path:
+    """A random model without a sink, with a tokenizer of whole words, as a folder that can be loaded."""
+    model = tiny_hf("llama")
+    for name, weight in model.named_parameters():
+        if "q_proj" in name:
+            weight.data *= 0.1  # nearly uniform attention
+    model.save_pretrained(folder)
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {word: i for i, word in enumerate(WORDS, 4)}
+    core = Tokenizer(token_models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]: read-only stub
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+    return folder

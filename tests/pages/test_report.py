@@ -10,10 +10,10 @@ import sys
 import pytest
 
 import sinklens as sl
-from sinklens.chain.verdicts import findings, summary, verdict
+from sinklens.chain.verdicts import findings
 from sinklens.errors import InputError
 from sinklens.pages.page import render, report
-from sinklens.records.text import effect_text, interval_text, number, seconds_text
+from sinklens.records.text import effect_text, interval_text
 from tests.helpers.made_results import HOSTILE, made_result
 from tests.helpers.parsed import Parsed
 
@@ -101,47 +101,6 @@ def test_natural_page_speaks_of_one_direction():
     assert "matrix-denoise" not in text
 
 
-def test_summary_is_computed_and_speaks_against_as_well_as_for():
-    lead, parts = summary(made_result())
-    said = {name: " ".join(sentences) for name, sentences in parts}
-    assert "through 2 of 2 stages (1 of them by construction)" in lead
-    assert "of 2 edits" in lead and "1 came out as it predicts, 1 spoke against it" in lead
-    assert "Against the claim: moment match of value aggregation" in said["Mechanisms"]
-    assert "As predicted: query direction removed of QK locking" in said["Mechanisms"]
-    assert "More than the whole: QK locking (denoise 1.370; predicted 1)" in said["Transplants"]
-    assert "In value aggregation it is exactly 1 because" in said["Transplants"]
-    assert "value for transplant of QK locking (denoise 0.810; predicted 0)" in said["Controls"]
-
-
-def test_summary_turns_with_the_numbers():
-    result = made_result()
-    chosen = result.scores.edit == "moment_match"
-    result.scores.loc[chosen, ["effect", "ci_low", "ci_high"]] = [0.9, 0.88, 0.93]
-    lead, _ = summary(result)
-    assert "2 came out as it predicts, 0 spoke against it" in lead
-
-
-@pytest.mark.parametrize(
-    ("effect", "low", "high", "predicted", "expected"),
-    [
-        (0.99, 0.98, 1.0, 1, "agrees"),
-        (0.65, 0.6, 0.7, 1, "partly"),
-        (0.3, 0.2, 0.4, 1, "against"),
-        (-0.8, -0.9, -0.7, 1, "against"),
-        (1.4, 1.3, 1.5, 1, "beyond"),
-        (0.5, 0.4, 0.6, 1, "unclear"),
-        (0.1, 0.0, 0.2, 0, "agrees"),
-        (-0.3, -0.4, -0.2, 0, "partly"),
-        (1.8, 1.7, 1.9, 0, "against"),
-        (0.6, float("nan"), float("nan"), 1, "partly"),
-        (float("nan"), float("nan"), float("nan"), 1, "not measured"),
-        (0.6, 0.5, 0.7, float("nan"), "no prediction"),
-    ],
-)
-def test_verdicts(effect, low, high, predicted, expected):
-    assert verdict(effect, low, high, predicted) == expected
-
-
 def test_scores_without_predictions_have_no_verdict():
     result = made_result()
     result.scores["predicted"] = float("nan")
@@ -149,33 +108,10 @@ def test_scores_without_predictions_have_no_verdict():
     assert "no prediction" in render(result)
 
 
-def test_numbers_read_well():
-    assert [number(x) for x in (23665.2, 0.260077, 0.00948, 145.46, 0, -733.6, 10.018, 3e-7, None)] == [
-        "23,700",
-        "0.260",
-        "0.00948",
-        "145",
-        "0",
-        "−734",
-        "10.0",
-        "3.00e−07",
-        "–",
-    ]
-    assert [effect_text(x) for x in (1.0, -0.0000144, -9.7246, 123.4)] == ["1.000", "0.000", "−9.725", "123"]
-    assert [seconds_text(x) for x in (0.5, 134.5, 7300)] == ["0.500 s", "2 min 14 s", "2 h 1 min"]
-
-
 def test_what_a_model_does_not_allow_is_said():
     result = made_result()
     result.config["not_applicable"] = {"w_o_alignment/reading_subspace": "a norm stands behind the MLP"}
     assert "W_O alignment, reading subspace: a norm stands behind the MLP" in Parsed(render(result)).text
-
-
-def test_names_from_right_to_left_do_not_carry_a_sentence_along():
-    result = made_result()
-    result.scores["stage"] = [stage.replace("qk_locking", "שלום") for stage in result.scores.stage]
-    said = " ".join(sentence for _, sentences in summary(result)[1] for sentence in sentences)
-    assert "\u2068שלום\u2069 (denoise 1.370" in said
 
 
 def test_command_is_shown_as_it_was_given():

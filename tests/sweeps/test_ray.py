@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,25 +12,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sinklens import cli
 from sinklens.errors import EngineError, InputError
 from sinklens.models.load import load_model
 from sinklens.models.view import Model
-from sinklens.sweeps import Interrupted, SweepResult, Worker
+from sinklens.sweeps import Interrupted, Worker
 from sinklens.sweeps.grid import Tasks
 from sinklens.sweeps.ray.cluster import Cluster, check_gpus, cluster_of, connected
 from sinklens.sweeps.ray.crew import TaskQueue
-from tests.cli.test_cli import (  # noqa: F401
-    here,
-    invoke,
-    no_model,
-    quick_load,
-    refused,
-    tiny_folder,
-    tiny_loaded,
-)
-from tests.cli.test_sweep import QUICK, sweep  # noqa: F401
-from tests.sweeps.test_store import N_TASKS, run, until, written
+from tests.helpers.sweeps import N_TASKS, run, until, written
 
 pytestmark = pytest.mark.slow
 RAY: dict[str, Any] = {"engine": "ray", "workers": 2}
@@ -49,13 +35,13 @@ def ray() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_folder: Path) -> pd.DataFrame:  # noqa: F811
+def whole(tiny_folder: Path) -> pd.DataFrame:
     """The table of the same sweep in this process."""
     return run(load_model(tiny_folder, device="cpu")).table
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> Any:  # noqa: F811
+def model(tiny_folder: Path) -> Any:
     return load_model(tiny_folder, device="cpu")
 
 
@@ -100,7 +86,7 @@ def test_the_same_rows_as_in_one_process(model: Any, tmp_path: Path, whole: pd.D
 @pytest.mark.usefixtures("ray")
 def test_begun_by_ray_and_finished_here(
     model: Any,
-    tiny_folder: Path,  # noqa: F811
+    tiny_folder: Path,
     tmp_path: Path,
     whole: pd.DataFrame,
 ) -> None:
@@ -110,7 +96,7 @@ def test_begun_by_ray_and_finished_here(
 
     def progress(*_: int) -> None:
         if not asked:  # a second one would be heard at once
-            asked.append(os.kill(os.getpid(), signal.SIGINT))
+            asked.append(signal.raise_signal(signal.SIGINT))
 
     with pytest.raises(Interrupted, match=r"interrupted: \d+ tasks finished now, \d+ are left; call it again"):
         run(model, tmp_path, progress=progress, model_spec=spec, **RAY)
@@ -137,7 +123,7 @@ def test_nothing_listens_but_on_the_loopback(ray: Any) -> None:
 def test_a_killed_worker_is_replaced(
     capfd: pytest.CaptureFixture[str],
     model: Any,
-    tiny_folder: Path,  # noqa: F811
+    tiny_folder: Path,
     tmp_path: Path,
     whole: pd.DataFrame,
 ) -> None:
@@ -166,7 +152,7 @@ def test_a_killed_worker_is_replaced(
 
 
 @pytest.mark.usefixtures("ray")
-def test_a_task_that_always_kills(model: Any, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_task_that_always_kills(model: Any, tiny_folder: Path, tmp_path: Path) -> None:
     def before(index: int) -> None:
         if index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -188,7 +174,7 @@ def test_a_task_that_always_kills(model: Any, tiny_folder: Path, tmp_path: Path)
 )
 def test_an_error_in_a_task_is_its_sentence(
     model: Any,
-    tiny_folder: Path,  # noqa: F811
+    tiny_folder: Path,
     tmp_path: Path,
     raised: Exception,
     told: str,
@@ -234,42 +220,6 @@ def test_a_worker_keeps_to_its_group() -> None:
 # -- Refused ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize(
-    "arguments, parts",
-    [
-        (["--engine", "ray"], ["engine ray needs workers"]),
-        (["--workers", "2"], ["workers is for engine ray, and this is local"]),
-        (["--engine", "ray", "--workers", "0"], ["workers 0 must be at least 1"]),
-        (["--engine", "ray", "--workers", "1", "--threads-per-worker", "0"], ["threads_per_worker 0 must be"]),
-        (
-            ["--engine", "ray", "--workers", "1", "--gpus-per-worker", "1.5"],
-            ["gpus_per_worker 1.5 must be from"],
-        ),
-        (["--engine", "ray", "--workers", "1", "--gpus-per-worker", "nan"], ["gpus_per_worker nan must be from 0"]),
-        (["--engine", "ray", "--workers", "1", "--ray-address", "ray://a:1"], ["must be HOST:PORT or auto"]),
-        (["--engine", "ray", "--workers", "1", "--ray-address", "127.0.0.1"], ["must be HOST:PORT or auto"]),
-        (
-            ["--engine", "ray", "--workers", "1", "--ray-address", "127.0.0.1:1"],
-            ["no Ray cluster answers at 127.0.0.1"],
-        ),
-    ],
-    ids=lambda value: " ".join(value)[:60] if value and value[0].startswith("--") else "",
-)
-def test_bad_arguments(sweep: Any, here: Path, arguments: list[str], parts: list[str]) -> None:  # noqa: F811
-    refused(sweep(*arguments), *parts)
-    assert not (here / "runs").exists()
-
-
-@pytest.mark.usefixtures("no_model")
-def test_without_ray_it_is_said_how_to_install_it(sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    def missing(name: str, *_: Any) -> Any:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr("importlib.import_module", missing)
-    refused(sweep("--engine", "ray", "--workers", "2"), "ray is not installed: pip install 'sinklens[ray]'")
-
-
 def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match="2 workers with gpus_per_worker 1 do not fit on the 0 GPUs of this machine"):
@@ -289,55 +239,3 @@ def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cluster_that_is_too_small(model: Any) -> None:
     with pytest.raises(InputError, match="the Ray cluster has CPUs for 2 workers, not for 3"):
         run(model, **{**RAY, "workers": 3})
-
-
-def test_ray_is_imported_for_this_engine_alone() -> None:
-    script = "import sys, sinklens.cli, sinklens.sweeps.run, sinklens.cli.sweep; sys.exit('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
-
-
-# -- The whole command ------------------------------------------------------------------------------------------------
-
-
-def test_ctrl_c_leaves_no_processes(here: Path, tiny_folder: Path) -> None:  # noqa: F811
-    """A real SIGINT to the whole process group, as a terminal sends it: exit code 130, two lines, no orphans."""
-    psutil = pytest.importorskip("psutil")
-    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "sinklens.cli",
-        "sweep",
-        "--model",
-        str(tiny_folder),
-        *QUICK,
-        "--task-size",
-        "1",
-        "--stages",
-        "z,resid_pre,mlp_out",
-        "--positions",
-        "all",
-        "--out",
-        "run",
-        "--engine",
-        "ray",
-        "--workers",
-        "1",
-    ]
-    process = subprocess.Popen(
-        command, cwd=here, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    limit = time.monotonic() + 120
-    while not list((here / "run").glob("shards/*.parquet")) and time.monotonic() < limit:
-        time.sleep(0.01)
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert any("Actor" in child.name() or "ray" in " ".join(child.cmdline()) for child in children)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert out == "" and "Traceback" not in err
-    assert err.splitlines()[0].startswith("Grid:") and len(err.splitlines()) == 3
-    assert "run the same command again to go on" in err.splitlines()[2]
-    assert psutil.wait_procs(children, timeout=10)[1] == []
-    part = SweepResult.load(here / "run")
-    assert 0 < len(part.missing) < len(part.task_ids())

@@ -25,36 +25,15 @@ from sinklens.errors import InputError
 from sinklens.sweeps import Interrupted, Plan, SweepResult, Worker, gather, store
 from sinklens.sweeps.run import ENGINES
 from sinklens.sweeps.store import FolderSink
-from tests.helpers.sweeps import FORMATION, TARGET, tiny_batch
+from tests.helpers.sweeps import FORMATION, N_TASKS, OPTIONS, run, tiny_batch, until, written
 
-OPTIONS: dict[str, Any] = {
-    "stages": "z,resid_pre",
-    "layers": "0-2",
-    "positions": "3-5",
-    "units": "heads",
-    "target": TARGET,
-    "formation": FORMATION,
-    "task_size": 7,
-    "group_size": 2,
-    "min_gap": 0.0,
-}
-N_TASKS = 2 * 13
 """Two groups of prompts, 90 patches in tasks of 7."""
-
-
-def run(model: Any, out: Path | None = None, **options: Any) -> SweepResult:
-    return sl.sweep(model, tiny_batch(model), out=out, **{**OPTIONS, **options})
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_llama: Any) -> pd.DataFrame:
     """The table of an uninterrupted sweep in memory."""
     return run(tiny_llama).table
-
-
-def written(folder: Path) -> dict[str, int]:
-    """Shards, and when each was written."""
-    return {path.name: path.stat().st_mtime_ns for path in (folder / "shards").glob("*.parquet")}
 
 
 def same(table: pd.DataFrame, expected: pd.DataFrame) -> bool:
@@ -123,13 +102,6 @@ def in_child(work: Callable[[], Any]) -> Any:
     return child
 
 
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.002)
-
-
 def test_killed_and_taken_up_again(
     tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: pd.DataFrame
 ) -> None:
@@ -170,7 +142,7 @@ def test_ctrl_c_finishes_the_task(tiny_llama: Any, tmp_path: Path, whole: pd.Dat
     def progress(done: int, total: int) -> None:
         if not asked and done > total // 3:
             asked.append(len(written(tmp_path)))
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Interrupted, match=r"interrupted: \d+ tasks finished now, \d+ are left; call it again"):
         run(tiny_llama, tmp_path, progress=progress)
@@ -181,8 +153,8 @@ def test_ctrl_c_finishes_the_task(tiny_llama: Any, tmp_path: Path, whole: pd.Dat
 
 def test_a_second_ctrl_c_is_heard_at_once(tiny_llama: Any, tmp_path: Path) -> None:
     def progress(_done: int, _total: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt) as caught:
         run(tiny_llama, tmp_path, progress=progress)

@@ -11,7 +11,6 @@ import pytest
 
 from sinklens import viz
 from sinklens.errors import InputError
-from sinklens.records.text import pretty
 from sinklens.viz.chain import KINDS
 from tests.helpers.made_results import HOSTILE, N_BLOCKS, made_result
 
@@ -114,12 +113,6 @@ def test_names_from_the_data_are_not_read_as_html():
     result.scores["stage"] = result.scores.stage.replace("qk_locking", '<a href="https://example.org">x</a>')
     text = viz.scores_figure(result).to_json() or ""
     assert "<a" not in text and "\\u003ca" not in text
-
-
-def test_names_are_written_as_people_write_them():
-    names = ("moment_match", "w_o_alignment", "qk_locking", "rmsnorm_filter", "show_order")
-    written = ["moment match", "W_O alignment", "QK locking", "RMSNorm filter", "show order"]
-    assert [pretty(name) for name in names] == written
 
 
 def _props(source: str) -> dict:

@@ -1,0 +1,63 @@
+"""The command of one analysis: its own options, its verdict, and bad input in one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sinklens.cli import of_analysis
+from sinklens.prompts import from_tokens
+from tests.helpers.analyses import SIMPLE
+from tests.helpers.tiny import tiny_model, tiny_tokens
+
+
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
+    model = tiny_model("llama")
+    batch = from_tokens(model, tiny_tokens(3, 16))
+    monkeypatch.setattr(of_analysis, "load", lambda *_, **__: (model, batch))
+    with pytest.raises(SystemExit) as stopped:
+        of_analysis.run_command(SIMPLE, [*args, "--out", str(tmp_path / "out")], "simple")
+    return int(stopped.value.code or 0)
+
+
+def test_the_command_has_the_analysis_s_own_options(tmp_path, monkeypatch, capsys):
+    args = ("--positions", "1-3,9", "--strengths", "0.5,2", "--axis", "global", "--top", "7", "--json")
+    assert command(tmp_path, monkeypatch, *args) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["config"]["options"] == {
+        "positions": [1, 2, 3, 9],
+        "strengths": [0.5, 2.0],
+        "axis": "global",
+        "top": 7,
+    }
+    assert printed == json.loads((tmp_path / "out" / "summary.json").read_text())
+
+
+def test_the_command_prints_the_verdict(tmp_path, monkeypatch, capsys):
+    assert command(tmp_path, monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "HOLDS" in out and "It is so." in out and "above 0" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--positions", "x"), "--positions 'x' must be whole numbers"),
+        (("--strengths", "1,nan"), "--strengths '1,nan' must be numbers"),
+        (("--axis", "sideways"), "sideways"),
+        (("--bottom", "1"), "No such option"),
+        (("--super-neurons", "one"), "--super-neurons 'one' must be whole numbers"),
+    ],
+)
+def test_bad_options_are_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, args, message):
+    import typer
+
+    try:
+        code = command(tmp_path, monkeypatch, *args)
+    except typer.Exit as error:
+        code = error.exit_code
+    said = capsys.readouterr()
+    assert code == 2 and said.out == "" and message in said.err and "Traceback" not in said.err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,43 @@
+"""Readouts by name, each against a second way to the same number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sinklens as sl
+from tests.helpers.sweeps import FORMATION, TARGET, N, tiny_batch
+
+
+def test_answers_are_the_two_most_probable_tokens(tiny_llama: Any) -> None:
+    batch = tiny_batch(tiny_llama)
+    result = sl.sweep(tiny_llama, batch, readouts=["logit_diff"], target=TARGET, formation=FORMATION, layers=[1])
+    top = tiny_llama(batch.tokens)[:, -1].topk(2)
+    assert result.record["answers"] == top.indices.T.tolist()
+    base = result.table.groupby("prompt").base.first()
+    np.testing.assert_allclose(base, (top.values[:, 0] - top.values[:, 1]).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_loss_is_the_mean_cross_entropy(tiny_llama: Any) -> None:
+    batch = tiny_batch(tiny_llama)
+    result = sl.sweep(tiny_llama, batch, readouts=["loss"], target=TARGET, formation=FORMATION, layers=[1])
+    logits = tiny_llama(batch.tokens)
+    for prompt in range(N):
+        loss = torch.nn.functional.cross_entropy(logits[prompt, :-1], batch.tokens[prompt, 1:])
+        assert result.table[result.table.prompt == prompt].base.iloc[0] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_sink_rate_is_the_share_of_heads_above_the_threshold(tiny_llama: Any) -> None:
+    batch = tiny_batch(tiny_llama)
+    given: dict[str, Any] = {"readouts": ["alpha", "sink_rate"], "target": TARGET, "layers": [1], "eps": 0.1}
+    given |= {"formation": FORMATION, "min_gap": 0.0}
+    result = sl.sweep(tiny_llama, batch, readout_layers="2-3", **given)
+    cache = tiny_llama.run_with_cache(batch.tokens)[1]
+    alpha = torch.stack([cache["pattern", layer][:, :, TARGET:, TARGET].mean(-1) for layer in (2, 3)])
+    base = result.table.groupby(["readout", "prompt"], observed=True).base.first()
+    np.testing.assert_allclose(base["alpha"], alpha.mean((0, 2)).detach(), rtol=1e-4)
+    np.testing.assert_allclose(base["sink_rate"], (alpha > 0.1).float().mean((0, 2)), rtol=1e-6)
+    assert 0 < base["sink_rate"].mean() < 1

@@ -1,0 +1,36 @@
+"""Stages and their experiments: what they are made of, and when one cannot be asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sinklens import stages
+from sinklens.chain.run import _trials
+from sinklens.chain.scoring import SINK
+from sinklens.engine.run import run_patches
+from sinklens.errors import NotApplicableError
+from sinklens.prompts import from_tokens
+from sinklens.readouts.build import attention_received
+from tests.helpers.settings import TARGET, N, setting_for, tokens_for
+from tests.helpers.tiny import tiny_model
+
+
+@pytest.mark.backend
+def test_a_norm_behind_the_mlp_is_not_passed_over():
+    """Gemma-2 normalises what its MLP writes: contributions read off W_out would be wrong, and are refused."""
+    model = tiny_model("gemma2", "bridge")
+    batch = from_tokens(model, tokens_for(model))
+    setting = setting_for(model)
+    with pytest.raises(NotApplicableError, match="normalises what its MLPs write"):
+        _trials(setting, (stages.DOWN_PROJECTION,), 1, seed=0)
+    skipped: dict[str, str] = {}
+    trials = _trials(setting, stages.CHAIN, 1, seed=0, skipped=skipped)
+    assert set(skipped) == {"down_projection/outlier_dims", "down_projection/densified"}
+    patches = [replace(trial.patch, allow_unchanged=True) for trial in trials]
+    result = run_patches(
+        model, batch, patches, [attention_received(SINK, (2, 3), (TARGET,), N)], runs=setting.pair.runs
+    )
+    assert torch.isfinite(result.values[SINK]).all()

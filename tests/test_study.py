@@ -1,0 +1,64 @@
+"""A model, prompts, and what was found in them."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from sinklens import sites
+from sinklens.errors import InputError, NotApplicableError
+from sinklens.readouts.base import Readout
+from tests.helpers.analyses import GIVEN, study
+
+
+def test_measuring_is_what_a_cache_holds():
+    here = study()
+    _, cache = here.model.run_with_cache(here.batch.tokens)
+    norms = here.measure([Readout("norm", sites.RESID_POST, (0, 2), lambda a, _: a.norm(dim=-1))])["norm"]
+    expected = torch.stack([cache[f"blocks.{b}.hook_resid_post"].norm(dim=-1) for b in (0, 2)])
+    torch.testing.assert_close(norms, expected, atol=1e-5, rtol=0)
+    kept = here.activations(sites.MLP_POST, (1,))[1]
+    torch.testing.assert_close(kept, cache["blocks.1.mlp.hook_post"], atol=1e-6, rtol=0)
+
+
+def test_targets_and_lengths_fit_the_prompts_or_are_refused():
+    here = study()
+    sink = here.formation.sink_positions[0]
+    assert here.targets((5, sink, 99, 0)) == ((5,) if sink != 5 else ())
+    with pytest.raises(InputError, match=r"none of the positions \(0, 15, 40\)"):
+        here.targets((0, 15, 40))
+    assert here.lengths() == (4, 8, 16)
+    with pytest.raises(InputError, match="must be in 2..16"):
+        here.lengths((8, 17))
+
+
+@pytest.mark.parametrize("led", [False, True])
+def test_random_prompts_begin_with_a_bos_when_the_given_ones_do(led):
+    here = study()
+    here.model.tokenizer = types.SimpleNamespace(
+        bos_token_id=1,
+        all_special_ids=[1],
+        added_tokens_decoder={},
+        get_vocab=lambda: {str(i): i for i in range(101)},
+        decode=lambda ids, **_: str(ids[0]),
+    )
+    if led:
+        here.batch.tokens[:, 0] = 1
+    random = here.random.batch
+    assert (random.n, random.length) == (3, 16)
+    assert bool((random.tokens[:, 0] == 1).all()) is led
+    assert not (random.tokens[:, 1:] == 1).any()
+
+
+def test_controls_are_as_many_others():
+    here = study()
+    for drawn in here.other_neurons("x", 5):
+        assert len(set(drawn)) == 2 and not set(drawn) & {3, 7}
+    assert here.other_dims("y", 3) == here.other_dims("y", 3) != here.other_dims("z", 3)
+
+
+def test_a_study_of_the_last_block_has_no_later_ones():
+    with pytest.raises(NotApplicableError, match="block 3 is the model's last"):
+        study(given=GIVEN | {"layer": 3}).after_formation()
