@@ -1,14 +1,17 @@
 # Everything runs from .venv, which is made on first use and touched again only when a requirement changes.
 #
-#   make chain   the main job on the default model     make check      what CI runs: lint, types, tests
-#   make test    the tests                             make benchmark  time a sweep beside other libraries
-#   make docs    the API reference, in build/docs      make clean      remove the environments
+#   make chain   the main job on the default model     make check      lint, types and all tests
+#   make quick   the quick tests: two minutes          make benchmark  time a sweep beside other libraries
+#   make test    all tests, tutorials included         make docs       the API reference, in build/docs
+#   make clean   remove the environments
 #
-# PYTHON=python3.12 picks another interpreter; ARGS="--length 32" adds options to the main job or to pytest.
+# PYTHON=python3.12 picks another interpreter; ARGS="--length 32" adds options to the main job or to pytest;
+# WORKERS=4 runs the tests in so many processes.
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 OUT ?= runs/first
 
 BIN := $(VENV)/bin
@@ -16,17 +19,21 @@ REQUIREMENTS := pyproject.toml constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help chain test lint types check format docs benchmark clean
+.PHONY: help chain quick test lint types check format docs benchmark clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,7s/^# *//p' Makefile
+	@sed -n '3,9s/^# *//p' Makefile
 
 chain: $(VENV)/.installed
 	$(BIN)/sinklens chain --model smollm2 --target 10 --length 64 --out $(OUT) --force $(ARGS)
 
+# No notebook, no browser, no real model. A file's tests stay in one process, which makes its fixtures once.
+quick: $(VENV)/.installed-dev
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not smollm2 and not browser" tests $(ARGS)
+
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest --nbmake --nbmake-timeout=600 $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --nbmake --nbmake-timeout=600 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

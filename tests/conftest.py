@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
-# Before anything imports transformers, which reads it once.
+# Before anything imports transformers, which reads it once. Processes that tests start, notebooks among them, inherit
+# this: with one thread each they do not wait for one another's cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """One thread for tiny models: several on matrices of 32 columns spend their time waiting for one another.
 
-    A hook and no fixture, so that it also holds while fixtures of a whole module are made. Processes that tests run at
-    the same time share the cores.
+    A hook and no fixture, so that it also holds while fixtures of a whole module are made. The real model gets all
+    cores, or the share of one of the processes that run tests.
     """
     import torch
 

@@ -74,8 +74,8 @@ def test_public_names_are_listed_once() -> None:
     ("command", "words"),
     [
         ("-m sinklens.cli --help", ("chain", "sweep", "analyse")),
-        ("-m sinklens.analysis.capabilities --help", ("usage", "FAMILY")),
-        ("analyses/onset.py --help", ("--model", "--prompts")),
+        pytest.param("-m sinklens.analysis.capabilities --help", ("usage", "FAMILY"), marks=pytest.mark.slow),
+        pytest.param("analyses/onset.py --help", ("--model", "--prompts"), marks=pytest.mark.slow),
     ],
     ids=["cli", "capabilities", "analysis"],
 )

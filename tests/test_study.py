@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def test_targets_and_lengths_fit_the_prompts_or_are_refused():
 @pytest.mark.parametrize("led", [False, True])
 def test_random_prompts_begin_with_a_bos_when_the_given_ones_do(led):
     here = study()
-    here.model.tokenizer = types.SimpleNamespace(
+    model: Any = here.model
+    model.tokenizer = types.SimpleNamespace(
         bos_token_id=1,
         all_special_ids=[1],
         added_tokens_decoder={},

@@ -128,6 +128,7 @@ def test_numbers_depend_neither_on_the_batch_size_nor_on_what_ran_before(shared,
     same(shared[1][name], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_seed_is_all_that_is_random(shared, name):
     """Global random state is neither read nor changed."""

@@ -329,6 +329,7 @@ def test_amplification_by_another_way(tiny_llama, axis, over):
         np.testing.assert_allclose(rows.residual_norm, resid[:n], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_random_tokens_are_treated_as_prompts_are(tiny_llama):
     options = {"positions": (10,), "strengths": (4.0,), "sweep_prompts": 4}
     table = findings("variance_amplification", tiny(tiny_llama), **options).table
@@ -509,6 +510,7 @@ def test_the_rule(tiny_llama: Any, zero: Any, dense: Any, control: Any, holds: b
     assert found.control_estimate is not None and found.control_estimate.value == control[0]
 
 
+@pytest.mark.slow
 def test_the_interval_of_dense_rows_is_over_rotations(tiny_llama):
     """One rotation has none, so that it cannot settle anything; the ablations have one over prompts."""
     for rotations in (1, 6):
@@ -543,6 +545,7 @@ SMALL: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_numbers_do_not_depend_on_the_batch_size(tiny_llama, name):
     one, other = (findings(name, tiny(tiny_llama, memory_budget=budget), **SMALL[name]) for budget in (1, None))
@@ -551,6 +554,7 @@ def test_numbers_do_not_depend_on_the_batch_size(tiny_llama, name):
     assert one.numbers.keys() == other.numbers.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("arch", ["gpt2", "gpt_neox", "gemma2"])
 def test_they_run_on_other_architectures(arch, name):

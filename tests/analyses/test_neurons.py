@@ -232,6 +232,7 @@ def test_a_model_with_a_norm_behind_its_mlps_has_no_rows_to_read():
 # --- all ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -258,7 +258,14 @@ def test_a_key_that_is_opposite_or_across_is_not_aligned():
 
 @pytest.mark.parametrize("pool", ["head", "group"])
 @pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize(("arch", "rope"), [("llama", "before"), ("llama", "after"), ("gpt2", "before")])
+@pytest.mark.parametrize(
+    ("arch", "rope"),
+    [
+        ("llama", "before"),
+        pytest.param("llama", "after", marks=pytest.mark.slow),
+        pytest.param("gpt2", "before", marks=pytest.mark.slow),
+    ],
+)
 def test_alignment_against_numpy(arch, rope, pool, centred):
     study = tiny_study(arch)
     table = run("qk_locking", study, pool=pool, rope=rope, centred=centred, blocks=1).findings.table
@@ -359,6 +366,7 @@ def test_ranks_against_numpy():
 # --- all ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -13,7 +13,7 @@ import sinklens as sl
 from sinklens import metrics, statistics
 from sinklens.prompts import from_tokens
 from tests.helpers.planted import OUTLIER, PLUS, SUPER, planted_model
-from tests.helpers.tiny import ARCHITECTURES, tiny_model, tiny_tokens
+from tests.helpers.tiny import ARCHITECTURES, slow_but, tiny_model, tiny_tokens
 
 pytest.importorskip("transformer_lens.HookedTransformer")
 
@@ -54,6 +54,7 @@ def numbers_of(findings: sl.Findings) -> list[float]:
     return [value for values in flat for value in values] + table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_do_not_depend_on_the_batch_size(name, tiny_llama):
     together = run(name, study_of(tiny_llama))
@@ -61,7 +62,7 @@ def test_numbers_do_not_depend_on_the_batch_size(name, tiny_llama):
     np.testing.assert_allclose(numbers_of(one_by_one), numbers_of(together), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "olmo2"])
+@pytest.mark.parametrize("arch", slow_but("llama", "gpt2", of=(arch for arch in ARCHITECTURES if arch != "olmo2")))
 def test_every_family_is_measured_and_drawn(arch, monkeypatch):
     monkeypatch.setattr(statistics.bootstrap_estimate, "__defaults__", (20,))  # intervals are not asked for here
     study = study_of(tiny_model(arch))
@@ -151,6 +152,7 @@ def test_variance_decay_is_that_of_a_plain_run(tiny_llama):
         assert tau.low <= tau.value <= tau.high
 
 
+@pytest.mark.slow
 def test_variance_of_averaged_coin_tosses_falls_with_their_number():
     """Under a uniform average of t + 1 tosses the variance is that of one, over t + 1."""
     findings = run("variance_decay", planted_study(coin_tosses(128)), layers=(0,))
@@ -164,6 +166,7 @@ def test_variance_of_averaged_coin_tosses_falls_with_their_number():
     assert findings.numbers["Kendall's tau of variance with position, aggregated, given prompts"].below(-0.8)
 
 
+@pytest.mark.slow
 def test_variance_decay_takes_both_an_outlier_and_a_decay():
     tokens, model = coin_tosses(), planted_model()
     tokens[:, 0] = PLUS  # as a BOS would be: no variance at the first position
@@ -302,6 +305,7 @@ def sharpened(scales: tuple[float, float]) -> sl.Study:
     return study
 
 
+@pytest.mark.slow
 def test_heads_that_average_less_vary_more_unless_their_values_vary_less():
     before = "tau up to formation with the variance of the values before averaging"
     alike = run("head_imbalance", sharpened((1.0, 1.0)))
@@ -321,6 +325,7 @@ def test_one_head_has_no_imbalance():
     assert "one head" in result.findings.verdict.reason
 
 
+@pytest.mark.slow
 def test_output_gate_is_that_of_a_plain_run(tiny_llama):
     study = study_of(tiny_llama)
     findings = run("output_gate", study, scale=2.0, bias=-0.5)
@@ -363,6 +368,7 @@ def test_output_gate_is_that_of_a_plain_run(tiny_llama):
     assert ratios["sigmoid gate"] != pytest.approx(ratios["no gate"], rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["input", "value"])
 def test_a_constant_gate_leaves_the_ratio_of_its_block_exactly(tiny_llama, gate):
     study = sl.Study(tiny_llama, from_tokens(tiny_llama, tiny_tokens(6, 24)), given=GIVEN | {"layer": 0})
@@ -382,6 +388,7 @@ def test_a_constant_gate_leaves_the_ratio_of_its_block_exactly(tiny_llama, gate)
     assert still.verdict.outcome == "does not hold"
 
 
+@pytest.mark.slow
 def test_a_gate_that_adds_noise_where_there_is_little_lessens_the_ratio(monkeypatch):
     """Values with a large mean that all prompts share: a gate that depends on the prompt makes the mean vary."""
     monkeypatch.setattr(sl.Study, "sinks", property(lambda study: torch.zeros(study.batch.n, dtype=torch.long)))

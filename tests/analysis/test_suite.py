@@ -107,8 +107,8 @@ def test_finished_parts_are_kept(tmp_path, calls):
     ("changes", "target", "redone"),
     [
         ({"seed": 1}, 5, ["chain", "first", "second"]),
-        ({"given": GIVEN | {"layer": 2}}, 5, ["chain", "first", "second"]),
-        ({"tokens": 1}, 5, ["chain", "first", "second"]),
+        pytest.param({"given": GIVEN | {"layer": 2}}, 5, ["chain", "first", "second"], marks=pytest.mark.slow),
+        pytest.param({"tokens": 1}, 5, ["chain", "first", "second"], marks=pytest.mark.slow),
         ({}, 6, ["chain"]),
     ],
 )
@@ -119,6 +119,7 @@ def test_what_has_changed_is_redone(tmp_path, calls, changes, target, redone):
     assert calls.made == redone
 
 
+@pytest.mark.slow
 def test_other_weights_are_another_model(tmp_path, calls):
     run_all(study(), tmp_path / "all", target=5)
     calls.made.clear()
@@ -138,6 +139,7 @@ def test_a_part_that_is_damaged_is_redone(tmp_path, calls, name):
     assert result.parts["first"].status == "done" and not result.parts["first"].reused
 
 
+@pytest.mark.slow
 def test_only_some_parts_leaves_the_record_of_the_others(tmp_path, calls):
     run_all(study(), tmp_path / "all", target=5)
     calls.made.clear()
@@ -181,6 +183,7 @@ def test_an_interruption_leaves_what_was_finished(tmp_path, calls):
     assert calls.made == ["second"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("calls")
 def test_the_order_of_parts_does_not_change_a_number(tmp_path):
     run_all(study(), tmp_path / "a", target=5)

@@ -20,7 +20,7 @@ from sinklens.models.load import load_model
 from sinklens.patches import Patch, Source
 from sinklens.readouts.base import Readout
 from tests.helpers.one_at_a_time import OneAtATime, cache_of
-from tests.helpers.tiny import hooks_left, tiny_hf, tiny_model
+from tests.helpers.tiny import hooks_left, slow_but, tiny_hf, tiny_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "gpt_neox", "qwen3"])
+@pytest.fixture(scope="module", params=slow_but("llama", "gpt2", of=("llama", "gpt2", "gpt_neox", "qwen3")))
 def tiny(request: pytest.FixtureRequest) -> Any:
     """Grouped-query attention; learned positions and biases; parallel blocks; norms of queries and keys."""
     return tiny_model(request.param)

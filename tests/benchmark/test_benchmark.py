@@ -158,6 +158,7 @@ class SlightlyOff(peers.RunWithHooks):
         return clean + 1.1 * (right - clean)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_code_is_held_to_float32_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure.PEERS, "slightly_off", f"{__name__}:SlightlyOff")
     coarse = shapes.load_models("tiny", CPU, torch.bfloat16)
@@ -222,6 +223,7 @@ def command(*arguments: str, out: Path) -> int:
     return stopped.value.code if isinstance(stopped.value.code, int) else 0
 
 
+@pytest.mark.slow
 def test_the_command_leaves_table_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = command(
         *("--model", "tiny", "--device", "cpu", "--length", "16", "--patches", "8,32", "--lengths", "16,32"),

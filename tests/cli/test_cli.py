@@ -379,6 +379,7 @@ def test_help_shows_the_commands(tmp_path: Path) -> None:
     assert bare.code == 2 and "chain" in bare.out + bare.err and "Traceback" not in bare.err
 
 
+@pytest.mark.slow
 def test_a_pipe_sees_one_sentence_and_nothing_else(here: Path, tiny_folder: Path) -> None:
     before = snapshot(here)
     arguments = ["chain", "--model", str(tiny_folder), "--prompts", "random", "--length", "32", "--device", "cpu"]
@@ -388,6 +389,7 @@ def test_a_pipe_sees_one_sentence_and_nothing_else(here: Path, tiny_folder: Path
     assert snapshot(here) == before
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_accident(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)

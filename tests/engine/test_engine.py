@@ -22,7 +22,7 @@ from sinklens.readouts.base import Readout
 from sinklens.stages.base import Setting
 from tests.helpers.one_at_a_time import OneAtATime
 from tests.helpers.settings import LENGTH, TARGET, N, setting_for, tokens_for
-from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny import slow_but, tiny_model
 
 MODELS: dict[str, tuple[str, Any]] = {
     "llama": ("llama", "auto"),  # gated, RMSNorm, rotary, grouped-query
@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=slow_but("llama", "gpt2", of=MODELS))
 def tiny(request: pytest.FixtureRequest) -> Any:
     return tiny_model(*MODELS[request.param])
 

@@ -19,7 +19,7 @@ from sinklens.patches import Patch, Source
 from sinklens.readouts.base import Readout
 from sinklens.sites import HookSite
 from tests.helpers.one_at_a_time import OneAtATime
-from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny import slow_but, tiny_model
 
 N, LENGTH = 3, 10
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gpt2", "gpt_neox", "gptj")
@@ -106,7 +106,7 @@ def patch_of(model: Any, drawn: tuple) -> Patch:
     return Patch(site, layers, positions, edit, units=units, run=run, source=source, allow_unchanged=True)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but("llama", "gpt2", of=FAMILIES))
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=grids(), max_rows=st.sampled_from((1, 4, 64)))
 def test_any_grid_equals_one_patch_at_a_time(family: str, drawn: list[tuple], max_rows: int) -> None:
@@ -123,7 +123,7 @@ def test_any_grid_equals_one_patch_at_a_time(family: str, drawn: list[tuple], ma
                 assert found == pytest.approx(expected, abs=1e-5, rel=2e-5), (readout.name, patch.describe(), prompt)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but("llama", "gpt2", of=FAMILIES))
 def test_every_site_can_be_edited_and_moves_what_comes_later(family: str) -> None:
     """A sweep of one edit over all sites: none is passed over, and nothing before the position moves."""
     model = model_of(family)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
@@ -31,6 +33,11 @@ HOOKED = tuple(key for key, family in FAMILIES.items() if family.hooked)
 BRIDGE_ONLY = tuple(key for key, family in FAMILIES.items() if not family.hooked)
 WORDS = [f"w{i}" for i in range(4, D_VOCAB)]
 """What the tokenizer of :func:`save_tiny` knows."""
+
+
+def slow_but(*quick: str, of: Iterable[str]) -> list[Any]:
+    """The names as parameters of a test, of which only some belong to the quick tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in of]
 
 
 def tiny_hf(arch: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from sinklens.models.load import load_model
 from sinklens.models.view import block_weights
 from sinklens.patches import Patch, Source
 from tests.helpers.one_at_a_time import cache_of
-from tests.helpers.tiny import hooks_left, tiny_hf, tiny_model, tiny_tokens
+from tests.helpers.tiny import hooks_left, slow_but, tiny_hf, tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.backend
 
@@ -32,7 +32,7 @@ MODELS: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=slow_but("llama", "gpt2_bridge", of=MODELS))
 def named(request: pytest.FixtureRequest) -> tuple[str, Any]:
     return request.param, tiny_model(*MODELS[request.param])
 

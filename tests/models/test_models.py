@@ -29,9 +29,20 @@ from sinklens.models.view import (
     supports_resume,
     weight_digest,
 )
-from tests.helpers.tiny import ARCHITECTURES, BRIDGE_ONLY, HOOKED, hooks_left, tiny_hf, tiny_model, tiny_tokens
+from tests.helpers.tiny import (
+    ARCHITECTURES,
+    BRIDGE_ONLY,
+    HOOKED,
+    hooks_left,
+    slow_but,
+    tiny_hf,
+    tiny_model,
+    tiny_tokens,
+)
 
 TEXT = "Attention sinks form where the first token's norm explodes.\nNaïve café, 12 × 3 = 36."
+QUICK = ("llama", "gpt2", "gpt_neox", "gemma2")
+"""Gated and plain, one branch and two, with norms before and behind."""
 
 needs_hooked = pytest.mark.skipif(
     not _backends.has_hooked_transformer(), reason="this TransformerLens has no HookedTransformer"
@@ -181,7 +192,7 @@ def test_smollm2_loads_in_time(smollm2: Any) -> None:
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", slow_but(*QUICK, of=ARCHITECTURES))
 @torch.no_grad()
 def test_logits_agree_with_hugging_face(arch: str) -> None:
     hf, tokens = tiny_hf(arch), tiny_tokens()
@@ -196,7 +207,7 @@ def test_logits_agree_with_hugging_face(arch: str) -> None:
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", slow_but(*QUICK, of=ARCHITECTURES))
 def test_shape(arch: str) -> None:
     hf = tiny_hf(arch)
     for backend in backends_for(arch):
@@ -213,7 +224,7 @@ def test_shape(arch: str) -> None:
 
 @needs_hooked
 @pytest.mark.backend
-@pytest.mark.parametrize("arch", HOOKED)
+@pytest.mark.parametrize("arch", slow_but(*QUICK, of=HOOKED))
 def test_block_weights_are_the_same_on_both_backends(arch: str) -> None:
     hooked, bridge = tiny_model(arch, "hooked"), tiny_model(arch, "bridge")
     for layer in range(N_LAYERS):
@@ -225,7 +236,7 @@ def test_block_weights_are_the_same_on_both_backends(arch: str) -> None:
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "olmo2"])
+@pytest.mark.parametrize("arch", slow_but(*QUICK, of=(arch for arch in ARCHITECTURES if arch != "olmo2")))
 @torch.no_grad()
 def test_block_weights_do_what_the_block_does(arch: str) -> None:
     """MLP output and normalised input, computed by hand from the weights, are what the hooks show."""
@@ -286,7 +297,7 @@ def test_post_norm_blocks_are_refused_in_a_sentence() -> None:
 
 
 @needs_hooked
-@pytest.mark.parametrize("arch", HOOKED)
+@pytest.mark.parametrize("arch", slow_but(*QUICK, of=HOOKED))
 @torch.no_grad()
 def test_resuming_gives_the_same_numbers(arch: str) -> None:
     model, tokens = tiny_model(arch, "hooked"), tiny_tokens()

@@ -129,6 +129,7 @@ def test_a_run_in_which_all_failed_says_so(tmp_path):
     assert "no sink" in Parsed(report(tmp_path).read_text(encoding="utf-8")).text
 
 
+@pytest.mark.slow
 def test_figures_that_are_none_leave_the_rest_as_it_is(tmp_path):
     put(tmp_path, **{f"a{i}": made_analysis(f"a{i}") for i in range(4)})
     huge = {"data": [{"type": "scatter", "y": list(range(400_000))}], "layout": {}}
@@ -203,6 +204,7 @@ def test_mixed_set_ups_are_told_apart(tmp_path):
     assert "tiny (a)" in parsed.text and "another (b)" in parsed.text and "2 models" in parsed.text
 
 
+@pytest.mark.slow
 def test_a_full_run_stays_small(tmp_path):
     put(tmp_path, chain=made_result(), **{f"a{i}": made_analysis(f"a{i}") for i in range(15)})
     path = report(tmp_path)
