@@ -62,7 +62,14 @@ def edit_of(name: str, site: HookSite, layers: tuple[int, ...], model: Any, batc
 
 
 def one_by_one(
-    model: Any, batch: PromptBatch, pair: SinkPair, readouts: list[Readout], row: Any, site: HookSite, edit: Edit
+    model: Any,
+    batch: PromptBatch,
+    pair: SinkPair,
+    readouts: list[Readout],
+    row: Any,
+    site: HookSite,
+    edit: Edit,
+    also: tuple[Patch, ...] = (),
 ) -> float:
     """The value of one row of the table, by a full forward pass of one prompt."""
     run, source = pair.ends(row.direction)
@@ -70,7 +77,7 @@ def one_by_one(
     units = None if pd.isna(row.unit) else (int(row.unit),)
     where = None if source.positions is None else Source(source.run, source.positions)
     used = (where or Source(source.run)) if edit.uses_source else None
-    patch = Patch(site, layers, (int(row.position),), edit, units, run, used, allow_unchanged=True)
+    patch = Patch(site, layers, (int(row.position),), edit, units, run, used, allow_unchanged=True, also=also)
     names = [readout.name for readout in readouts]
     return OneAtATime(model, batch.tokens, readouts, pair.runs)(patch, int(row.prompt))[names.index(row.readout)]
 
