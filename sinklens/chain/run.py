@@ -27,7 +27,8 @@ from sinklens.engine.run import PatchResult, Progress, run_patches
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation, find_formation
 from sinklens.models.view import Model, dtype_of, model_shape
-from sinklens.pairs.pair import PairKind, SinkPair, check_target, induced_pair, natural_pair
+from sinklens.pairs import InducedKind, PairChoice, make_pair
+from sinklens.pairs.choice import Target
 from sinklens.prompts import PromptBatch
 from sinklens.stages import CHAIN, Stage
 from sinklens.stages.base import Setting
@@ -39,8 +40,8 @@ def run_chain(
     model: Model,
     batch: PromptBatch,
     *,
-    target: int | str = 10,
-    pair: PairKind = "block_aggregation",
+    target: Target = 10,
+    pair: InducedKind = "block_aggregation",
     strength: float = 8.0,
     pair_layers: Sequence[int] | None = None,
     stages: Sequence[Stage] = CHAIN,
@@ -81,14 +82,11 @@ def run_chain(
         raise InputError("control_draws and readout_blocks must be at least 1")
     if not stages:
         raise InputError("give at least one stage")
-    if isinstance(target, int):
-        check_target(batch, target)  # before any work
-    elif target != "natural":
-        raise InputError(f"target {target!r} must be a position, or natural")
+    choice = PairChoice(target, pair, strength, None if pair_layers is None else tuple(pair_layers))
+    choice.check(batch.length)
     formation = formation or find_formation(model, batch, memory_budget=memory_budget)
     rows = max_rows or row_budget(model, batch.length, memory_budget)
-    layers = None if pair_layers is None else tuple(pair_layers)
-    sinks = _pair(model, batch, formation, target, pair, layers, strength, seed, rows)
+    sinks = make_pair(choice, model, batch, formation, seed=seed, max_rows=rows)
     setting = Setting(model, batch, formation, sinks, _readout_layers(model, formation, readout_blocks), rows)
     skipped: dict[str, str] = {}
     trials = _trials(setting, stages, control_draws, seed, skipped)
@@ -110,10 +108,8 @@ def run_chain(
     matrix = scoring.matrix(trials, result, sinks, stages, min_gap)
     scoring.check_identities(effects, matrix, sinks, dtype_of(model))
     config = {
-        "target": target,
-        "pair": sinks.kind,
-        "strength": strength if pair == "amplify_variance" else None,
-        "pair_layers": list(_root_layers(sinks)),
+        **choice.record(),
+        "pair_layers": list(sinks.root_layers),
         "stages": [stage.name for stage in stages],
         "claims": {stage.name: stage.claim for stage in stages},
         "readout_layers": list(setting.readout_layers),
@@ -139,18 +135,6 @@ def run_chain(
         tokens=[list(batch.labels[0])],
         **first_prompt(setting),
     )
-
-
-def _pair(model, batch, formation, target, kind, layers, strength, seed, rows) -> SinkPair:  # noqa: ANN001
-    if target == "natural":
-        return natural_pair(batch, formation, seed)
-    return induced_pair(
-        model, batch, formation, target, kind=kind, layers=layers, strength=strength, seed=seed, max_rows=rows
-    )
-
-
-def _root_layers(pair: SinkPair) -> tuple[int, ...]:
-    return tuple(sorted({layer for roots in pair.runs.values() for root in roots for layer in root.layers}))
 
 
 def _readout_layers(model: Model, formation: Formation, blocks: int) -> tuple[int, ...]:
@@ -189,7 +173,7 @@ def _trials(
 
 def _baseline(setting: Setting) -> list:
     """For the natural sink: the same metric at ordinary positions takes the place of a run without a sink."""
-    if setting.pair.kind != "natural":
+    if not setting.pair.is_natural:
         return []
     return [readouts.attention_ordinary("ordinary", setting.readout_layers, setting.pair.ordinary)]
 

@@ -34,7 +34,6 @@ from sinklens.cli.common import (
     fail,
     given_formation,
     load,
-    target_of,
     write_report,
 )
 
@@ -62,7 +61,10 @@ def everything(
 ) -> None:
     """Find the formation, score the chain, run every analysis, write the report; can be interrupted and taken up."""
     with errors():
-        if target_of(str(target), length) == "natural" or n < 2:
+        from sinklens.pairs import PairChoice
+
+        PairChoice(target).check(length)
+        if n < 2:
             fail(TOO_FEW.format(f"--n is {n}"))
         given = given_formation(block, super_neurons, outlier_dims)
         chosen = () if only is None else tuple(part.strip() for part in only.split(","))

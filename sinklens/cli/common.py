@@ -24,6 +24,7 @@ from sinklens.records.ranges import integers
 if TYPE_CHECKING:
     from sinklens.engine.run import Progress
     from sinklens.models.view import Model
+    from sinklens.pairs.choice import Target
     from sinklens.prompts import PromptBatch
 
 
@@ -261,18 +262,14 @@ def write_report(out: Path) -> Path | None:
 TOO_FEW = "the chain compares variances over prompts, so it needs at least 2 of them, and {}"
 
 
-def target_of(text: str, length: int) -> int | str:
-    """``--target`` as a position, or natural."""
-    if text == "natural":
-        return text
-    try:
-        target = int(text)
-    except ValueError:
-        fail(f"--target {text!r} must be a position such as 10, or natural")
-    if length < 3:
-        fail(f"--length {length} must be at least 3: a target needs earlier and later tokens")
-    if target == 0:
-        fail("--target 0 has no earlier tokens to aggregate: choose a later position, or natural")
-    if not 0 < target < length - 1:
-        fail(f"--target {target} must be in 1..{length - 2}: with --length {length} it needs later tokens")
-    return target
+def target_of(text: str, length: int) -> Target:
+    """``--target`` as a position that prompts of ``length`` tokens have, or natural.
+
+    Raises:
+        InputError: it is neither.
+    """
+    from sinklens.pairs.choice import PairChoice, target_from_text
+
+    choice = PairChoice(target_from_text(text))
+    choice.check(length)
+    return choice.target

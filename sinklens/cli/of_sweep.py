@@ -33,13 +33,13 @@ from sinklens.cli.common import (
     fail,
     given_formation,
     load,
-    target_of,
 )
 from sinklens.cli.display import sweep_display
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
 from sinklens.cli.tables import console
 from sinklens.cli.tables_sweep import judged_table, overview_table, strongest_table, verified_table
 from sinklens.edits import Edit
+from sinklens.pairs.choice import Target, target_from_text
 from sinklens.readouts.named import ReadoutLike
 from sinklens.records.plain import to_plain
 from sinklens.records.ranges import Range, integers
@@ -74,7 +74,7 @@ FORMS = {
     Companions: Form(write=list, type=list[str]),
     Range: Form(),  # ranges are read by the request
     Sequence[int]: Form(integers),
-    int | str: Form(write=str),  # the target, which is read when the length is known
+    Target: Form(lambda _option, text: target_from_text(text), str),
     tuple[int, int]: Form(_shard),
 }
 """How the arguments of a sweep are written."""
@@ -112,46 +112,41 @@ def _run(
     force: Annotated[bool, typer.Option("--force", help="Replace what an earlier sweep has left there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    formation = given_formation(block, super_neurons, outlier_dims)
+    given = given_formation(block, super_neurons, outlier_dims)
     spec = {"model": model, "dtype": dtype.value, "backend": backend.value, "devices": devices}
     defaults = {option.name: option.parameter.default for option in OPTIONS}
-    chosen = {**defaults, **options, "target": target_of(str(options["target"]), length)}
-    chosen |= {"out": out, "force": force, "memory_budget": budget(memory_budget), "model_spec": spec}
+    chosen = {**defaults, **options, "out": out, "force": force, "model_spec": spec}
+    chosen["memory_budget"] = budget(memory_budget)
     request, execution = Request.of(chosen), Execution.of(chosen)
     # All that can be said before the model is loaded.
-    request.positions_in(length)
+    request.check_length(length)
     prepare(execution)
+    where = {"model": model, "device": device, "devices": devices, "dtype": dtype, "backend": backend}
+    where |= {"prompts": prompts, "n": n, "length": length, "bos": bos, "seed": request.seed}
     began = time.monotonic()
-    try:
-        with sweep_display() as display:
-            loaded, batch = load(
-                display.step,
-                model=model,
-                device=device,
-                dtype=dtype,
-                backend=backend,
-                prompts=prompts,
-                n=n,
-                length=length,
-                bos=bos,
-                seed=request.seed,
-                devices=devices,
-            )
-            if formation:
-                display.step("finding the formation block")
-                found = find_formation(loaded, batch, memory_budget=execution.memory_budget, **formation)
-                request = replace(request, formation=found)
-            display.step("planning")
-            execution = replace(execution, progress=display.rows, planned=display.planned)
-            result = run_sweep(loaded, batch, request, execution)
-    except KeyboardInterrupt as error:
-        told = str(error).partition(";")[0] or "interrupted"
-        typer.echo(f"sinklens: {told}; run the same command again to go on", err=True)
-        raise typer.Exit(130) from None
+    result = _sweep(request, execution, where, given)
     if as_json:
         _print_json(result, out)
     else:
         _print(result, execution, time.monotonic() - began)
+
+
+def _sweep(request: Request, execution: Execution, where: dict[str, Any], given: dict[str, Any]) -> SweepResult:
+    """Load what ``where`` says, and sweep; ``given`` is what the user says of the formation."""
+    try:
+        with sweep_display() as display:
+            model, batch = load(display.step, **where)
+            if given:
+                display.step("finding the formation block")
+                formation = find_formation(model, batch, memory_budget=execution.memory_budget, **given)
+                request = replace(request, formation=formation)
+            display.step("planning")
+            execution = replace(execution, progress=display.rows, planned=display.planned)
+            return run_sweep(model, batch, request, execution)
+    except KeyboardInterrupt as error:
+        told = str(error).partition(";")[0] or "interrupted"
+        typer.echo(f"sinklens: {told}; run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
 
 
 def _print_json(result: SweepResult, out: Path) -> None:

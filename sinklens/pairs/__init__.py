@@ -1,25 +1,25 @@
-"""Sink pairs: two runs on the same tokens, one without a sink at a position and one with."""
+"""Sink pairs: two runs on the same tokens, one without a sink at a position and one with.
 
-from sinklens.pairs.pair import (
-    Direction,
-    PairChoice,
-    PairKind,
-    SinkPair,
-    check_target,
-    induced_pair,
-    make_pair,
-    natural_pair,
-    ordinary_positions,
-)
+:class:`~sinklens.pairs.choice.PairChoice` says which, :func:`~sinklens.pairs.pair.make_pair` makes them.
+"""
+
+from sinklens.pairs.choice import NATURAL, InducedKind, PairChoice, PairKind, check_target, is_natural, target_positions
+from sinklens.pairs.pair import Direction, SinkPair, induced_pair, make_pair, natural_pair, ordinary_positions
+from sinklens.pairs.subset import pair_for_prompts
 
 __all__ = [
     "Direction",
+    "InducedKind",
+    "NATURAL",
     "PairChoice",
     "PairKind",
     "SinkPair",
     "check_target",
     "induced_pair",
+    "is_natural",
     "make_pair",
     "natural_pair",
     "ordinary_positions",
+    "pair_for_prompts",
+    "target_positions",
 ]

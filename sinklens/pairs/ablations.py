@@ -13,20 +13,17 @@ Ablations are applied in the run that the direction patches: noised, the run wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from typing_extensions import override
 
-from sinklens.edits import AttendSelf, Constant, Edit, EditSite, Function, PerPrompt, Transplant
-from sinklens.edits.base import Gathered, Read
+from sinklens.edits import Constant, Edit, PerPrompt
 from sinklens.engine.capture import Want, capture_runs
 from sinklens.errors import InputError
 from sinklens.models.view import Model, model_shape
 from sinklens.pairs.pair import SinkPair
-from sinklens.patches import Patch
+from sinklens.pairs.subset import roots_for_prompts
 from sinklens.prompts import PromptBatch
 from sinklens.sites import HookSite
 from sinklens.statistics import generator
@@ -34,8 +31,6 @@ from sinklens.statistics import generator
 NAMES = ("transplant", "zero", "mean", "resample")
 """Edits by name."""
 
-_SAME_FOR_ALL = (Transplant, Constant, AttendSelf, Function)
-"""Edits that do not look prompts up."""
 _CHUNK_BYTES = 1 << 28
 """Activations kept at once while means are taken."""
 
@@ -48,41 +43,6 @@ def check_edit(edit: str | Edit) -> None:
     """
     if not isinstance(edit, Edit) and edit not in NAMES:
         raise InputError(f"edit {edit!r} is not known: choose from {', '.join(NAMES)}, or give an Edit")
-
-
-@dataclass(frozen=True, eq=False)
-class Shifted(Edit):
-    """Another edit, told the number of each prompt among all prompts where only some are run."""
-
-    name: str = "shifted"
-    edit: Edit = Transplant()
-    """The edit."""
-    offset: int = 0
-    """Number of the first prompt that is run."""
-
-    @property
-    @override
-    def reads(self) -> tuple[Read, ...]:
-        return self.edit.reads
-
-    @property
-    @override
-    def uses_source(self) -> bool:
-        return self.edit.uses_source
-
-    @override
-    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
-        return self.edit(x, source, replace(at, prompts=at.prompts + self.offset))
-
-
-def for_prompts(edit: Edit, first: int) -> Edit:
-    """``edit`` as it is for prompts that are numbered from ``first`` on."""
-    return edit if first == 0 or isinstance(edit, _SAME_FOR_ALL) else Shifted(edit.name, edit, first)
-
-
-def roots_for_prompts(roots: Sequence[Patch], first: int) -> tuple[Patch, ...]:
-    """A run's root patches as they are for prompts that are numbered from ``first`` on."""
-    return tuple(replace(root, edit=for_prompts(root.edit, first)) for root in roots)
 
 
 def ablation(

@@ -10,7 +10,6 @@ from sinklens.edits import Edit
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.view import Model, ModelShape, device_of, dtype_of, model_shape
-from sinklens.pairs.pair import PairChoice, check_target
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.named import fingerprint
 from sinklens.records.ranges import Numbers, short, within
@@ -52,12 +51,6 @@ class Choices(Request):
     length: int
     """Tokens of each."""
 
-    @property
-    def pair_choice(self) -> PairChoice:
-        """The pair."""
-        target = self.target if isinstance(self.target, int) else "natural"
-        return PairChoice(target, self.pair, self.strength, self.pair_layers)
-
     def as_json(self) -> dict[str, Any]:
         """What ``sweep.json`` holds under ``choices``, and what tells one sweep from another."""
         asked = {field.name: _plain(getattr(self, field.name)) for field in fields(Request)}
@@ -68,7 +61,7 @@ class Choices(Request):
             left_out |= {"companions"}
         return {
             **{name: value for name, value in asked.items() if name not in left_out},
-            "pair": "natural" if self.target == "natural" else self.pair,
+            **self.pair_choice.record(),
             "strength": self.strength if self.pair == "amplify_variance" else None,
             **{name: self.origin[name] for name in ("model", "weight_digest", "dtype")},
             "prompts": self.prompts,
@@ -87,9 +80,8 @@ def resolve(request: Request, model: Model, batch: PromptBatch) -> Choices:
         InputError: something that the model or the prompts do not have.
     """
     shape = model_shape(model)
-    if isinstance(request.target, int):
-        check_target(batch, request.target)
-    allowed = ("noise",) if request.target == "natural" else ("denoise", "noise")
+    request.check_length(batch.length)  # before any work
+    allowed = ("noise",) if request.pair_choice.is_natural else ("denoise", "noise")
     resolved = {
         "layers": window_starts(request.layers, request.window, shape.n_layers),
         "positions": request.positions_in(batch.length),

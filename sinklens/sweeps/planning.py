@@ -11,7 +11,7 @@ from sinklens.engine.run import run_patches
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation, find_formation, formation_from_json
 from sinklens.models.view import Model, ModelShape, model_shape
-from sinklens.pairs.pair import make_pair
+from sinklens.pairs import make_pair
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.named import needs_answers

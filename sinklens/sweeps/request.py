@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from sinklens.edits import Edit
 from sinklens.errors import InputError
 from sinklens.formation import Formation
+from sinklens.pairs import InducedKind, PairChoice
 from sinklens.pairs.ablations import check_edit
+from sinklens.pairs.choice import Target
 from sinklens.readouts.named import ReadoutLike, check_readout, readout_name
 from sinklens.records.ranges import Numbers, read, within
 from sinklens.sweeps.companions import Companion, read_companions
 from sinklens.sweeps.places import Place, Units, find_place, place_name, read_units
 
-InducedKind: TypeAlias = Literal["block_aggregation", "amplify_variance"]
 Answers: TypeAlias = tuple[Sequence[int], Sequence[int]]
 METHODS = ("exact", "attribution", "screen")
 """How effects are found: by running every patch; estimated from gradients (:mod:`sinklens.attribution`); or estimated,
@@ -45,7 +46,7 @@ class Request:
     """Edits, or their names."""
     directions: tuple[str, ...] | None
     """``denoise``, ``noise`` or both; ``None``: all that the pair has."""
-    target: int | str
+    target: Target
     """Position that is made a sink, or ``natural``."""
     pair: InducedKind
     """How it is made."""
@@ -88,10 +89,25 @@ class Request:
             InputError: what is wrong whatever the model.
         """
         request = Request(**{**{field.name: arguments[field.name] for field in fields(Request)}, **_read(arguments)})
+        request.pair_choice.check()
         _check_lists(request)
         _check_directions(request)
         _check_numbers(request)
         return request
+
+    @property
+    def pair_choice(self) -> PairChoice:
+        """The sink that is asked for."""
+        return PairChoice(self.target, self.pair, self.strength, self.pair_layers)
+
+    def check_length(self, length: int) -> None:
+        """Make sure that prompts of ``length`` tokens have what is asked for.
+
+        Raises:
+            InputError: they do not.
+        """
+        self.pair_choice.check(length)
+        self.positions_in(length)
 
     def positions_in(self, length: int) -> Numbers:
         """The positions, in prompts of ``length`` tokens, or ``target``.
@@ -157,7 +173,7 @@ def _check_directions(request: Request) -> None:
     for name in request.directions:
         if name not in ("denoise", "noise"):
             raise InputError(f"direction {name!r}: choose denoise or noise")
-        if name == "denoise" and request.target == "natural":
+        if name == "denoise" and request.pair_choice.is_natural:
             raise InputError("target natural can only be noised: there is no run without that sink to denoise")
     if not request.directions:
         raise InputError("directions must be denoise, noise, or both")
@@ -174,8 +190,6 @@ def _check_numbers(request: Request) -> None:
         raise InputError(f"top {request.top} must be at least 1, and sample {request.sample} at least 3")
     if not request.min_gap >= 0:
         raise InputError(f"min_gap {request.min_gap} must be 0 or more")
-    if isinstance(request.target, str) and request.target != "natural":
-        raise InputError(f"target {request.target!r} must be a position, or natural")
 
 
 def edit_name(edit: str | Edit) -> str:

@@ -12,6 +12,8 @@ from sinklens.engine.run import Progress
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.view import Model
+from sinklens.pairs import InducedKind
+from sinklens.pairs.choice import Target
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.named import ReadoutLike
 from sinklens.records.ranges import AtLeast, Range
@@ -23,7 +25,7 @@ from sinklens.sweeps.plan import ModelSpec, Plan
 from sinklens.sweeps.planning import Planner
 from sinklens.sweeps.ray.cluster import Cluster
 from sinklens.sweeps.ray.crew import run_ray
-from sinklens.sweeps.request import Answers, InducedKind, Request
+from sinklens.sweeps.request import Answers, Request
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.screening import verify
 from sinklens.sweeps.shards import FolderShards, MemoryShards
@@ -64,7 +66,7 @@ def sweep(
     directions: Annotated[
         str | Sequence[str] | None, "denoise, noise; both by default (the natural sink can only be noised)."
     ] = None,
-    target: Annotated[int | str, "Position that is made a sink, or `natural` for the data's own."] = 10,
+    target: Annotated[Target, "Position that is made a sink, or `natural` for the data's own."] = 10,
     pair: Annotated[InducedKind, "How the sink is made at the target."] = "block_aggregation",
     strength: Annotated[float, "Lambda of amplify_variance."] = 8.0,
     pair_layers: Annotated[Sequence[int] | None, "Blocks of that intervention, such as 0-2."] = None,

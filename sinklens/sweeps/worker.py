@@ -20,9 +20,10 @@ from sinklens.edits import Constant, Edit, Transplant
 from sinklens.engine.memory import row_budget
 from sinklens.engine.run import PatchResult, PatchRunner, Progress, run_patches
 from sinklens.models.view import Model, model_shape
-from sinklens.pairs.ablations import ablation, for_prompts, roots_for_prompts
-from sinklens.pairs.pair import Direction, SinkPair, make_pair
-from sinklens.patches import Patch, Positions, Source
+from sinklens.pairs import Direction, SinkPair, make_pair, pair_for_prompts
+from sinklens.pairs.ablations import ablation
+from sinklens.pairs.subset import edit_for_prompts
+from sinklens.patches import Patch, Positions
 from sinklens.readouts.named import Context, baseline, build, readout_name
 from sinklens.sweeps.grid import Cells, StageAxis, Task
 from sinklens.sweeps.plan import Plan
@@ -111,7 +112,7 @@ class Worker:
         """``[readout, prompt]`` in the runs without and with the sink; NaN where the natural sink has none without."""
         pair = group.pair
         anchored = np.stack([result.runs[pair.with_sink.run][name].numpy() for name in self._names])
-        if pair.kind != "natural":
+        if not pair.is_natural:
             return np.stack([result.runs[pair.without.run][name].numpy() for name in self._names]), anchored
         missing = np.full(anchored.shape[1], np.nan)
         return np.stack([group.ordinary.get(name, missing) for name in self._names]), anchored
@@ -136,7 +137,7 @@ class Worker:
         return Group(task.first_prompt, pair, self._ordinary(pair, context), runner)
 
     def _ordinary(self, pair: SinkPair, context: Context) -> dict[str, np.ndarray]:
-        if pair.kind != "natural":
+        if not pair.is_natural:
             return {}
         found = {readout_name(readout): baseline(readout, context) for readout in self.plan.choices.readouts}
         some = [readout for readout in found.values() if readout is not None]
@@ -202,7 +203,7 @@ class Worker:
                     site=axis.site,
                     layers=axis.layers,
                     positions=group.pair.target,
-                    edit=for_prompts(edit, group.first),
+                    edit=edit_for_prompts(edit, group.first),
                     units=axis.together,
                     run=run,
                     source=source if edit.uses_source else None,
@@ -225,7 +226,7 @@ class Worker:
         axis, window = self.plan.grid.stages[stage], self.plan.grid.window
         layers = tuple(sorted({start + step for start in axis.layers for step in range(window)}))
         wanted = self.plan.choices.edits[number]
-        return for_prompts(self._kept(("swept", stage, number), wanted, axis, layers), first)
+        return edit_for_prompts(self._kept(("swept", stage, number), wanted, axis, layers), first)
 
     def _kept(self, key: tuple[str, int, int], wanted: str | Edit, axis: StageAxis, layers: tuple[int, ...]) -> Edit:
         """One object for all patches of a kind, which the engine then runs as one kernel."""
@@ -244,21 +245,3 @@ class Worker:
 
 def _direction(name: str) -> Direction:
     return "denoise" if name == "denoise" else "noise"
-
-
-def pair_for_prompts(pair: SinkPair, first: int, last: int) -> SinkPair:
-    """A pair on prompts ``first .. last - 1`` alone."""
-
-    def source(of_all: Source) -> Source:
-        where = of_all.positions
-        return of_all if where is None else Source(of_all.run, Positions.of(where).prompts(first, last))
-
-    return SinkPair(
-        kind=pair.kind,
-        target=pair.target.prompts(first, last),
-        runs={run: roots_for_prompts(roots, first) for run, roots in pair.runs.items()},
-        without=source(pair.without),
-        with_sink=source(pair.with_sink),
-        ordinary=pair.ordinary[first:last],
-        reference=pair.reference.prompts(first, last),
-    )

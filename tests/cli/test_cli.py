@@ -31,13 +31,13 @@ from tests.helpers.synthetic import synthetic_result
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        (["--target", "16"], ["--target 16 must be in 1..14", "--length 16"]),
-        (["--target", "15"], ["--target 15 must be in 1..14", "later tokens"]),  # nobody comes after the last
-        (["--target", "-1"], ["--target -1 must be in 1..14"]),
-        (["--target", "0"], ["--target 0 has no earlier tokens", "choose a later position"]),
-        (["--target", "first"], ["--target 'first' must be a position such as 10, or natural"]),
-        (["--target", "1.5"], ["--target '1.5' must be a position"]),
-        (["--target", "1", "--length", "2"], ["--length 2 must be at least 3"]),
+        (["--target", "16"], ["target 16 must be in 1..14", "16 tokens"]),
+        (["--target", "15"], ["target 15 must be in 1..14", "later tokens"]),  # nobody comes after the last
+        (["--target", "-1"], ["target -1 must be in 1..14"]),
+        (["--target", "0"], ["target 0 has no earlier tokens", "choose a later position"]),
+        (["--target", "first"], ["target 'first' must be a position such as 10, or natural"]),
+        (["--target", "1.5"], ["target '1.5' must be a position"]),
+        (["--target", "1", "--length", "2"], ["prompts of 2 tokens must be at least 3 long"]),
         (["--n", "1"], ["needs at least 2", "--n is 1"]),
         (["--n", "1", "--pair", "amplify_variance"], ["variances over prompts", "--n is 1"]),
         (["--prompts", "missing.txt"], ["--prompts 'missing.txt' is neither", "check the path"]),

@@ -332,7 +332,7 @@ def test_names_that_are_not_known(tiny_llama: Any) -> None:
         ({"readouts": ["kl"]}, "readout 'kl' is not known: choose from attention_received"),
         ({"directions": ["sideways"]}, "direction 'sideways': choose denoise or noise"),
         ({"directions": ["denoise"], "target": "natural"}, "target natural can only be noised"),
-        ({"target": "first"}, "target 'first' must be a position, or natural"),
+        ({"target": "first"}, "target 'first' must be a position such as 10, or natural"),
         ({"target": LENGTH - 1}, r"target 11 must be in 1\.\.10"),
         ({"layers": "0-9"}, "layers 4, 5, 6, 7 and 2 more: the model's blocks are 0-3"),
         ({"layers": "3", "window": 2}, "layers 3: a window of 2 blocks from there goes beyond the model's last block"),

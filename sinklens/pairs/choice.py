@@ -1,0 +1,135 @@
+"""Which sink is asked for: one that is made at a position, and how, or the one that the data has.
+
+All that can be wrong with it whatever the model is told here, once, for chain, sweep and command line alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+from sinklens.edits import MeanAxis
+from sinklens.errors import InputError
+
+NATURAL = "natural"
+"""The target that stands for the sink that the data has; also how such a pair is called."""
+InducedKind = Literal["block_aggregation", "amplify_variance"]
+"""How a sink is made."""
+PairKind = Literal["block_aggregation", "amplify_variance", "natural"]
+"""How a sink came about."""
+Target: TypeAlias = int | Literal["natural"]
+"""A position, or ``natural``."""
+
+
+@dataclass(frozen=True)
+class PairChoice:
+    """A choice of two runs, before any model is there."""
+
+    target: Target = 10
+    """Position that is made a sink, or ``natural`` for the sink that the data has."""
+    kind: InducedKind = "block_aggregation"
+    """How the sink is made there: ``block_aggregation`` or ``amplify_variance``; not looked at for the natural sink."""
+    strength: float = 8.0
+    """Lambda of ``amplify_variance``."""
+    layers: tuple[int, ...] | None = None
+    """Blocks of the intervention; by default all up to the formation block, and for ``amplify_variance`` up to the
+    first formation blocks (while the first token's values still have the higher variance)."""
+    axis: MeanAxis = "prompts"
+    """What the mean that ``amplify_variance`` leaves in place is taken over (see
+    :func:`sinklens.edits.amplification`)."""
+
+    @property
+    def is_natural(self) -> bool:
+        """Whether the sink is the one that the data has."""
+        return self.target == NATURAL
+
+    @property
+    def position(self) -> int:
+        """The position that is made a sink.
+
+        Raises:
+            InputError: the sink is the one that the data has.
+        """
+        if isinstance(self.target, str):
+            raise InputError(f"target {self.target!r} is no position: a sink is made at one such as 10")
+        return self.target
+
+    def check(self, length: int | None = None) -> None:
+        """Refuse what is wrong whatever the model, given the ``length`` of the prompts where it is known.
+
+        Raises:
+            InputError: a target that is neither a position nor ``natural``, or that has no earlier or no later tokens;
+                an unknown kind; a strength that is not finite.
+        """
+        if self.kind not in get_args(InducedKind):
+            raise InputError(f"unknown pair {self.kind!r}: {' or '.join(get_args(InducedKind))}")
+        if not math.isfinite(self.strength):
+            raise InputError(f"strength {self.strength} must be a finite number")
+        if not self.is_natural:
+            check_target(self.target, length)
+
+    def record(self) -> dict[str, Any]:
+        """The choice as JSON holds it in records of chains and sweeps."""
+        amplified = not self.is_natural and self.kind == "amplify_variance"
+        return {
+            "target": self.target,
+            "pair": NATURAL if self.is_natural else self.kind,
+            "strength": self.strength if amplified else None,
+            "pair_layers": None if self.layers is None else list(self.layers),
+            **({} if self.axis == "prompts" else {"pair_axis": self.axis}),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> PairChoice:
+        """The inverse of :meth:`record`."""
+        layers = record["pair_layers"]
+        options: dict[str, Any] = {} if record["strength"] is None else {"strength": record["strength"]}
+        if not is_natural(record):
+            options["kind"] = record["pair"]
+        return cls(
+            target=record["target"],
+            layers=None if layers is None else tuple(layers),
+            axis=record.get("pair_axis", "prompts"),
+            **options,
+        )
+
+
+def is_natural(record: Mapping[str, Any]) -> bool:
+    """Whether a record of a chain or sweep (its ``config``) is of the sink that the data has."""
+    return record["pair"] == NATURAL
+
+
+def target_positions(length: int) -> range:
+    """The positions of a prompt that can be made a sink: with tokens before to aggregate, and after to attend."""
+    return range(1, length - 1)
+
+
+def target_from_text(text: str) -> Target:
+    """``10`` as 10 and ``natural`` as it is; other text too, for :meth:`PairChoice.check` to refuse."""
+    try:
+        return int(text)
+    except ValueError:
+        return cast(Target, text)
+
+
+def check_target(target: object, length: int | None = None) -> None:
+    """Make sure that a sink can be made at ``target``.
+
+    Raises:
+        InputError: it is no position, lies outside the sequence, or has no earlier or no later tokens.
+    """
+    if not isinstance(target, int):
+        raise InputError(f"target {target!r} must be a position such as 10, or {NATURAL}")
+    if target == 0:
+        raise InputError(f"target 0 has no earlier tokens to aggregate: choose a later position, or target {NATURAL}")
+    if length is None:
+        return
+    if not target_positions(length):
+        raise InputError(f"prompts of {length} tokens must be at least 3 long: a target needs earlier and later tokens")
+    if target not in target_positions(length):
+        raise InputError(
+            f"target {target} must be in 1..{length - 2}: prompts have {length} tokens, and a sink needs "
+            "later tokens that attend to it"
+        )
