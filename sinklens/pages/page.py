@@ -27,7 +27,7 @@ from sinklens.pages import views as _report_views
 from sinklens.pages.claims import Claim
 from sinklens.pages.gather import Gathered, Missing, Part, gather, of_result
 from sinklens.records.files import write_text
-from sinklens.records.printable import bdi, clip, shown
+from sinklens.records.printable import clip, templates
 from sinklens.viz.circuitsvis import frame_script, frame_style, library
 from sinklens.viz.diagram import chain_diagram
 
@@ -74,8 +74,6 @@ def render(run: Gathered | ChainResult | AnalysisResult) -> str:
     Raises:
         InputError: plotly or circuitsvis is missing.
     """
-    import jinja2
-
     gathered = run if isinstance(run, Gathered) else of_result(run)
     plotly = need("plotly.offline").get_plotlyjs()
     figures: dict[str, str] = {}
@@ -84,32 +82,27 @@ def render(run: Gathered | ChainResult | AnalysisResult) -> str:
     frames = any(chain["frames"] for chain in chains)
     texts = {"plotly": plotly, "page": _data("report.js")}
     texts |= {"circuitsvis": library(), "frame": frame_script()} if frames else {}
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sinklens.pages", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=shown,
-    )
-    environment.filters.update(bdi=bdi, clip=clip)
-    return environment.get_template("report.html.j2").render(
-        frame_style=frame_style() if frames else "",
-        **_head(gathered, chains, claims),
-        chains=chains,
-        claims=claims,
-        counted=_report_claims.counted(claims),
-        outcomes=_report_claims.by_outcome(claims),
-        facts=_report_run.facts(gathered),
-        parts=_report_run.parts(gathered),
-        origins=_report_run.origins(gathered),
-        missing=gathered.missing,
-        command=_report_run.whole_command(gathered),
-        figures=figures,
-        texts=texts,
-        policy=" ".join(f"'sha256-{_digest(text)}'" for text in texts.values()),
-        close=f"{CLOSE:g}",
-        half=f"{HALF:g}",
+    return (
+        templates("sinklens.pages")
+        .get_template("report.html.j2")
+        .render(
+            frame_style=frame_style() if frames else "",
+            **_head(gathered, chains, claims),
+            chains=chains,
+            claims=claims,
+            counted=_report_claims.counted(claims),
+            outcomes=_report_claims.by_outcome(claims),
+            facts=_report_run.facts(gathered),
+            parts=_report_run.parts(gathered),
+            origins=_report_run.origins(gathered),
+            missing=gathered.missing,
+            command=_report_run.whole_command(gathered),
+            figures=figures,
+            texts=texts,
+            policy=" ".join(f"'sha256-{_digest(text)}'" for text in texts.values()),
+            close=f"{CLOSE:g}",
+            half=f"{HALF:g}",
+        )
     )
 
 
@@ -165,8 +158,7 @@ def _chain(part: Part, result: ChainResult, anchor: str) -> dict[str, Any]:
         "subtitle": _report_chain.subtitle(result),
         "lead": lead,
         "paragraphs": paragraphs,
-        "wide": chain_diagram(result, name=anchor),
-        "tall": chain_diagram(result, name=anchor, vertical=True),
+        "diagram": chain_diagram(result),
         "drawn": drawn,
         "figures": list(drawn),
         "frames": _report_views.frames(result),

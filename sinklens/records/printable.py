@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
+import jinja2
 from markupsafe import Markup, escape
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066\u2067\ud800-\udfff\ufeff\ufffe\uffff]")
@@ -44,34 +45,15 @@ def shown(value: object) -> object:
     return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
-def clipped(text: str, letters: int) -> str:
-    """``text`` in one line of so many letters (see :func:`wrapped`)."""
-    return (wrapped(text, letters, 1) or [""])[0]
-
-
-def wrapped(text: str, letters: int, most: int) -> list[str]:
-    """At most so many lines of so many letters; what does not fit ends in an ellipsis. A wide letter counts twice."""
-    lines, line = [], ""
-    for word in clip(text, letters * most * 2).split(" "):
-        joined = f"{line} {word}" if line else word
-        if line and _wide(joined) > letters:
-            lines.append(line)
-            line = word
-        else:
-            line = joined
-    lines.append(line)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
-    return [_cut(item, letters) for item in lines]
-
-
-def _cut(text: str, letters: int) -> str:
-    if _wide(text) <= letters:
-        return text
-    while text and _wide(text) > letters - 1:
-        text = text[:-1]
-    return f"{text}…"
-
-
-def _wide(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+def templates(package: str) -> jinja2.Environment:
+    """The folder ``templates`` of a package: they escape all that they show, and know :func:`bdi` and :func:`clip`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(package),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=shown,
+    )
+    environment.filters.update(bdi=bdi, clip=clip)
+    return environment

@@ -99,12 +99,12 @@ def section(title: str, views: Mapping[str, RenderedHTML]) -> dict[str, Any]:
 
 def frame_style() -> str:
     """Style of a page of views."""
-    return resources.files("sinklens.viz").joinpath("frame.css").read_text(encoding="utf-8")
+    return resources.files("sinklens.viz").joinpath("templates", "frame.css").read_text(encoding="utf-8")
 
 
 def frame_script() -> str:
     """The script that draws views from their JSON."""
-    return resources.files("sinklens.viz").joinpath("frame.js").read_text(encoding="utf-8")
+    return resources.files("sinklens.viz").joinpath("templates", "frame.js").read_text(encoding="utf-8")
 
 
 def views_html(views: Mapping[str, RenderedHTML], title: str = "Attention") -> str:

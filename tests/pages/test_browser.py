@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from sinklens.pages.page import report
@@ -218,7 +220,7 @@ def test_dark_is_dark_and_readable(show, page):
             ".map(p => getComputedStyle(p).stroke)"
         )
         assert marks and all(contrast(colour, ground) > 4.5 for colour in set(marks))  # what the claim predicts
-        box = shown.run("return getComputedStyle(document.querySelector('.diagram svg text')).fill")
+        box = shown.run("return getComputedStyle(document.querySelector('.diagram .box .number')).color")
         assert contrast(box, ground) > 4.5
 
 
@@ -231,10 +233,50 @@ def test_no_width_needs_sideways_scrolling(show, page, width):
         "svg, .cards thead') && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 100))"
     )
     assert outside == []
-    visible = shown.run(
-        "return [...document.querySelectorAll('.diagram > div')].filter(e => e.checkVisibility()).map(e => e.className)"
+    diagrams = boxes(shown)
+    assert len(diagrams) == 2  # one for each chain
+    assert [beside(places) for places in diagrams] == [width > 390] * 2
+
+
+def boxes(shown: Page) -> list[list[list[float]]]:
+    """Where the boxes of every diagram lie: left, top, right, bottom."""
+    return shown.run(
+        "return [...document.querySelectorAll('.sinklens-chain')].map(e => [...e.querySelectorAll('.box, .bar')]"
+        ".map(e => e.getBoundingClientRect()).map(r => [r.left, r.top, r.right, r.bottom]))"
     )
-    assert visible == ["narrow-only" if width < 992 else "wide-only"] * 2  # one for each chain
+
+
+def beside(places: list[list[float]]) -> bool:
+    """Whether the stages lie beside one another, with the bar below; else they lie below one another, with it beside.
+
+    In either case nothing lies on anything.
+    """
+    *stages, bar = places
+    start, end = (0, 2) if stages[0][1] == stages[1][1] else (1, 3)
+    across = 1 - start
+    assert all(one[end] < other[start] for one, other in zip(stages, stages[1:], strict=False))
+    assert len({stage[across] for stage in stages}) == 1
+    assert all(stage[across + 2] < bar[across] for stage in stages)
+    return start == 0
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_diagram_of_its_own_finds_its_place(show, tmp_path, dark):
+    """As in a notebook: two on a page of other styles, the one with more stages is the first to go below."""
+    from sinklens import viz
+
+    result = made_result()
+    one = result.scores[result.scores.stage == "qk_locking"]
+    many = replace(result, scores=pd.concat([one.assign(stage=f"stage_{i}") for i in range(6)]))
+    page = "".join(viz.chain_diagram(item) for item in (many, result, many))
+    scheme = '<meta name="color-scheme" content="light dark">'
+    (tmp_path / "page.html").write_text(f"<!doctype html>{scheme}<body>{page}", encoding="utf-8")
+    for width, expected in ((1280, [True] * 3), (700, [False, True, False]), (390, [False] * 3)):
+        shown = show(tmp_path / "page.html", width, dark, ready="return document.readyState == 'complete'")
+        assert [beside(places) for places in boxes(shown)] == expected, width
+        assert shown.run("return document.documentElement.scrollWidth") <= width
+    ink = shown.run("return getComputedStyle(document.querySelector('.number')).color")
+    assert (luminance(ink) > 0.5) == dark
 
 
 def test_a_phone_gets_panels_and_rows_below_one_another(show, page):
