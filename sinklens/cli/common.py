@@ -254,7 +254,7 @@ def write_report(out: Path) -> Path | None:
         from sinklens.pages.page import report
 
         return report(out)
-    except InputError as error:  # plotly or circuitsvis is not installed: the numbers are saved all the same
+    except InputError as error:  # plotly or circuitsvis is missing, or of another version: the numbers are saved
         typer.echo(f"no report.html: {error}", err=True)
         return None
 

@@ -13,11 +13,11 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cache
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinklens.errors import need
+from sinklens.errors import InputError, need
 from sinklens.records.printable import clip, printable
 
 if TYPE_CHECKING:
@@ -39,12 +39,20 @@ def as_text(token: str, length: int = 60) -> str:
 
 
 def safe(view: RenderedHTML) -> RenderedHTML:
-    """The view with its data escaped."""
+    """The view with its data escaped.
+
+    Raises:
+        InputError: another version of CircuitsVis is installed, whose views are not understood.
+    """
     return type(view)(_escape_data(view.local_src), _escape_data(view.cdn_src))
 
 
 def component(view: RenderedHTML) -> tuple[str, dict[str, Any]]:
-    """Name and properties of the component that a view shows."""
+    """Name and properties of the component that a view shows.
+
+    Raises:
+        InputError: as :func:`safe`.
+    """
     source = view.local_src
     start = _data_start(source)
     name = re.compile(r"\s*,\s*CircuitsVis\.(\w+)\s*,\s*").match(source, start)
@@ -69,8 +77,11 @@ def _data_start(source: str) -> int:
     return call + len(name[1]) + 2
 
 
-def _unknown_version() -> RuntimeError:
-    return RuntimeError("this version of circuitsvis writes its views in another way: sinklens knows 1.43")
+def _unknown_version() -> InputError:
+    return InputError(
+        f"circuitsvis {metadata.version('circuitsvis')} writes its views in a way that sinklens does not know: "
+        "pip install 'circuitsvis>=1.43,<1.44'"
+    )
 
 
 @cache

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from sinklens import viz
+from sinklens.cli.common import write_report
 from sinklens.errors import InputError
 from sinklens.viz.chain import KINDS
+from sinklens.viz.circuitsvis import safe
 from tests.helpers.made_results import HOSTILE, N_BLOCKS, made_result
 
 pytest.importorskip("plotly")
@@ -217,6 +219,19 @@ def test_a_missing_package_is_one_clear_sentence(monkeypatch, package):
             viz.scores_figure(made_result())
         else:
             viz.attention_view(made_result(), "base")
+
+
+def test_another_version_of_circuitsvis_is_one_clear_sentence(monkeypatch, tmp_path, capsys):
+    from circuitsvis.utils.render import RenderedHTML
+
+    view = viz.attention_view(made_result(), "base")
+    for source in (view.local_src.replace("render(", "draw("), "<p></p>"):
+        with pytest.raises(InputError, match=r"circuitsvis 1\.43.* pip install 'circuitsvis>=1\.43,<1\.44'"):
+            safe(RenderedHTML(source, source))
+    monkeypatch.setattr("circuitsvis.tokens.colored_tokens", lambda *_, **__: RenderedHTML("<p></p>", "<p></p>"))
+    made_result().save(tmp_path / "run")
+    assert write_report(tmp_path / "run") is None  # the run itself is kept
+    assert capsys.readouterr().err.startswith("no report.html: circuitsvis")
 
 
 def test_no_global_theme_is_touched():
