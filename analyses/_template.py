@@ -35,7 +35,7 @@ STAGE = sl.Stage(
     units=lambda setting: setting.formation.neurons,
     experiments=(
         sl.stages.TRANSPLANT,
-        sl.Experiment("transplant", random_neurons, predicted=(0, 0), control="random_neurons", drawn=True),
+        sl.Experiment("transplant", random_neurons, predicted=sl.stages.NOTHING, control="random_neurons", drawn=True),
     ),
     readout=magnitude,
 )

@@ -42,8 +42,8 @@ STAGE = sl.Stage(
     experiments=(
         sl.stages.TRANSPLANT,
         sl.stages.ELSEWHERE,
-        sl.Experiment("direction_only", apply(DIRECTION_ONLY), predicted=(1, 1)),
-        sl.Experiment("direction_only", apply(NORM_ONLY), predicted=(0, 0), control="norm_only"),
+        sl.Experiment("direction_only", apply(DIRECTION_ONLY), predicted=sl.stages.ISOLATED),
+        sl.Experiment("direction_only", apply(NORM_ONLY), predicted=sl.stages.NOTHING, control="norm_only"),
     ),
     readout=norm,
 )

@@ -36,8 +36,10 @@ from .models import list_models as list_models
 from .models import load_model as load_model
 from .models import register_model as register_model
 from .pages import report as report
+from .pairs import PairChoice as PairChoice
 from .pairs import SinkPair as SinkPair
 from .pairs import induced_pair as induced_pair
+from .pairs import make_pair as make_pair
 from .pairs import natural_pair as natural_pair
 from .patches import Patch as Patch
 from .patches import Source as Source
@@ -47,6 +49,7 @@ from .readouts import Rows as Rows
 from .sites import HookSite as HookSite
 from .stages import CHAIN as CHAIN
 from .stages import Experiment as Experiment
+from .stages import Prediction as Prediction
 from .stages import Setting as Setting
 from .stages import Stage as Stage
 from .stages import register as register

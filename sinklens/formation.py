@@ -116,6 +116,31 @@ class Formation:
         return last
 
     @property
+    def up_to(self) -> tuple[int, ...]:
+        """The blocks up to the formation block, it included."""
+        return tuple(range(self.layer + 1))
+
+    def after(self, n_layers: int, blocks: int | None = 4) -> tuple[int, ...]:
+        """The ``blocks`` after the formation block, where attention is read (None: all that are left).
+
+        Args:
+            n_layers: blocks of the model.
+            blocks: how many, where there are as many.
+
+        Raises:
+            NotApplicableError: the formation block is the last.
+            InputError: fewer than one block is asked for.
+        """
+        if blocks is not None and blocks < 1:
+            raise InputError(f"attention has to be read in at least 1 block, not {blocks}")
+        first = self.layer + 1
+        if first >= n_layers:
+            raise NotApplicableError(
+                f"block {self.layer} is the model's last: no later block attends to the sink it forms"
+            )
+        return tuple(range(first, n_layers if blocks is None else min(first + blocks, n_layers)))
+
+    @property
     def neurons(self) -> tuple[int, ...]:
         """Indices of the super neurons."""
         return tuple(neuron.index for neuron in self.super_neurons)

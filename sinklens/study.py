@@ -21,7 +21,7 @@ from sinklens.edits.draws import others
 from sinklens.engine.capture import Want, capture_runs
 from sinklens.engine.memory import row_budget
 from sinklens.engine.run import PatchResult, Progress, run_patches
-from sinklens.errors import InputError, NotApplicableError
+from sinklens.errors import InputError
 from sinklens.formation import Formation, find_formation
 from sinklens.models.view import (
     BlockWeights,
@@ -35,6 +35,7 @@ from sinklens.models.view import (
     model_shape,
     weight_digest,
 )
+from sinklens.pairs.choice import target_positions
 from sinklens.pairs.pair import ordinary_positions
 from sinklens.patches import CLEAN, Patch, Runs
 from sinklens.prompts import PromptBatch
@@ -73,12 +74,43 @@ class Study:
 
     @cached_property
     def formation(self) -> Formation:
-        """Where the sink forms on these prompts.
+        """Where the sink forms on these prompts: found when it is first asked for, unless it has been set.
 
         Raises:
             NoSinkError: there is none.
         """
         return find_formation(self.model, self.batch, memory_budget=self.memory_budget, **self.given)
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        batch: PromptBatch,
+        formation: Formation | None = None,
+        *,
+        max_rows: int | None = None,
+        **options: Any,
+    ) -> Study:
+        """A study of which the formation, or how many rows fit in a forward pass, is known already.
+
+        Args:
+            model: the model.
+            batch: the prompts.
+            formation: where the sink forms; found when it is asked for if not given.
+            max_rows: rows for one forward pass, in place of the memory budget.
+            options: further fields.
+        """
+        study = cls(model, batch, **options)
+        if formation is not None:
+            study.formation = formation
+        if max_rows is not None:
+            study.max_rows = max_rows
+        return study
+
+    @property
+    def known_formation(self) -> Formation | None:
+        """:attr:`formation`, where it has been found or set; ``None`` where nothing has asked for it yet."""
+        return vars(self).get("formation")
 
     @cached_property
     def random(self) -> Study:
@@ -118,7 +150,7 @@ class Study:
     @property
     def up_to_formation(self) -> tuple[int, ...]:
         """The blocks up to the formation block, it included."""
-        return tuple(range(self.formation.layer + 1))
+        return self.formation.up_to
 
     @property
     def onset(self) -> tuple[int, ...]:
@@ -132,12 +164,7 @@ class Study:
             NotApplicableError: the formation block is the last.
             InputError: fewer than one block is asked for.
         """
-        if blocks is not None and blocks < 1:
-            raise InputError(f"attention has to be read in at least 1 block, not {blocks}")
-        first, n_layers = self.formation.layer + 1, self.shape.n_layers
-        if first >= n_layers:
-            raise NotApplicableError(f"block {first - 1} is the model's last: no later block attends to the sink there")
-        return tuple(range(first, n_layers if blocks is None else min(first + blocks, n_layers)))
+        return self.formation.after(self.shape.n_layers, blocks)
 
     def weights(self, layer: int) -> BlockWeights:
         """Weights of a block."""
@@ -151,17 +178,25 @@ class Study:
         """Mean over prompts of one number for each, with its bootstrap interval."""
         return mean_estimate(values, self.seed)
 
+    def draw_neurons(self, drawn: torch.Generator) -> tuple[int, ...]:
+        """As many neurons of the formation block as there are super neurons, drawn from the others."""
+        neurons = self.formation.neurons
+        return others(self.shape.d_mlp, neurons, drawn, len(neurons))
+
+    def draw_dims(self, drawn: torch.Generator) -> tuple[int, ...]:
+        """As many residual dimensions as there are outlier dimensions, drawn from the others."""
+        dims = self.formation.dims
+        return others(self.shape.d_model, dims, drawn, len(dims))
+
     def other_neurons(self, name: str, draws: int = 1) -> list[tuple[int, ...]]:
-        """Sets of as many neurons of the formation block as there are super neurons, drawn from the others."""
-        return self._others(self.shape.d_mlp, self.formation.neurons, name, draws)
+        """Sets of neurons drawn for ``name`` (see :meth:`draw_neurons`)."""
+        drawn = self.generator(name)
+        return [self.draw_neurons(drawn) for _ in range(draws)]
 
     def other_dims(self, name: str, draws: int = 1) -> list[tuple[int, ...]]:
-        """Sets of as many residual dimensions as there are outlier dimensions, drawn from the others."""
-        return self._others(self.shape.d_model, self.formation.dims, name, draws)
-
-    def _others(self, n: int, chosen: tuple[int, ...], name: str, draws: int) -> list[tuple[int, ...]]:
-        rng = self.generator(name)
-        return [others(n, chosen, rng, len(chosen)) for _ in range(draws)]
+        """Sets of residual dimensions drawn for ``name`` (see :meth:`draw_dims`)."""
+        drawn = self.generator(name)
+        return [self.draw_dims(drawn) for _ in range(draws)]
 
     def ordinary_position(self, name: str, exclude: Sequence[int] = ()) -> Int[Tensor, " prompt"]:
         """One ordinary position of every prompt, none of ``exclude``, drawn for ``name``.
@@ -180,11 +215,12 @@ class Study:
         Raises:
             InputError: when none does.
         """
-        last = self.batch.length - 2
-        fit = tuple(p for p in sorted(set(positions)) if 0 < p <= last and p not in self.formation.sink_positions)
+        allowed = target_positions(self.batch.length)
+        fit = tuple(p for p in sorted(set(positions)) if p in allowed and p not in self.formation.sink_positions)
         if not fit:
             raise InputError(
-                f"none of the positions {tuple(positions)} will do: give some in 1..{last} that are not the sink's own"
+                f"none of the positions {tuple(positions)} will do: give some in 1..{self.batch.length - 2} that are "
+                "not the sink's own"
             )
         return fit
 

@@ -10,6 +10,7 @@ from sinklens.analysis.base import Analysis, Findings, verdict
 from sinklens.chain.run import run_chain
 from sinklens.chain.verdicts import CLOSE, Finding, findings, overall
 from sinklens.stages import Stage
+from sinklens.stages.base import experiment_kind
 from sinklens.statistics import Estimate
 from sinklens.study import Study
 from sinklens.viz.charts import bars, mark
@@ -59,7 +60,7 @@ def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
         )
         found = findings(result)
         own = [item for item in found if not item.control]
-        deciding = [item for item in own if item.edit != "transplant"] or own
+        deciding = [item for item in own if experiment_kind(item.edit) == "mechanism"] or own
         worst = max(deciding, key=lambda item: _short_of(item))
         controls = [c for c in found if c.control and (c.edit, c.direction) == (worst.edit, worst.direction)]
         said = verdict(

@@ -54,12 +54,17 @@ def run_analysis(analysis: Analysis, study: Study, **options: Any) -> AnalysisRe
 
 def _formation(study: Study) -> dict[str, Any]:
     """Where the sink forms, if the analysis asked for it."""
-    found = vars(study).get("formation")
-    if found is None:
+    formation = study.known_formation
+    if formation is None:
         return {}
-    positions = sorted(set(found.sink_positions))
-    named = {"layer": found.layer, "super_neurons": list(found.neurons), "outlier_dims": list(found.dims)}
-    return {"formation": {**named, "sink_positions": positions}}
+    return {
+        "formation": {
+            "layer": formation.layer,
+            "super_neurons": list(formation.neurons),
+            "outlier_dims": list(formation.dims),
+            "sink_positions": sorted(set(formation.sink_positions)),
+        }
+    }
 
 
 def config_of(analysis: Analysis, study: Study, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class _Suite:
             if name == FORMATION:
                 data = json.loads((self.out / "formation.json").read_text(encoding="utf-8"))
                 # The analyses that still have to run need not look for it again.
-                self.study.__dict__["formation"] = formation_from_json(data)
+                self.study.formation = formation_from_json(data)
             elif name == CHAIN:
                 ChainResult.load(self.out / name)
             else:

@@ -51,7 +51,7 @@ def _places(setting: Setting) -> dict[str, tuple[Tensor, Positions]]:
         "target": (target, setting.pair.target),
         "ordinary position": (setting.pair.ordinary, setting.pair.reference),
     }
-    if setting.pair.kind != "natural":
+    if not setting.pair.is_natural:
         sink = torch.zeros(n, length)
         sink[torch.arange(n), torch.tensor(setting.formation.sink_positions)] = 1
         places["natural sink"] = (sink, sinks)

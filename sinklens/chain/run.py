@@ -15,25 +15,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
-from sinklens import readouts
 from sinklens.chain import scoring
 from sinklens.chain.checks import pair_checks
 from sinklens.chain.first_prompt import first_prompt
 from sinklens.chain.result import ChainResult
 from sinklens.chain.scoring import SINK, Trial
-from sinklens.engine.memory import row_budget
-from sinklens.engine.run import PatchResult, Progress, run_patches
+from sinklens.engine.run import PatchResult, PatchRunner, Progress
 from sinklens.errors import InputError, NotApplicableError
-from sinklens.formation import Formation, find_formation
-from sinklens.models.view import Model, dtype_of, model_shape
+from sinklens.formation import Formation
+from sinklens.models.view import Model, dtype_of
 from sinklens.pairs import InducedKind, PairChoice, make_pair
 from sinklens.pairs.choice import Target
 from sinklens.prompts import PromptBatch
+from sinklens.readouts.base import Readout
+from sinklens.readouts.named import Context, NamedReadout, named_readout
 from sinklens.stages import CHAIN, Stage
 from sinklens.stages.base import Setting
-from sinklens.statistics import generator
-from sinklens.study import provenance
+from sinklens.study import Study
+
+METRIC = "attention_received"
+"""Name of what is measured unless another is asked for."""
 
 
 def run_chain(
@@ -46,6 +49,7 @@ def run_chain(
     pair_layers: Sequence[int] | None = None,
     stages: Sequence[Stage] = CHAIN,
     formation: Formation | None = None,
+    metric: str | NamedReadout = METRIC,
     readout_blocks: int = 4,
     control_draws: int = 3,
     min_gap: float = 0.01,
@@ -65,7 +69,9 @@ def run_chain(
         pair_layers: blocks of that intervention (see :func:`sinklens.induced_pair` for the default).
         stages: stages to score, the six of the chain by default.
         formation: where the sink forms; found if not given.
-        readout_blocks: in how many blocks after the formation block attention is measured.
+        metric: what is measured of the sink, by name (:data:`sinklens.readouts.named.READOUTS`) or as a
+            :class:`~sinklens.readouts.named.NamedReadout`.
+        readout_blocks: in how many blocks after the formation block it is measured.
         control_draws: repetitions of everything that is drawn at random, averaged for each prompt.
         min_gap: least difference of the metric between the pair's runs; prompts with less are excluded.
         seed: fixes every draw and the bootstrap.
@@ -84,29 +90,21 @@ def run_chain(
         raise InputError("give at least one stage")
     choice = PairChoice(target, pair, strength, None if pair_layers is None else tuple(pair_layers))
     choice.check(batch.length)
-    formation = formation or find_formation(model, batch, memory_budget=memory_budget)
-    rows = max_rows or row_budget(model, batch.length, memory_budget)
-    sinks = make_pair(choice, model, batch, formation, seed=seed, max_rows=rows)
-    setting = Setting(model, batch, formation, sinks, _readout_layers(model, formation, readout_blocks), rows)
-    skipped: dict[str, str] = {}
-    trials = _trials(setting, stages, control_draws, seed, skipped)
+    limits: dict[str, Any] = {"memory_budget": memory_budget, "max_rows": max_rows}
+    study = Study.of(model, batch, formation, seed=seed, **limits)
+    sinks = make_pair(choice, model, batch, study.formation, seed=seed, max_rows=study.max_rows)
+    setting = Setting(study, sinks, study.after_formation(readout_blocks))
+
+    trials, skipped = _trials(setting, stages, control_draws)
     stages = [stage for stage in stages if any(trial.stage is stage for trial in trials)]
-    metric = readouts.attention_received(SINK, setting.readout_layers, sinks.target, batch.n)
-    measured = [metric, *(stage.readout(setting, stage) for stage in stages), *_baseline(setting)]
-    result = run_patches(
-        model,
-        batch,
-        [trial.patch for trial in trials],
-        measured,
-        runs=sinks.runs,
-        memory_budget=memory_budget,
-        max_rows=max_rows,
-        progress=progress,
-    )
+    measured = [*_metric(setting, metric), *(stage.readout(setting, stage) for stage in stages)]
+    runner = PatchRunner(model, batch, measured, runs=sinks.runs, **limits)
+    result = runner.run([trial.patch for trial in trials], progress)
+
     effects = scoring.effects(trials, result, sinks, SINK, min_gap)
     scoring.check_pair(effects, result, sinks, min_gap)
     matrix = scoring.matrix(trials, result, sinks, stages, min_gap)
-    scoring.check_identities(effects, matrix, sinks, dtype_of(model))
+    scoring.check_identities(effects, matrix, sinks, trials, dtype_of(model))
     config = {
         **choice.record(),
         "pair_layers": list(sinks.root_layers),
@@ -121,37 +119,57 @@ def run_chain(
         "prompts": batch.source,
         "n_skipped": batch.n_skipped,
         "not_applicable": skipped,
+        **_metric_record(metric),
     }
     return ChainResult(
         scores=scoring.scores(effects, trials, seed),
         effects=effects,
         matrix=scoring.summarise_matrix(matrix, seed),
         checks=pair_checks(setting),
-        formation=formation,
+        formation=study.formation,
         runs=_run_values(result),
         config=config,
-        provenance=provenance(model, batch),
+        provenance=study.provenance,
         engine=asdict(result.stats),
         tokens=[list(batch.labels[0])],
         **first_prompt(setting),
     )
 
 
-def _readout_layers(model: Model, formation: Formation, blocks: int) -> tuple[int, ...]:
-    n_layers = model_shape(model).n_layers
-    first = formation.layer + 1
-    if first >= n_layers:
-        raise NotApplicableError(
-            f"block {formation.layer} is the model's last: no later block attends to the sink it forms"
-        )
-    return tuple(range(first, min(first + blocks, n_layers)))
+def _metric(setting: Setting, metric: str | NamedReadout) -> list[Readout]:
+    """What is measured of the sink; with the natural one also at ordinary positions, in place of a run without it.
+
+    Raises:
+        InputError: an unknown name, a quantity that has no value at ordinary positions where one is needed, or one
+            that compares two tokens, which a chain is not told.
+    """
+    named, study = named_readout(metric), setting.study
+    if named.needs_answers:
+        raise InputError(f"metric {named.name!r} compares two tokens: sweep it, and give answers")
+    context = Context(
+        tokens=study.batch.tokens,
+        target=setting.pair.target,
+        ordinary=setting.pair.ordinary,
+        layers=setting.readout_layers,
+        n_layers=study.shape.n_layers,
+    )
+    if not setting.pair.is_natural:
+        return [named.make(SINK, context)]
+    if named.baseline is None:
+        raise InputError(f"metric {named.name!r} has no value at ordinary positions: give a target that is a position")
+    return [named.make(SINK, context), named.baseline(scoring.ORDINARY, context)]
 
 
-def _trials(
-    setting: Setting, stages: Sequence[Stage], draws: int, seed: int, skipped: dict[str, str] | None = None
-) -> list[Trial]:
-    """Every experiment's patches; those that the model does not allow are left out, and said in ``skipped``."""
-    trials = []
+def _metric_record(metric: str | NamedReadout) -> dict[str, str]:
+    """The metric's name, where it is not the usual one."""
+    name = named_readout(metric).name
+    return {} if name == METRIC else {"metric": name}
+
+
+def _trials(setting: Setting, stages: Sequence[Stage], draws: int) -> tuple[list[Trial], dict[str, str]]:
+    """Every experiment's patches; and why those are left out that the model does not allow."""
+    trials: list[Trial] = []
+    skipped: dict[str, str] = {}
     for stage in stages:
         for experiment in stage.experiments:
             for direction in setting.pair.directions:
@@ -159,23 +177,14 @@ def _trials(
                     # Seeded by name, so that a score does not depend on which other stages run.
                     name = f"{stage.name}/{experiment.edit}/{experiment.control}/{draw}"
                     try:
-                        patch = experiment.build(setting, stage, direction, generator(seed, name))
+                        patch = experiment.build(setting, stage, direction, setting.study.generator(name))
                     except NotApplicableError as error:
-                        if skipped is None:
-                            raise
                         skipped[f"{stage.name}/{experiment.edit}"] = str(error)
                         continue
                     trials.append(Trial(stage, experiment, direction, draw, patch))
     if not trials and skipped:
         raise NotApplicableError(next(iter(skipped.values())))
-    return trials
-
-
-def _baseline(setting: Setting) -> list:
-    """For the natural sink: the same metric at ordinary positions takes the place of a run without a sink."""
-    if not setting.pair.is_natural:
-        return []
-    return [readouts.attention_ordinary("ordinary", setting.readout_layers, setting.pair.ordinary)]
+    return trials, skipped
 
 
 def _run_values(result: PatchResult) -> dict[str, dict[str, list[float]]]:

@@ -16,9 +16,12 @@ from sinklens.pairs.effects import effect
 from sinklens.pairs.pair import Direction, SinkPair
 from sinklens.patches import Patch
 from sinklens.stages import Experiment, Stage
+from sinklens.stages.base import experiment_kind
 
 SINK = "sink"
 """Name of the metric's readout."""
+ORDINARY = "ordinary"
+"""Name of the same at ordinary positions, which the natural sink is compared with."""
 IDENTITY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 """How far from exactly 1 the identities may be, by dtype: rounding, in units of the effect."""
 
@@ -46,8 +49,8 @@ class Trial:
 def ends(result: PatchResult, pair: SinkPair, readout: str, direction: Direction) -> tuple[np.ndarray, np.ndarray]:
     """The metric's values per prompt in the run that is patched, and in the run that it would become."""
     with_sink = result.runs[pair.with_sink.run][readout].numpy()
-    if pair.kind == "natural":
-        return with_sink, result.runs[pair.with_sink.run]["ordinary"].numpy()
+    if pair.is_natural:
+        return with_sink, result.runs[pair.with_sink.run][ORDINARY].numpy()
     without = result.runs[pair.without.run][readout].numpy()
     return (without, with_sink) if direction == "denoise" else (with_sink, without)
 
@@ -103,7 +106,7 @@ def scores(effects: pd.DataFrame, trials: Sequence[Trial], seed: int) -> pd.Data
         key = (trial.stage.name, trial.experiment.edit, trial.direction, trial.experiment.control)
         by_key.setdefault(key, []).append(trial)
     mine = [by_key[tuple(key)] for key in scores[SCORE_KEYS].itertuples(index=False)]
-    scores["predicted"] = [m[0].experiment.predicted[m[0].direction == "noise"] for m in mine]
+    scores["predicted"] = [m[0].experiment.predicted.of(m[0].direction) for m in mine]
     scores["layers"] = [list(m[0].patch.layers) for m in mine]
     # Units that differ between draws are in the effects table, not here.
     scores["units"] = [list(m[0].patch.units) if len(m) == 1 and m[0].patch.units else None for m in mine]
@@ -115,12 +118,12 @@ def matrix(
     trials: Sequence[Trial], result: PatchResult, pair: SinkPair, stages: Sequence[Stage], min_gap: float
 ) -> pd.DataFrame:
     """Effects of every stage's transplant on every stage's readout, per prompt."""
-    chosen = [(i, t) for i, t in enumerate(trials) if t.experiment.edit == "transplant" and not t.experiment.control]
+    chosen = [(i, t) for i, t in enumerate(trials) if t.experiment.kind == "transplant" and not t.experiment.control]
     frames = []
     for index, trial in chosen:
         for readout in [stage.name for stage in stages] + [SINK]:
             patched = result.values[readout][index].numpy()
-            if pair.kind == "natural" and readout != SINK:
+            if pair.is_natural and readout != SINK:
                 # There is no run without the sink at this position: report the change relative to the sink's own value.
                 start, end = result.runs[pair.with_sink.run][readout].numpy(), 0.0
             else:
@@ -145,16 +148,20 @@ def summarise_matrix(matrix: pd.DataFrame, seed: int) -> pd.DataFrame:
     return matrix if matrix.empty else summarise(matrix, ["stage", "direction", "readout"], seed)
 
 
-def check_identities(effects: pd.DataFrame, matrix: pd.DataFrame, pair: SinkPair, dtype: torch.dtype) -> None:
+def check_identities(
+    effects: pd.DataFrame, matrix: pd.DataFrame, pair: SinkPair, trials: Sequence[Trial], dtype: torch.dtype
+) -> None:
     """Assert what must be exactly 1, up to rounding.
 
     Raises:
         EngineError: when it is not.
     """
-    if pair.kind == "natural":
+    if pair.is_natural:
         return
     tolerance = IDENTITY_TOLERANCE[dtype]
-    root = effects[(effects.stage == "value_aggregation") & (effects.edit == "transplant") & (effects.control == "")]
+    roots = {trial.stage.name for trial in trials if _is_root(trial, pair)}
+    transplants = effects.edit.map(experiment_kind) == "transplant"
+    root = effects[effects.stage.isin(roots) & transplants & (effects.control == "")]
     own = matrix[matrix.stage == matrix.readout] if len(matrix) else matrix
     for name, values in (("the transplant of the aggregated value", root), ("a stage's transplant", own)):
         off = (values.effect - 1).abs().max() if len(values) else 0.0
@@ -165,3 +172,10 @@ def check_identities(effects: pd.DataFrame, matrix: pd.DataFrame, pair: SinkPair
                 f"({worst.direction}) gave {worst.effect:.6f} in prompt {worst.prompt}; "
                 "the scores of this run cannot be trusted"
             )
+
+
+def _is_root(trial: Trial, pair: SinkPair) -> bool:
+    """Whether a trial exchanges all that the pair's intervention has made, where it has made it."""
+    patch = trial.patch
+    exchanged = trial.experiment.kind == "transplant" and not trial.experiment.control and patch.units is None
+    return exchanged and patch.site == pair.root_site and set(pair.root_layers) <= set(patch.layers)

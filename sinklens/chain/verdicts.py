@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from sinklens.chain.result import ChainResult
+from sinklens.pairs.choice import is_natural
 from sinklens.records.printable import isolated
 from sinklens.records.ranges import spans
 from sinklens.records.text import effect_text, join, number, pretty
+from sinklens.stages.base import experiment_kind
 
 CLOSE, HALF = 0.25, 0.5
 """Distances from the prediction: up to the first an effect agrees, above the second it speaks against."""
@@ -113,8 +115,8 @@ def summary(result: ChainResult) -> tuple[str, list[tuple[str, list[str]]]]:
     """A lead sentence, and sentences each on the set-up, the transplants, the mechanisms and the controls."""
     found = findings(result)
     own = [item for item in found if not item.control]
-    transplants = groups([item for item in own if item.edit == "transplant"])
-    mechanisms = groups([item for item in own if item.edit != "transplant"])
+    transplants = groups([item for item in own if experiment_kind(item.edit) == "transplant"])
+    mechanisms = groups([item for item in own if experiment_kind(item.edit) == "mechanism"])
     exact = [stage for (stage, _), items in transplants.items() if _exact_by_construction(items, result)]
     parts = [
         ("Set-up", [_setup(result)]),
@@ -151,7 +153,7 @@ def _setup(result: ChainResult) -> str:
     after = f"blocks {spans(config['readout_layers'])}"
     size = f"{_count(config['n_prompts'], 'prompt')} of {config['length']} tokens"
     mean = {run: {name: float(np.mean(v)) for name, v in values.items()} for run, values in runs.items()}
-    if config["pair"] == "natural":
+    if is_natural(config):
         values = next(iter(mean.values()), {})
         against = f", ordinary positions {number(values['ordinary'])}" if "ordinary" in values else ""
         where = spans(sorted(set(result.formation.sink_positions)))
@@ -191,7 +193,9 @@ def _transplants(grouped: Groups, exact: Sequence[str]) -> list[str]:
 
 def _exact_by_construction(items: Sequence[Finding], result: ChainResult) -> bool:
     root = set(result.config.get("pair_layers") or ())
-    rows = result.scores[(result.scores.stage == items[0].stage) & (result.scores.edit == "transplant")]
+    rows = result.scores[
+        (result.scores.stage == items[0].stage) & (result.scores.edit.map(experiment_kind) == "transplant")
+    ]
     covers = bool(root) and root <= set(rows.iloc[0].layers)
     return covers and all(abs(x - 1) < EXACT for item in items for x in (item.effect, item.low, item.high))
 

@@ -14,6 +14,7 @@ from sinklens.analysis.capabilities import Capabilities
 from sinklens.analysis.suite import SuiteResult
 from sinklens.chain.result import ChainResult
 from sinklens.formation import Formation
+from sinklens.pairs.choice import is_natural
 from sinklens.records.ranges import spans
 from sinklens.records.text import number
 from sinklens.statistics import Estimate, estimate_text
@@ -93,7 +94,7 @@ def _received(result: ChainResult) -> str:
     mean = {
         (run, name): sum(values) / len(values) for run, found in result.runs.items() for name, values in found.items()
     }
-    if config["pair"] == "natural":
+    if is_natural(config):
         return (
             f"Attention received from later queries: {mean['natural', 'sink']:.3f} by the sink, "
             f"{mean['natural', 'ordinary']:.3f} by an ordinary position,"

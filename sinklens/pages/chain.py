@@ -11,8 +11,10 @@ import pandas as pd
 from sinklens.chain.result import ChainResult
 from sinklens.chain.verdicts import Finding, findings, groups, overall
 from sinklens.formation import Formation
+from sinklens.pairs.choice import is_natural
 from sinklens.records.ranges import spans
 from sinklens.records.text import NONE, effect_text, heading, interval_text, number, pretty
+from sinklens.stages.base import experiment_kind
 from sinklens.viz.chain import chain_matrix, directions
 
 MARKS = {"agrees": "✓", "beyond": "↑", "partly": "≈", "unclear": "?", "against": "✗"}
@@ -32,7 +34,7 @@ class Table:
 def sections(result: ChainResult) -> dict[str, Any]:
     """Everything but the figures, the views and the summary, by the names that the template uses."""
     return {
-        "natural": result.config["pair"] == "natural",
+        "natural": is_natural(result.config),
         "stages": stages(result),
         "claims": claims(result),
         "left_out": left_out(result),
@@ -46,8 +48,8 @@ def sections(result: ChainResult) -> dict[str, Any]:
 def subtitle(result: ChainResult) -> str:
     """How the sink came about, in a line."""
     config = result.config
-    made = "the sink that the data has" if config["pair"] == "natural" else f"a sink at position {config['target']}"
-    how = "" if config["pair"] == "natural" else f", made by {pretty(config['pair'])}"
+    made = "the sink that the data has" if is_natural(config) else f"a sink at position {config['target']}"
+    how = "" if is_natural(config) else f", made by {pretty(config['pair'])}"
     return f"{made[:1].upper()}{made[1:]}{how}; formation block {result.formation.layer}"
 
 
@@ -62,10 +64,14 @@ def claims(result: ChainResult) -> list[dict[str, Any]]:
                 "name": f"{number_} {heading(stage)}",
                 "claim": result.config.get("claims", {}).get(str(stage), ""),
                 "transplant": [
-                    _answer(edit, items) for (_, edit), items in groups(own).items() if edit == "transplant"
+                    _answer(edit, items)
+                    for (_, edit), items in groups(own).items()
+                    if experiment_kind(str(edit)) == "transplant"
                 ],
                 "mechanisms": [
-                    _answer(edit, items) for (_, edit), items in groups(own).items() if edit != "transplant"
+                    _answer(edit, items)
+                    for (_, edit), items in groups(own).items()
+                    if experiment_kind(str(edit)) == "mechanism"
                 ],
                 "n_controls": len(controls),
                 "off": [
@@ -107,7 +113,7 @@ def stages(result: ChainResult) -> list[dict[str, Any]]:
     for stage, rows in result.scores.groupby("stage", sort=False):
         mine = [item for item in found if item.stage == stage]
         own = [item for item in mine if not item.control]
-        transplant = rows[(rows.edit == "transplant") & (rows.control == "")]
+        transplant = rows[(rows.edit.map(experiment_kind) == "transplant") & (rows.control == "")]
         first = (transplant if len(transplant) else rows).iloc[0]
         listed.append(
             {

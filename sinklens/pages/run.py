@@ -12,6 +12,7 @@ from sinklens.chain.result import ChainResult
 from sinklens.formation import Formation
 from sinklens.models.load import REGISTRY
 from sinklens.pages.gather import Gathered, Part, mapping
+from sinklens.pairs.choice import is_natural
 from sinklens.records.printable import isolated
 from sinklens.records.ranges import spans
 from sinklens.records.text import NONE, bytes_text, number, seconds_text
@@ -213,7 +214,7 @@ def _model(title: str) -> str:
 def _chain_code(result: ChainResult) -> str:
     config = result.config
     given = {"target": config["target"]}
-    if config["pair"] != "natural":
+    if not is_natural(config):
         given |= {"pair": config["pair"], "pair_layers": config["pair_layers"]}
         given |= {"strength": config["strength"]} if config["strength"] is not None else {}
     names = ["control_draws", "min_gap", "seed"]

@@ -7,26 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from sinklens.readouts.named import SHARES
 
-
-def effect(patched: np.ndarray, start: np.ndarray, end: np.ndarray | float, min_gap: float) -> np.ndarray:
+def effect(patched: np.ndarray, start: np.ndarray, end: np.ndarray | float, min_gap: np.ndarray | float) -> np.ndarray:
     """``(patched - start) / (end - start)``; NaN where ``|end - start| < min_gap``. Arrays broadcast."""
     gap = np.asarray(end - start, dtype=float)
-    safe = np.where(np.abs(gap) >= max(min_gap, np.finfo(float).tiny), gap, np.nan)
+    safe = np.where(np.abs(gap) >= np.maximum(min_gap, np.finfo(float).tiny), gap, np.nan)
     return (patched - start) / safe
 
 
 def gaps(
-    names: Sequence[str],
+    shares: Sequence[bool],
     base: Float[np.ndarray, "readout prompt"],
     anchored: Float[np.ndarray, "readout prompt"],
     min_gap: float,
 ) -> Float[np.ndarray, "readout prompt"]:
     """The least difference between the runs that an effect is divided by.
 
-    ``min_gap`` itself for shares; for others that part of the larger of the two values.
+    ``min_gap`` itself for ``shares`` (between 0 and 1); for other readouts that part of the larger of the two values.
     """
     scale = np.maximum(np.abs(base), np.abs(anchored))
-    share = np.array([name in SHARES for name in names])[:, None]
-    return np.where(share, min_gap, min_gap * scale)
+    return np.where(np.array(shares)[:, None], min_gap, min_gap * scale)

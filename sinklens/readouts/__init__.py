@@ -14,8 +14,12 @@ from sinklens.readouts.build import (
     over_positions,
     vector_readout,
 )
+from sinklens.readouts.named import READOUTS, Context, NamedReadout, named_readout, register_readout
 
 __all__ = [
+    "Context",
+    "NamedReadout",
+    "READOUTS",
     "PositionReadout",
     "Readout",
     "Rows",
@@ -25,6 +29,8 @@ __all__ = [
     "attention_received",
     "attention_rows",
     "deviation",
+    "named_readout",
     "over_positions",
+    "register_readout",
     "vector_readout",
 ]

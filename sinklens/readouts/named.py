@@ -1,14 +1,7 @@
-"""Readouts by name: what a sweep measures in every patched run.
+"""Readouts by name: what a chain, a sweep or an analysis measures in every patched run.
 
-===================  ===========================================================================================
-attention_received   mean attention that the target receives from later queries, over heads and readout blocks
-alpha                alpha_k of Gu et al. (ICLR 2025): the same with the target's own query counted
-sink_rate            Sink^eps_k of one prompt: share of (block, head) in which alpha_k exceeds ``eps``
-residual_norm        Euclidean norm of the residual stream that enters the readout blocks, at the target
-dominance            max_j |x_j| / mean_j |x_j| of that residual stream
-logit_diff           at the last position, logit of the answer minus logit of the alternative
-loss                 mean next-token cross entropy, nats
-===================  ===========================================================================================
+:data:`READOUTS` has them; a new one is a :class:`NamedReadout`, made known with :func:`register_readout`. What is
+measured follows from the name and a :class:`Context`: the prompts, where the sink is, the blocks that are read.
 
 The natural sink has no run without it. Its baseline is the same quantity at ordinary positions of the same run, where
 there is such a thing: ``logit_diff`` and ``loss`` have none, so they have values there and no effects.
@@ -18,24 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinklens import metrics, readouts
+from sinklens import metrics
 from sinklens.edits import Function
 from sinklens.errors import InputError
 from sinklens.patches import Positions
 from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens
+from sinklens.readouts.build import attention_ordinary, attention_received, over_positions, vector_readout
 from sinklens.sites import LOGITS, PATTERN, RESID_PRE
 
+Reduce = Callable[[Tensor, Rows], Tensor]
+"""``(activation, rows) -> [row]``."""
 ORDINARY = "/ordinary"
 """What the name of a readout at ordinary positions ends with."""
-
-ReadoutLike = str | Readout | Callable[[Tensor, Rows], Tensor]
-"""A name, a readout, or a function ``(logits [row pos d_vocab], rows) -> [row]``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +53,84 @@ class Context:
     """Number of the first of these prompts, for readouts that know all prompts."""
 
 
+Make = Callable[[str, Context], Readout]
+"""The column's name and what is known of the prompts, to the readout."""
+
+
+@dataclass(frozen=True, eq=False)
+class NamedReadout:
+    """A quantity that can be asked for by its name, on any prompts."""
+
+    name: str
+    """The name."""
+    make: Make
+    """``(column name, context) -> Readout``."""
+    baseline: Make | None = None
+    """The same quantity at ordinary positions, for the natural sink; ``None`` where there is no such thing."""
+    is_share: bool = False
+    """Whether it lies between 0 and 1, so that ``min_gap`` is an absolute difference; else a part of the value."""
+    needs_answers: bool = False
+    """Whether it compares two tokens, :attr:`Context.answers`."""
+    help: str = ""
+    """What it is, in a line."""
+
+
+ReadoutLike = str | NamedReadout | Readout | Reduce
+"""A name or what has one, a readout, or a function ``(logits [row pos d_vocab], rows) -> [row]``."""
+
+READOUTS: dict[str, NamedReadout] = {}
+"""Readouts by name."""
+
+
+def register_readout(readout: NamedReadout) -> NamedReadout:
+    """Make a readout known by its name.
+
+    Raises:
+        ValueError: another one has that name.
+    """
+    if READOUTS.get(readout.name, readout) is not readout:
+        raise ValueError(f"a readout named {readout.name!r} is already registered")
+    READOUTS[readout.name] = readout
+    return readout
+
+
+def named_readout(readout: str | NamedReadout) -> NamedReadout:
+    """The readout of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if isinstance(readout, NamedReadout):
+        return readout
+    if readout not in READOUTS:
+        raise InputError(f"readout {readout!r} is not known: choose from {', '.join(READOUTS)}")
+    return READOUTS[readout]
+
+
+def _named(readout: ReadoutLike) -> NamedReadout | None:
+    """What a readout is known by; ``None`` for one of the user's own that has no name of this kind."""
+    return named_readout(readout) if isinstance(readout, (str, NamedReadout)) else None
+
+
 def readout_name(readout: ReadoutLike) -> str:
     """The name that the table has for a readout."""
     if isinstance(readout, str):
         return readout
-    return readout.name if isinstance(readout, Readout) else getattr(readout, "__name__", type(readout).__name__)
+    if isinstance(readout, (NamedReadout, Readout)):
+        return readout.name
+    return getattr(readout, "__name__", type(readout).__name__)
+
+
+def is_share(readout: ReadoutLike) -> bool:
+    """Whether a readout is known to lie between 0 and 1."""
+    named = _named(readout)
+    return named is not None and named.is_share
+
+
+def needs_answers(readout: ReadoutLike) -> bool:
+    """Whether a readout compares two tokens."""
+    named = _named(readout)
+    return named is not None and named.needs_answers
 
 
 def check_readout(readout: ReadoutLike) -> None:
@@ -73,16 +139,16 @@ def check_readout(readout: ReadoutLike) -> None:
     Raises:
         InputError: an unknown name, or neither name nor readout nor function.
     """
-    if isinstance(readout, str) and readout not in READOUTS:
-        raise InputError(f"readout {readout!r} is not known: choose from {', '.join(READOUTS)}")
-    if not isinstance(readout, (str, Readout)) and not callable(readout):
+    if _named(readout) is None and not isinstance(readout, Readout) and not callable(readout):
         raise InputError(f"readout {readout!r} must be a name, a Readout, or a function of logits and rows")
 
 
 def fingerprint(readout: ReadoutLike) -> object:
     """What tells a readout from another, in plain data."""
-    if isinstance(readout, str):
-        return readout
+    named = _named(readout)
+    if named is not None:
+        # A name of the package's own says it all: what it means changes with the version alone.
+        return named.name if _OWN.get(named.name) is named else [named.name, _code(named.make)]
     if not isinstance(readout, Readout):
         return [readout_name(readout), _code(readout)]
     functions = [readout.reduce, readout.combine]
@@ -97,10 +163,11 @@ def _code(function: Any) -> str:
 
 def build(readout: ReadoutLike, context: Context) -> Readout:
     """The readout of that name; one of the user's own is told the number of each prompt among all."""
-    if isinstance(readout, str):
-        return READOUTS[readout](readout, context)
+    named = _named(readout)
+    if named is not None:
+        return named.make(named.name, context)
     if not isinstance(readout, Readout):
-        readout = Readout(readout_name(readout), LOGITS, (context.n_layers,), readout)
+        readout = Readout(readout_name(readout), LOGITS, (context.n_layers,), cast(Reduce, readout))
     if context.offset == 0:
         return readout
     return _shifted(readout, context.offset, len(context.tokens))
@@ -125,21 +192,18 @@ def _numbered(tokens: Tokens, offset: int) -> Tokens:
 
 def baseline(readout: ReadoutLike, context: Context) -> Readout | None:
     """The same quantity at ordinary positions; ``None`` where there is no such thing."""
-    make = BASELINES.get(readout) if isinstance(readout, str) else None
-    return None if make is None else make(f"{readout}{ORDINARY}", context)
-
-
-def needs_answers(all_readouts: tuple[ReadoutLike, ...]) -> bool:
-    """Whether some readout compares two tokens."""
-    return "logit_diff" in all_readouts
+    named = _named(readout)
+    if named is None or named.baseline is None:
+        return None
+    return named.baseline(f"{named.name}{ORDINARY}", context)
 
 
 def _received(name: str, context: Context) -> Readout:
-    return readouts.attention_received(name, context.layers, context.target, len(context.tokens))
+    return attention_received(name, context.layers, context.target, len(context.tokens))
 
 
 def _received_ordinary(name: str, context: Context) -> Readout:
-    return readouts.attention_ordinary(name, context.layers, context.ordinary)
+    return attention_ordinary(name, context.layers, context.ordinary)
 
 
 def _alpha_by_head(context: Context) -> tuple[Callable[[Tensor, Tokens], Tensor], Callable[[int], Tensor]]:
@@ -159,15 +223,13 @@ def _alpha_by_head(context: Context) -> tuple[Callable[[Tensor, Tokens], Tensor]
 
 def _alpha(name: str, context: Context) -> Readout:
     at, weigh = _alpha_by_head(context)
-    return readouts.over_positions(name, PATTERN, context.layers, lambda row, tokens: at(row, tokens).mean(1), weigh)
+    return over_positions(name, PATTERN, context.layers, lambda row, tokens: at(row, tokens).mean(1), weigh)
 
 
 def _sink_rate(name: str, context: Context) -> Readout:
     at, weigh = _alpha_by_head(context)
     eps = context.eps
-    return readouts.over_positions(
-        name, PATTERN, context.layers, at, weigh, lambda alphas: (alphas > eps).float().mean((0, 2))
-    )
+    return over_positions(name, PATTERN, context.layers, at, weigh, lambda alphas: (alphas > eps).float().mean((0, 2)))
 
 
 def _alpha_ordinary(name: str, context: Context) -> Readout:
@@ -181,7 +243,7 @@ def _sink_rate_ordinary(name: str, context: Context) -> Readout:
 def _of_residual(function: Callable[[Tensor], Tensor]) -> Callable[[str, Context], Readout]:
     def make(name: str, context: Context) -> Readout:
         n = len(context.tokens)
-        return readouts.vector_readout(name, RESID_PRE, context.layers, context.target, n, lambda x, _: function(x))
+        return vector_readout(name, RESID_PRE, context.layers, context.target, n, lambda x, _: function(x))
 
     return make
 
@@ -214,7 +276,7 @@ def _logit_diff(name: str, context: Context) -> Readout:
     def weigh(length: int) -> Tensor:
         return (torch.arange(length) == length - 1).float().expand(n, -1)
 
-    return readouts.over_positions(name, LOGITS, (context.n_layers,), at, weigh)
+    return over_positions(name, LOGITS, (context.n_layers,), at, weigh)
 
 
 def _loss(name: str, context: Context) -> Readout:
@@ -227,28 +289,52 @@ def _loss(name: str, context: Context) -> Readout:
     def weigh(length: int) -> Tensor:
         return (torch.arange(length) < length - 1).float().expand(len(prompts), -1) / (length - 1)
 
-    return readouts.over_positions(name, LOGITS, (context.n_layers,), at, weigh)
+    return over_positions(name, LOGITS, (context.n_layers,), at, weigh)
 
 
-READOUTS: dict[str, Callable[[str, Context], Readout]] = {
-    "attention_received": _received,
-    "alpha": _alpha,
-    "sink_rate": _sink_rate,
-    "residual_norm": _of_residual(metrics.vector_norm),
-    "dominance": _of_residual(metrics.dominance_ratio),
-    "logit_diff": _logit_diff,
-    "loss": _loss,
-}
-"""Readouts by name."""
+for _readout in (
+    NamedReadout(
+        "attention_received",
+        _received,
+        _received_ordinary,
+        is_share=True,
+        help="mean attention that the target receives from later queries, over heads and readout blocks",
+    ),
+    NamedReadout(
+        "alpha",
+        _alpha,
+        _alpha_ordinary,
+        is_share=True,
+        help="alpha_k of Gu et al. (ICLR 2025): the same with the target's own query counted",
+    ),
+    NamedReadout(
+        "sink_rate",
+        _sink_rate,
+        _sink_rate_ordinary,
+        is_share=True,
+        help="Sink^eps_k of one prompt: share of (block, head) in which alpha_k exceeds eps",
+    ),
+    NamedReadout(
+        "residual_norm",
+        _of_residual(metrics.vector_norm),
+        _of_residual_ordinary(metrics.vector_norm),
+        help="Euclidean norm of the residual stream that enters the readout blocks, at the target",
+    ),
+    NamedReadout(
+        "dominance",
+        _of_residual(metrics.dominance_ratio),
+        _of_residual_ordinary(metrics.dominance_ratio),
+        help="max_j |x_j| / mean_j |x_j| of that residual stream",
+    ),
+    NamedReadout(
+        "logit_diff",
+        _logit_diff,
+        needs_answers=True,
+        help="at the last position, logit of the answer minus logit of the alternative",
+    ),
+    NamedReadout("loss", _loss, help="mean next-token cross entropy, nats"),
+):
+    register_readout(_readout)
 
-BASELINES: dict[str, Callable[[str, Context], Readout]] = {
-    "attention_received": _received_ordinary,
-    "alpha": _alpha_ordinary,
-    "sink_rate": _sink_rate_ordinary,
-    "residual_norm": _of_residual_ordinary(metrics.vector_norm),
-    "dominance": _of_residual_ordinary(metrics.dominance_ratio),
-}
-"""The same at ordinary positions, for the natural sink."""
-
-SHARES = ("attention_received", "alpha", "sink_rate")
-"""Readouts between 0 and 1, for which ``min_gap`` is an absolute difference."""
+_OWN = dict(READOUTS)
+"""Those of the package."""

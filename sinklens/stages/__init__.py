@@ -3,9 +3,9 @@
 A :class:`Stage` is a claim about *where* the effect passes: a site, blocks, units, and a readout that says how far it
 has gone. Each :class:`Experiment` tests it: a *transplant* (does the stage carry the effect?), *mechanism* edits (by
 what the claim names?), and for each a *control* of equal size that should do nothing of the kind. ``predicted`` is what
-the claim says the (denoise, noise) effects are. Isolating edits carry over only the mechanism: 1 and 1. Removing edits
-take the mechanism away: putting what is left into the base run should not restore the sink (0), and taking it out of
-the anchored run should remove it (1); for their controls it is the other way round.
+the claim says the effects are (a :class:`Prediction`). Isolating edits carry over only the mechanism: 1 and 1. Removing
+edits take the mechanism away: putting what is left into the base run should not restore the sink (0), and taking it out
+of the anchored run should remove it (1); for their controls it is the other way round.
 
 The weight counterfactuals (permuted z, rotated W_out rows) are written as activation edits: no weight is touched.
 """
@@ -13,7 +13,19 @@ The weight counterfactuals (permuted z, rotated W_out rows) are written as activ
 from __future__ import annotations
 
 from sinklens.edits.draws import others
-from sinklens.stages.base import ISOLATED, NOTHING, REMOVED, SPARED, STAGES, Experiment, Setting, Stage, register
+from sinklens.stages.base import (
+    ISOLATED,
+    NOTHING,
+    REMOVED,
+    SPARED,
+    STAGES,
+    Experiment,
+    Prediction,
+    Setting,
+    Stage,
+    experiment_kind,
+    register,
+)
 from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_dims, other_neurons, other_positions
 from sinklens.stages.down_projection import DOWN_PROJECTION
 from sinklens.stages.qk_locking import QK_LOCKING
@@ -35,6 +47,7 @@ __all__ = [
     "Experiment",
     "ISOLATED",
     "NOTHING",
+    "Prediction",
     "QK_LOCKING",
     "STAGES",
     "REMOVED",
@@ -46,6 +59,7 @@ __all__ = [
     "TRANSPLANT",
     "VALUE_AGGREGATION",
     "W_O_ALIGNMENT",
+    "experiment_kind",
     "other_dims",
     "other_neurons",
     "other_positions",

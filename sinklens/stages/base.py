@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Generator, Tensor
@@ -18,51 +19,66 @@ from sinklens.edits.general import OfSource
 from sinklens.engine.capture import ActivationStore, Want, capture_runs
 from sinklens.errors import InputError
 from sinklens.formation import Formation
-from sinklens.models.view import BlockWeights, Model, ModelShape, block_weights, model_shape
+from sinklens.models.view import BlockWeights, Model, ModelShape
 from sinklens.pairs.pair import Direction, SinkPair
 from sinklens.patches import Patch, Positions, Source, Where
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.build import vector_readout
 from sinklens.sites import HookSite
+from sinklens.study import Study
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
     """What a stage may know."""
 
-    model: Model
-    """The model."""
-    batch: PromptBatch
-    """The prompts."""
-    formation: Formation
-    """Formation block, super neurons, outlier dimensions, sink positions."""
+    study: Study
+    """The model, the prompts, and what was found in them."""
     pair: SinkPair
     """The runs with and without the sink."""
     readout_layers: tuple[int, ...]
-    """Blocks just after formation in which attention to the target is measured."""
-    max_rows: int
-    """Rows for one forward pass."""
+    """Blocks just after formation in which the metric is measured."""
     _stores: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+        return self.study.model
+
+    @property
+    def batch(self) -> PromptBatch:
+        """The prompts."""
+        return self.study.batch
+
+    @property
+    def formation(self) -> Formation:
+        """Formation block, super neurons, outlier dimensions, sink positions."""
+        return self.study.formation
 
     @property
     def shape(self) -> ModelShape:
         """The sizes of the model."""
-        return model_shape(self.model)
+        return self.study.shape
 
     @property
     def weights(self) -> BlockWeights:
         """The weights of the formation block."""
-        return block_weights(self.model, self.formation.layer)
+        return self.study.weights(self.formation.layer)
+
+    @property
+    def max_rows(self) -> int:
+        """Rows for one forward pass."""
+        return self.study.max_rows
 
     @property
     def up_to_formation(self) -> tuple[int, ...]:
         """All blocks up to the formation block, itself included."""
-        return tuple(range(self.formation.layer + 1))
+        return self.study.up_to_formation
 
     @property
     def after_formation(self) -> tuple[int, ...]:
-        """The blocks after the formation block, up to the last one in which attention is measured."""
+        """The blocks after the formation block, up to the last one in which the metric is measured."""
         return tuple(range(self.formation.layer + 1, max(self.readout_layers) + 1))
 
     def patch(
@@ -162,23 +178,37 @@ class Setting:
 Build = Callable[[Setting, "Stage", Direction, Generator], Patch]
 
 
-Prediction = tuple[float, float]
+@dataclass(frozen=True)
+class Prediction:
+    """What a claim says the effects of an edit are; NaN where it does not say."""
+
+    denoise: float
+    """Effect in the run without the sink: 1 when the edit restores all of it."""
+    noise: float
+    """Effect in the run with the sink: 1 when the edit takes all of it away."""
+
+    def of(self, direction: Direction) -> float:
+        """The effect in one direction."""
+        return self.denoise if direction == "denoise" else self.noise
 
 
-ISOLATED: Prediction = (1.0, 1.0)
-"""Effects (denoise, noise) that the claim predicts when only the mechanism is carried over."""
-
-
-REMOVED: Prediction = (0.0, 1.0)
+ISOLATED = Prediction(denoise=1.0, noise=1.0)
+"""Effects that the claim predicts when only the mechanism is carried over."""
+REMOVED = Prediction(denoise=0.0, noise=1.0)
 """And when only the mechanism is taken away."""
-
-
-NOTHING: Prediction = (0.0, 0.0)
+NOTHING = Prediction(denoise=0.0, noise=0.0)
 """Control of an isolating edit: what is carried over is beside the point."""
-
-
-SPARED: Prediction = (1.0, 0.0)
+SPARED = Prediction(denoise=1.0, noise=0.0)
 """Control of a removing edit: what is taken away is beside the point."""
+
+
+ExperimentKind = Literal["transplant", "mechanism"]
+"""A transplant asks whether the stage carries the effect; a mechanism edit, whether by what the claim names."""
+
+
+def experiment_kind(edit: str) -> ExperimentKind:
+    """The kind of an experiment by the name of its edit, which is what tables have of it."""
+    return "transplant" if edit == "transplant" else "mechanism"
 
 
 @dataclass(frozen=True)
@@ -186,15 +216,35 @@ class Experiment:
     """One edit of a stage, or a control of one."""
 
     edit: str
-    """Name of the edit."""
+    """Name of the edit; ``transplant`` is the one that exchanges the stage's activation."""
     build: Build
     """``(setting, stage, direction, generator) -> Patch``."""
     predicted: Prediction
-    """(denoise, noise) effect if the claim holds."""
+    """The effects if the claim holds; the two numbers (denoise, noise) will do."""
     control: str = ""
     """What it is a control by; empty for the effect itself."""
     drawn: bool = False
     """Whether it has a random draw, and is repeated over several."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.predicted, Prediction):
+            object.__setattr__(self, "predicted", _prediction(self.edit, self.predicted))
+
+    @property
+    def kind(self) -> ExperimentKind:
+        """Transplant or mechanism."""
+        return experiment_kind(self.edit)
+
+
+def _prediction(edit: str, numbers: Any) -> Prediction:
+    try:
+        denoise, noise = map(float, numbers)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"experiment {edit!r}: predicted is {numbers!r}, and must be a Prediction or two numbers, the effects when "
+            "denoising and when noising"
+        ) from error
+    return Prediction(denoise, noise)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import torch
 from torch import Generator
 
 from sinklens import edits
-from sinklens.edits.draws import others
 from sinklens.pairs.pair import Direction
 from sinklens.patches import Patch
 from sinklens.stages.base import ISOLATED, NOTHING, Experiment, Setting, Stage
@@ -47,11 +46,9 @@ ELSEWHERE = Experiment("transplant", _elsewhere, NOTHING, control="other_positio
 
 def other_neurons(setting: Setting, generator: Generator) -> tuple[int, ...]:
     """As many neurons of the formation block as there are super neurons, drawn from the others."""
-    neurons = setting.formation.neurons
-    return others(setting.shape.d_mlp, neurons, generator, len(neurons))
+    return setting.study.draw_neurons(generator)
 
 
 def other_dims(setting: Setting, generator: Generator) -> tuple[int, ...]:
     """As many residual dimensions as there are outlier dimensions, drawn from the others."""
-    dims = setting.formation.dims
-    return others(setting.shape.d_model, dims, generator, len(dims))
+    return setting.study.draw_dims(generator)

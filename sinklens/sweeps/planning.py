@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from sinklens.engine.run import run_patches
-from sinklens.errors import InputError, NotApplicableError
+from sinklens.errors import InputError
 from sinklens.formation import Formation, find_formation, formation_from_json
 from sinklens.models.view import Model, ModelShape, model_shape
 from sinklens.pairs import make_pair
@@ -18,6 +18,7 @@ from sinklens.readouts.named import needs_answers
 from sinklens.records.ranges import Numbers
 from sinklens.sites import LOGITS
 from sinklens.stages.base import Setting
+from sinklens.study import Study
 from sinklens.sweeps.axes import make_grid
 from sinklens.sweeps.choices import Choices, resolve
 from sinklens.sweeps.companions import companion_axis
@@ -75,7 +76,8 @@ class Planner:
     def _plan(self, choices: Choices, found: Found, identity: str | None = None) -> Plan:
         model, batch, rows = self.model, self.batch, self.execution.rows(self.model, self.batch.length)
         pair = make_pair(choices.pair_choice, model, batch, found.formation, seed=choices.seed, max_rows=rows)
-        setting = Setting(model, batch, found.formation, pair, found.readout_layers, rows)
+        study = Study.of(model, batch, found.formation, max_rows=rows, seed=choices.seed)
+        setting = Setting(study, pair, found.readout_layers)
         grid = make_grid(choices, setting)
         return Plan(
             choices=choices,
@@ -103,7 +105,7 @@ class Planner:
                 f"the formation was found on {len(formation.sink_positions)} prompts, and there are {batch.n}"
             )
         answers = choices.answers
-        if answers is None and needs_answers(choices.readouts):
+        if answers is None and any(needs_answers(readout) for readout in choices.readouts):
             answers = top_two(self.model, batch, budget)
         return Found(formation, layers_read(choices.readout_layers, model_shape(self.model), formation), answers)
 
@@ -134,12 +136,7 @@ def layers_read(chosen: Numbers, shape: ModelShape, formation: Formation) -> tup
         return chosen
     if chosen == "last":
         return tuple(range(max(0, shape.n_layers - READOUT_BLOCKS), shape.n_layers))
-    first = formation.layer + 1
-    if first >= shape.n_layers:
-        raise NotApplicableError(
-            f"block {formation.layer} is the model's last: no later block attends to the sink it forms"
-        )
-    return tuple(range(first, min(first + READOUT_BLOCKS, shape.n_layers)))
+    return formation.after(shape.n_layers, READOUT_BLOCKS)
 
 
 def top_two(model: Model, batch: PromptBatch, memory_budget: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from sinklens.pairs.effects import effect, gaps
 from sinklens.patches import Positions
-from sinklens.readouts.named import readout_name
+from sinklens.readouts.named import is_share, readout_name
 from sinklens.sweeps.grid import Cells, Task
 from sinklens.sweeps.plan import Plan
 from sinklens.sweeps.schema import SCHEMA, text_column
@@ -43,7 +43,8 @@ def tabulate(plan: Plan, task: Task, cells: Cells, numbers: Numbers, target: Pos
     grid, value = plan.grid, numbers.value
     n_patches, n_readouts, n_prompts = value.shape
     names = tuple(readout_name(readout) for readout in plan.choices.readouts)
-    gap = gaps(names, numbers.base, numbers.anchored, plan.choices.min_gap)
+    shares = [is_share(readout) for readout in plan.choices.readouts]
+    gap = gaps(shares, numbers.base, numbers.anchored, plan.choices.min_gap)
 
     def each_patch(values: np.ndarray) -> np.ndarray:
         return np.repeat(values, n_readouts * n_prompts)

@@ -20,6 +20,7 @@ from sinklens.chain.result import ChainResult
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.records.text import heading, pretty
+from sinklens.stages.base import experiment_kind
 from sinklens.viz.charts import INK, need_plotly, styled
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def score_rows(result: ChainResult) -> pd.DataFrame:
         for edit, rows in group.groupby("edit", sort=False):
             controls = sorted(rows.control.unique(), key=bool)  # stable: the edit itself first
             for control in controls:
-                kind = "control" if control else "transplant" if edit == "transplant" else "mechanism"
+                kind = "control" if control else experiment_kind(str(edit))
                 label = f"control: {_label(control)}" if control else _label(edit)
                 records.append({"stage": stage, "edit": edit, "control": control, "kind": kind, "label": label})
     return pd.DataFrame(records).rename_axis("row").reset_index()

@@ -23,6 +23,7 @@ from sinklens.pairs.pair import induced_pair
 from sinklens.prompts import PromptBatch
 from sinklens.sites import Z
 from sinklens.stages.base import Setting
+from sinklens.study import Study
 from tests.helpers.one_at_a_time import OneAtATime, cache_of, read
 from tests.helpers.tiny import hooks_left
 
@@ -183,7 +184,8 @@ def test_side_effects_are_reported(result):
 def test_scores_equal_one_patch_at_a_time(smollm2, few, few_formation, small):
     """All experiments of two stages: a full forward pass for each patch, direction and prompt, effects by hand."""
     pair = induced_pair(smollm2, few, few_formation, TARGET)
-    setting = Setting(smollm2, few, few_formation, pair, tuple(small.config["readout_layers"]), 8)
+    study = Study.of(smollm2, few, few_formation, max_rows=8)
+    setting = Setting(study, pair, tuple(small.config["readout_layers"]))
     metric = readouts.attention_received(SINK, setting.readout_layers, (TARGET,), few.n)
     slow = OneAtATime(smollm2, few.tokens, [metric], pair.runs)
     roots = {"base": [], "anchored": interventions.block_aggregation(TARGET, range(FORMATION_BLOCK + 1))}
@@ -191,7 +193,7 @@ def test_scores_equal_one_patch_at_a_time(smollm2, few, few_formation, small):
         run: [read(cache_of(smollm2, few.tokens[[i]], hooks, slow.names), metric, i) for i in range(few.n)]
         for run, hooks in roots.items()
     }
-    trials = _trials(setting, TWO_STAGES, 1, seed=0)
+    trials, _ = _trials(setting, TWO_STAGES, 1)
     assert len(trials) == 2 * sum(len(stage.experiments) for stage in TWO_STAGES) == len(small.effects) / few.n
     for trial in trials:
         rows = small.effects[small.effects.patch_id == trial.patch.id].set_index("prompt")

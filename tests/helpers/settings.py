@@ -12,6 +12,7 @@ from sinklens.formation import find_formation
 from sinklens.pairs.pair import induced_pair, natural_pair
 from sinklens.prompts import from_tokens
 from sinklens.stages.base import Setting
+from sinklens.study import Study
 
 N, LENGTH, TARGET = 3, 12, 4
 
@@ -31,4 +32,4 @@ def setting_for(model: Any, kind: str = "block_aggregation") -> Setting:
     else:
         formation = replace(formation, sink_positions=(0, 0, 0))
         pair = induced_pair(model, batch, formation, TARGET, kind=kind)  # type: ignore[arg-type]
-    return Setting(model, batch, formation, pair, (2, 3), 8)
+    return Setting(Study.of(model, batch, formation, max_rows=8), pair, (2, 3))
