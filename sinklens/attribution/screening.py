@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
@@ -32,6 +33,30 @@ KINDS = ("estimate", "sample", "top")
 
 
 @dataclass(frozen=True, eq=False)
+class Chosen:
+    """The patches that are run exactly, of many that were estimated."""
+
+    top: Int[Tensor, " top"]
+    """Those with the largest absolute mean estimate, the largest first."""
+    sample: Int[Tensor, " sample"]
+    """Those that were drawn at random from all patches (some of the top may be among them), ascending."""
+
+    @cached_property
+    def verified(self) -> Int[Tensor, " run_patch"]:
+        """All of them, ascending."""
+        return torch.cat([self.top, self.sample]).unique()
+
+    def kinds(self, patches: Int[Tensor, " patch"]) -> Int[np.ndarray, " patch"]:
+        """What is known of each patch, as an index into :data:`KINDS`."""
+        drawn, large = torch.isin(patches, self.sample), torch.isin(patches, self.top)
+        return torch.where(large, 2, drawn.long()).numpy()
+
+    def sampled(self, patches: Int[Tensor, " patch"]) -> Bool[np.ndarray, " patch"]:
+        """Whether each patch was drawn, those of the top included."""
+        return torch.isin(patches, self.sample).numpy()
+
+
+@dataclass(frozen=True, eq=False)
 class Screen:
     """Estimates of all patches, and exact values of those that were run. Changes are ``M_patched - M_run``."""
 
@@ -41,12 +66,8 @@ class Screen:
     """Estimated changes, on the CPU."""
     exact: Float[Tensor, "run_patch prompt"]
     """Exact changes of the patches in :attr:`verified`, on the CPU."""
-    verified: Int[Tensor, " run_patch"]
-    """The patches that were run, ascending."""
-    top: Int[Tensor, " top"]
-    """Those with the largest absolute mean estimate, the largest first."""
-    sample: Int[Tensor, " sample"]
-    """Those that were drawn at random from all patches (some of the top may be among them), ascending."""
+    chosen: Chosen
+    """Which were run, and why."""
     spearman: Estimate
     """Rank correlation of estimate and exact change, means over prompts, on the random sample; intervals are
     bootstraps over its patches."""
@@ -54,6 +75,21 @@ class Screen:
     """The same of their absolute values: whether what looks large is large, which is what screening rests on."""
     kendall: Estimate
     """Kendall's tau-b of estimate and exact change on the random sample."""
+
+    @property
+    def verified(self) -> Int[Tensor, " run_patch"]:
+        """The patches that were run, ascending."""
+        return self.chosen.verified
+
+    @property
+    def top(self) -> Int[Tensor, " top"]:
+        """Those with the largest absolute mean estimate, the largest first."""
+        return self.chosen.top
+
+    @property
+    def sample(self) -> Int[Tensor, " sample"]:
+        """Those that were drawn at random from all patches, ascending."""
+        return self.chosen.sample
 
     def exact_mean(self, patches: Int[Tensor, " patch"]) -> Float[Tensor, " patch"]:
         """Mean exact change over prompts of patches that were run."""
@@ -75,18 +111,15 @@ class Screen:
         n_prompts = self.estimates.shape[1]
         exact = torch.full((len(self.estimates), n_prompts), torch.nan, dtype=torch.float64)
         exact[self.verified] = self.exact
-        kind = torch.zeros(len(self.estimates), dtype=torch.long)
-        kind[self.sample], kind[self.top] = 1, 2
-        names = pd.Categorical.from_codes(kind[patches].repeat_interleave(n_prompts).numpy(), categories=KINDS)
-        sampled = torch.isin(patches, self.sample)
+        kinds = np.repeat(self.chosen.kinds(patches), n_prompts)
         return pd.DataFrame(
             {
                 "patch": patches.repeat_interleave(n_prompts).numpy(),
                 "prompt": np.tile(np.arange(n_prompts), len(patches)),
                 "estimate": self.estimates[patches].flatten().numpy(),
                 "exact": exact[patches].flatten().numpy(),
-                "kind": names,
-                "sampled": sampled.repeat_interleave(n_prompts).numpy(),
+                "kind": pd.Categorical.from_codes(kinds, categories=KINDS),
+                "sampled": np.repeat(self.chosen.sampled(patches), n_prompts),
             }
         )
 
@@ -135,46 +168,34 @@ def screen(
     estimates = sizes = found.changes[readout.name].cpu()
     if drop_blocks:
         sizes = grad_drop(model, prompts, patches, [readout], qk_fix=qk_fix, **options).changes[readout.name].cpu()
-    largest, drawn = choose(sizes, top, sample, seed)
-    verified = torch.cat([largest, drawn]).unique()
+    chosen = choose(sizes, top, sample, seed)
     # A patch that changes nothing is a change of 0 here, as it is in the estimate.
-    chosen = [replace(patches[index], allow_unchanged=True) for index in verified.tolist()]
-    result = run_patches(model, prompts, chosen, [readout], progress=progress, **options)
-    exact = result.values[readout.name] - torch.stack([result.runs[patch.run][readout.name] for patch in chosen])
-    return compare(readout.name, estimates, exact, verified, largest, drawn, seed)
+    verified = [replace(patches[index], allow_unchanged=True) for index in chosen.verified.tolist()]
+    result = run_patches(model, prompts, verified, [readout], progress=progress, **options)
+    exact = result.values[readout.name] - torch.stack([result.runs[patch.run][readout.name] for patch in verified])
+    return compare(readout.name, estimates, exact, chosen=chosen, seed=seed)
 
 
-def choose(
-    estimates: Float[Tensor, "patch prompt"], top: int, sample: int, seed: int
-) -> tuple[Int[Tensor, " top"], Int[Tensor, " sample"]]:
+def choose(estimates: Float[Tensor, "patch prompt"], top: int, sample: int, seed: int) -> Chosen:
     """The patches that look largest, and as many as asked for at random."""
     size = estimates.mean(-1).abs()
     largest = torch.argsort(size, descending=True, stable=True)[:top]
     drawn = np.random.default_rng(seed).choice(len(estimates), min(sample, len(estimates)), replace=False)
-    return largest, torch.from_numpy(np.sort(drawn))
+    return Chosen(largest, torch.from_numpy(np.sort(drawn)))
 
 
 def compare(
     readout: str,
     estimates: Float[Tensor, "patch prompt"],
     exact: Float[Tensor, "run_patch prompt"],
-    verified: Int[Tensor, " run_patch"],
-    top: Int[Tensor, " top"],
-    sample: Int[Tensor, " sample"],
+    *,
+    chosen: Chosen,
     seed: int,
 ) -> Screen:
     """Judge estimates by exact changes, on the random sample."""
-    x = estimates[sample].mean(-1).numpy()
-    y = exact[torch.searchsorted(verified, sample)].mean(-1).numpy()
-    return Screen(
-        readout=readout,
-        estimates=estimates,
-        exact=exact,
-        verified=verified,
-        top=top,
-        sample=sample,
-        **rank_correlations(x, y, seed),
-    )
+    x = estimates[chosen.sample].mean(-1).numpy()
+    y = exact[torch.searchsorted(chosen.verified, chosen.sample)].mean(-1).numpy()
+    return Screen(readout=readout, estimates=estimates, exact=exact, chosen=chosen, **rank_correlations(x, y, seed))
 
 
 def rank_correlations(

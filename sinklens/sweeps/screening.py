@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
 
-from sinklens.attribution.screening import choose
+from sinklens.attribution.screening import KINDS, Chosen, choose
 from sinklens.engine.run import Progress
 from sinklens.errors import InputError
 from sinklens.models.view import Model
@@ -50,17 +50,17 @@ def verify(
     if not np.isfinite(means).any():
         raise InputError("no cell has an effect to screen by: the pair moves the first readout too little")
     sizes = torch.from_numpy(np.nan_to_num(means))[:, None]
-    top, drawn = choose(sizes, choices.top, choices.sample, choices.seed)
-    chosen = torch.cat([top, drawn]).unique().numpy()
+    chosen = choose(sizes, choices.top, choices.sample, choices.seed)
+    patches = chosen.verified.numpy()
     exact = replace(plan, choices=replace(choices, method="exact"))
     worker = Worker(model, exact, memory_budget=memory_budget, max_rows=max_rows)
-    cells = cells_of(plan.grid, chosen)
-    parts, done, total = [], 0, len(chosen) * plan.batch.n
+    cells = cells_of(plan.grid, patches)
+    parts, done, total = [], 0, len(patches) * plan.batch.n
     for group in range(plan.tasks.n_groups):
         task = plan.tasks[group * plan.tasks.per_group]
         rows = worker.run_cells(task, cells)
-        parts.append(_beside(rows, estimates_of(plan, result, task, chosen), chosen, top.numpy(), drawn.numpy()))
-        done += len(chosen) * (task.last_prompt - task.first_prompt)
+        parts.append(_beside(rows, estimates_of(plan, result, task, patches), chosen))
+        done += len(patches) * (task.last_prompt - task.first_prompt)
         if progress is not None:
             progress(done, total)
     return pa.concat_tables(parts)
@@ -84,13 +84,13 @@ def mean_estimates(plan: Plan, result: SweepResult) -> Float[np.ndarray, " patch
 
 
 def estimates_of(
-    plan: Plan, result: SweepResult, group: Task, chosen: Int[np.ndarray, " patch"]
+    plan: Plan, result: SweepResult, group: Task, patches: Int[np.ndarray, " patch"]
 ) -> Float[np.ndarray, "patch readout prompt"]:
     """Estimated effects of some patches, in ascending order, on a task's group of prompts."""
     parts = []
     for part in range(plan.tasks.per_group):
         task = plan.tasks[group.index + part]
-        mine = chosen[(chosen >= task.start) & (chosen < task.stop)]
+        mine = patches[(patches >= task.start) & (patches < task.stop)]
         if len(mine):
             parts.append(_task_effects(plan, result, task)[mine - task.start])
     return np.concatenate(parts)
@@ -103,13 +103,14 @@ def _task_effects(plan: Plan, result: SweepResult, task: Task) -> Float[np.ndarr
     )
 
 
-def _beside(rows: pa.Table, estimates: np.ndarray, chosen: np.ndarray, top: np.ndarray, drawn: np.ndarray) -> pa.Table:
+def _beside(rows: pa.Table, estimates: Float[np.ndarray, "patch readout prompt"], chosen: Chosen) -> pa.Table:
     """The exact rows, with what was estimated and why the patch was run."""
-    each = len(rows) // len(chosen)
+    patches = chosen.verified
+    each = len(rows) // len(patches)
     columns = (
-        pa.array(np.repeat(chosen, each), pa.int64()),
-        pa.array(np.repeat(np.where(np.isin(chosen, top), "top", "sample"), each)),
-        pa.array(np.repeat(np.isin(chosen, drawn), each)),
+        pa.array(np.repeat(patches.numpy(), each), pa.int64()),
+        pa.array(np.repeat(np.asarray(KINDS)[chosen.kinds(patches)], each)),
+        pa.array(np.repeat(chosen.sampled(patches), each)),
         pa.array(estimates.reshape(-1)),
     )
     for name, column in zip(VERIFIED, columns, strict=True):

@@ -400,7 +400,7 @@ def test_screening_a_linear_path_ranks_perfectly(llama):
     patches = [transplant(sites.RESID_POST, (3,), units=(unit,)) for unit in range(32)]
     result = screen(llama, tokens_for(llama), patches, linear, runs=RUNS, top=5, sample=30)
     assert result.spearman.value == pytest.approx(1)
-    reversed_ = compare("linear", -result.estimates, result.exact, result.verified, result.top, result.sample, seed=0)
+    reversed_ = compare("linear", -result.estimates, result.exact, chosen=result.chosen, seed=0)
     assert reversed_.spearman.value == pytest.approx(-1)
     assert reversed_.spearman_size.value == pytest.approx(1)
 
