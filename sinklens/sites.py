@@ -79,6 +79,42 @@ LOGITS = HookSite("logits", ("batch", "pos", "d_vocab"))
 """Not a hook point: the model's output. A readout there makes the engine run to the end."""
 
 
+SITES: dict[str, HookSite] = {
+    "resid_pre": RESID_PRE,
+    "resid_post": RESID_POST,
+    "attn_out": ATTN_OUT,
+    "mlp_out": MLP_OUT,
+    "ln1_normalized": LN1_NORMALIZED,
+    "q": Q,
+    "k": K,
+    "v": V,
+    "pattern": PATTERN,
+    "z": Z,
+    "mlp_post": MLP_POST,
+}
+"""Sites by short name."""
+
+UNIT_KINDS = {"heads": ("head", "kv_head"), "neurons": ("d_mlp",), "dims": ("d_model",)}
+"""What units are called, and the axes that they are along."""
+
+
+def register_site(name: str, site: HookSite) -> HookSite:
+    """Make a site known by a short name.
+
+    Raises:
+        ValueError: another one has that name.
+    """
+    if SITES.get(name, site) != site:
+        raise ValueError(f"a site named {name!r} is already registered")
+    SITES[name] = site
+    return site
+
+
+def site_name(site: HookSite) -> str:
+    """Short name of a site; its template where it has none."""
+    return next((name for name, known in SITES.items() if known == site), site.template)
+
+
 class UnitSizes(Protocol):
     """Sizes of a model's unit axes, as :class:`sinklens.models.ModelShape` has them."""
 

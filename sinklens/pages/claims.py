@@ -68,24 +68,24 @@ def claim(part: Part, result: AnalysisResult, anchor: str) -> Claim:
     Raises:
         InputError: its outcome is none of the three.
     """
-    found = result.findings.verdict
-    if found.outcome not in OUTCOMES:
-        raise InputError(f"its outcome is {found.outcome!r}, which is none of {join(list(OUTCOMES))}: run it again")
-    mark, kind = OUTCOMES[found.outcome]
+    verdict = result.findings.verdict
+    if verdict.outcome not in OUTCOMES:
+        raise InputError(f"its outcome is {verdict.outcome!r}, which is none of {join(list(OUTCOMES))}: run it again")
+    mark, kind = OUTCOMES[verdict.outcome]
     return Claim(
         id=anchor,
         title=str(result.title),
-        claim=str(found.claim),
-        outcome=found.outcome,
+        claim=str(verdict.claim),
+        outcome=verdict.outcome,
         mark=mark,
         kind=kind,
-        reason=str(found.reason),
-        statistic=str(found.statistic),
-        value=_text(found.estimate),
-        control=str(found.control),
-        control_value=_text(found.control_estimate),
-        p="" if found.p_value is None else number(found.p_value, 2),
-        rule=str(found.rule),
+        reason=str(verdict.reason),
+        statistic=str(verdict.statistic),
+        value=_text(verdict.estimate),
+        control=str(verdict.control),
+        control_value=_text(verdict.control_estimate),
+        p="" if verdict.p_value is None else number(verdict.p_value, 2),
+        rule=str(verdict.rule),
         paper=str(result.paper),
         caption=str(result.findings.caption),
         numbers=[(str(name), _text(value)) for name, value in result.findings.numbers.items()],
@@ -111,14 +111,14 @@ def counted(claims: Sequence[Claim]) -> str:
     if not claims:
         return ""
     failed, unknown = counts["does not hold"], counts["not measurable"]
-    said = [f"{counts['holds']} hold" + ("s" if counts["holds"] == 1 else "")]
-    said += [f"{failed} {'does' if failed == 1 else 'do'} not hold"]
-    said += [f"{unknown} could not be measured"] if unknown else []
-    return f"Of {len(claims)} claims put to the test by analyses, {join(said)}."
+    phrases = [f"{counts['holds']} hold" + ("s" if counts["holds"] == 1 else "")]
+    phrases += [f"{failed} {'does' if failed == 1 else 'do'} not hold"]
+    phrases += [f"{unknown} could not be measured"] if unknown else []
+    return f"Of {len(claims)} claims put to the test by analyses, {join(phrases)}."
 
 
 def by_outcome(claims: Sequence[Claim]) -> list[tuple[str, str, str, list[Claim]]]:
     """``(outcome, sign, kind, claims)``, those that fail first."""
     order = ("does not hold", "holds", "not measurable")
-    found = [(outcome, *OUTCOMES[outcome], [c for c in claims if c.outcome == outcome]) for outcome in order]
-    return [row for row in found if row[3]]
+    rows = [(outcome, *OUTCOMES[outcome], [c for c in claims if c.outcome == outcome]) for outcome in order]
+    return [row for row in rows if row[3]]

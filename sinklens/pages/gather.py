@@ -106,16 +106,16 @@ def gather(folder: Path) -> Gathered:
 
 def _inside(path: Path, missing: list[Missing]) -> list[Part]:
     try:
-        found = {item.name for item in path.iterdir()}
+        inside = {item.name for item in path.iterdir()}
     except OSError as error:
         missing.append(Missing(path.name, "damaged", f"the folder cannot be read ({error.strerror or error})"))
         return []
-    files = [name for name in (CHAIN_FILE, ANALYSIS_FILE) if name in found]
+    files = [name for name in (CHAIN_FILE, ANALYSIS_FILE) if name in inside]
     parts = [part for name in files for part in _load(path, name, path.name, missing)]
-    if not files and RECORD_FILE in found:
+    if not files and RECORD_FILE in inside:
         missing.append(Missing(path.name, "left out", "it holds a run of its own: report that folder by itself"))
-    elif not files and found & set(_LEFT_OVER):
-        names = ", ".join(sorted(found & set(_LEFT_OVER)))
+    elif not files and inside & set(_LEFT_OVER):
+        names = ", ".join(sorted(inside & set(_LEFT_OVER)))
         missing.append(Missing(path.name, "unfinished", f"its folder has {names}, but no summary: run it again"))
     return parts
 
@@ -140,16 +140,16 @@ def _check(result: ChainResult | AnalysisResult) -> None:
     Raises:
         TypeError: something is not what it should be.
     """
-    found: dict[str, tuple[Any, type | tuple[type, ...]]] = {
+    expected: dict[str, tuple[Any, type | tuple[type, ...]]] = {
         "config": (result.config, dict),
         "provenance": (result.provenance, dict),
     }
     if isinstance(result, ChainResult):
-        found |= {"engine": (result.engine, dict), "runs": (result.runs, dict)}
+        expected |= {"engine": (result.engine, dict), "runs": (result.runs, dict)}
     else:
-        found |= {"seconds": (result.seconds, (int, float)), "analysis": (result.name, str)}
-        found |= {"title": (result.title, str), "caption": (result.findings.caption, str)}
-    for name, (value, kind) in found.items():
+        expected |= {"seconds": (result.seconds, (int, float)), "analysis": (result.name, str)}
+        expected |= {"title": (result.title, str), "caption": (result.findings.caption, str)}
+    for name, (value, kind) in expected.items():
         if not isinstance(value, kind):
             raise TypeError(f"{name} is {type(value).__name__}")
 
@@ -184,15 +184,15 @@ def mapping(value: Any) -> Mapping[str, Any]:
 def _explained(missing: list[Missing], parts: list[Part], record: Mapping[str, Any]) -> list[Missing]:
     """With what the run's own record says of parts that are not there."""
     here = {part.name for part in parts} | {item.name for item in missing}
-    told = list(missing)
+    explained = list(missing)
     for name, entry in mapping(record.get("parts")).items():
         status, reason = str(mapping(entry).get("status") or "unknown"), str(mapping(entry).get("reason") or "")
         if status == "failed" or (name not in here and status != "done"):
             stale = "; what is shown is an earlier result" if name in here else ""
-            told.append(Missing(str(name), status, (reason or "no reason was recorded") + stale))
+            explained.append(Missing(str(name), status, (reason or "no reason was recorded") + stale))
         elif name not in here and name != "formation":
-            told.append(Missing(str(name), "missing", "it was run, but its folder is not here"))
-    return told
+            explained.append(Missing(str(name), "missing", "it was run, but its folder is not here"))
+    return explained
 
 
 def _order(part: Part) -> tuple[bool, float, str]:

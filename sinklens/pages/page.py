@@ -19,16 +19,15 @@ from sinklens.analysis.base import AnalysisResult
 from sinklens.chain.result import ChainResult
 from sinklens.chain.verdicts import CLOSE, HALF, summary
 from sinklens.errors import InputError, need
-from sinklens.pages import chain as _report_chain
-from sinklens.pages import claims as _report_claims
-from sinklens.pages import figures as _report_figures
-from sinklens.pages import run as _report_run
-from sinklens.pages import views as _report_views
-from sinklens.pages.claims import Claim
+from sinklens.pages.chain import sections, subtitle
+from sinklens.pages.claims import Claim, by_outcome, claim, counted
+from sinklens.pages.figures import chain_figures, from_disk
 from sinklens.pages.gather import Gathered, Missing, Part, gather, of_result
+from sinklens.pages.run import cost, facts, origins, parts, reproduce, settings, whole_command
+from sinklens.pages.views import frames, has_views
 from sinklens.records.files import write_text
 from sinklens.records.printable import clip, templates
-from sinklens.viz.circuitsvis import frame_script, frame_style, library
+from sinklens.viz.circuitsvis import check_version, frame_script, frame_style, library
 from sinklens.viz.diagram import chain_diagram
 
 
@@ -72,48 +71,47 @@ def render(run: Gathered | ChainResult | AnalysisResult) -> str:
     """The page as text.
 
     Raises:
-        InputError: plotly or circuitsvis is missing.
+        InputError: plotly or circuitsvis is missing, or of a version that is not known.
     """
     gathered = run if isinstance(run, Gathered) else of_result(run)
     plotly = need("plotly.offline").get_plotlyjs()
+    framed = any(has_views(result) for _, result in gathered.chains)
+    if framed:
+        check_version()  # what is wrong with the installation must not look like a damaged chain
     figures: dict[str, str] = {}
     chains = _chains(gathered, figures)
     claims = _claims(gathered, figures)
-    frames = any(chain["frames"] for chain in chains)
     texts = {"plotly": plotly, "page": _data("report.js")}
-    texts |= {"circuitsvis": library(), "frame": frame_script()} if frames else {}
-    return (
-        templates("sinklens.pages")
-        .get_template("report.html.j2")
-        .render(
-            frame_style=frame_style() if frames else "",
-            **_head(gathered, chains, claims),
-            chains=chains,
-            claims=claims,
-            counted=_report_claims.counted(claims),
-            outcomes=_report_claims.by_outcome(claims),
-            facts=_report_run.facts(gathered),
-            parts=_report_run.parts(gathered),
-            origins=_report_run.origins(gathered),
-            missing=gathered.missing,
-            command=_report_run.whole_command(gathered),
-            figures=figures,
-            texts=texts,
-            policy=" ".join(f"'sha256-{_digest(text)}'" for text in texts.values()),
-            close=f"{CLOSE:g}",
-            half=f"{HALF:g}",
-        )
+    texts |= {"circuitsvis": library(), "frame": frame_script()} if framed else {}
+    template = templates("sinklens.pages").get_template("report.html.j2")
+    return template.render(
+        frame_style=frame_style() if framed else "",
+        **_head(gathered, chains, claims),
+        chains=chains,
+        claims=claims,
+        counted=counted(claims),
+        outcomes=by_outcome(claims),
+        facts=facts(gathered),
+        parts=parts(gathered),
+        origins=origins(gathered),
+        missing=gathered.missing,
+        command=whole_command(gathered),
+        figures=figures,
+        texts=texts,
+        policy=" ".join(f"'sha256-{_digest(text)}'" for text in texts.values()),
+        close=f"{CLOSE:g}",
+        half=f"{HALF:g}",
     )
 
 
 def _head(gathered: Gathered, chains: list[dict[str, Any]], claims: list[Claim]) -> dict[str, Any]:
     """What the page is called, and what it has."""
-    models = next((values for name, values in _report_run.facts(gathered) if name == "Model"), [])
+    models = next((values for name, values in facts(gathered) if name == "Model"), [])
     kinds = ["attention-sink chain" if len(chains) == 1 else f"{len(chains)} attention-sink chains"] if chains else []
     if claims:
         kinds.append(claims[0].title if len(claims) == 1 and not chains else f"{len(claims)} analyses")
     lines = [chain["subtitle"] for chain in chains] if len(chains) == 1 else []
-    prompts = next((values for name, values in _report_run.facts(gathered) if name == "Prompts"), [])
+    prompts = next((values for name, values in facts(gathered) if name == "Prompts"), [])
     return {
         "title": clip(models[0] if len(models) == 1 else f"{len(models)} models" if models else "A run", 160),
         "kicker": "Report of " + (" and ".join(kinds) or "a run"),
@@ -134,64 +132,64 @@ def _built(gathered: Gathered, part: Part, build: Callable[[], Any]) -> list[Any
 
 
 def _chains(gathered: Gathered, figures: dict[str, str]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    chains: list[dict[str, Any]] = []
     for index, (part, result) in enumerate(gathered.chains, start=1):
         anchor = "chain" if index == 1 else f"chain-{index}"
 
         def build(part: Part = part, result: ChainResult = result, anchor: str = anchor) -> dict[str, Any]:
-            made = _chain(part, result, anchor)
-            made["heading"] = "The chain" if len(gathered.chains) == 1 else f"The chain: {part.name}"
-            return made
+            chain = _chain(part, result, anchor)
+            chain["heading"] = "The chain" if len(gathered.chains) == 1 else f"The chain: {part.name}"
+            return chain
 
-        found += _built(gathered, part, build)
-    for chain in found:
+        chains += _built(gathered, part, build)
+    for chain in chains:
         figures.update({f"{chain['id']}-{name}": text for name, text in chain.pop("drawn").items()})
-    return found
+    return chains
 
 
 def _chain(part: Part, result: ChainResult, anchor: str) -> dict[str, Any]:
     lead, paragraphs = summary(result)
-    drawn = _report_figures.chain_figures(result)
+    drawn = chain_figures(result)
     return {
         "id": anchor,
         "name": part.name,
-        "subtitle": _report_chain.subtitle(result),
+        "subtitle": subtitle(result),
         "lead": lead,
         "paragraphs": paragraphs,
         "diagram": chain_diagram(result),
         "drawn": drawn,
         "figures": list(drawn),
-        "frames": _report_views.frames(result),
-        "cost": _report_run.cost(result),
-        "settings": _report_run.settings(result.config),
-        "reproduce": _report_run.reproduce(result),
-        **_report_chain.sections(result),
+        "frames": frames(result),
+        "cost": cost(result),
+        "settings": settings(result.config),
+        "reproduce": reproduce(result),
+        **sections(result),
     }
 
 
 def _claims(gathered: Gathered, figures: dict[str, str]) -> list[Claim]:
-    found: list[Claim] = []
+    claims: list[Claim] = []
     taken: set[str] = set()
     for part, result in gathered.analyses:
         anchor = _anchor(part.name, taken)
-        made = _built(gathered, part, lambda: _report_claims.claim(part, result, anchor))  # noqa: B023  (called here)
-        found += made
-        if made and result.figure is not None:
+        rows = _built(gathered, part, lambda: claim(part, result, anchor))  # noqa: B023  (called here)
+        claims += rows
+        if rows and result.figure is not None:
             try:
-                figures[anchor] = _report_figures.from_disk(result.figure)
+                figures[anchor] = from_disk(result.figure)
             except (InputError, RecursionError) as error:
                 gathered.missing.append(Missing(f"figure of {part.name}", "left out", str(error)))
-    return found
+    return claims
 
 
 def _anchor(name: str, taken: set[str]) -> str:
     """An id for the section of that name, unlike all others."""
     base = "analysis-" + (re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "part")
-    found, number = base, 2
-    while found in taken:
-        found, number = f"{base}-{number}", number + 1
-    taken.add(found)
-    return found
+    anchor, number = base, 2
+    while anchor in taken:
+        anchor, number = f"{base}-{number}", number + 1
+    taken.add(anchor)
+    return anchor
 
 
 def _data(name: str) -> str:

@@ -34,14 +34,19 @@ class Frame:
     """Its rows."""
 
 
+def has_views(result: ChainResult) -> bool:
+    """Whether there is anything to show: results of earlier versions have no numbers of the first prompt."""
+    return bool(result.received or result.neurons or result.attention)
+
+
 def frames(result: ChainResult) -> list[Frame]:
     """The frames that a result has the numbers for."""
-    found = []
+    shown = []
     if result.received or result.neurons:
-        found.append(_tokens(result))
+        shown.append(_tokens(result))
     if result.attention:
-        found.append(_attention(result))
-    return found
+        shown.append(_attention(result))
+    return shown
 
 
 def _runs(named: dict[str, object]) -> list[str]:

@@ -3,14 +3,17 @@
 :class:`~sinklens.pairs.choice.PairChoice` says which, :func:`~sinklens.pairs.pair.make_pair` makes them.
 """
 
+from sinklens.pairs.ablations import EDITS, NamedEdit, register_edit
 from sinklens.pairs.choice import NATURAL, InducedKind, PairChoice, PairKind, check_target, is_natural, target_positions
 from sinklens.pairs.pair import Direction, SinkPair, induced_pair, make_pair, natural_pair, ordinary_positions
 from sinklens.pairs.subset import pair_for_prompts
 
 __all__ = [
     "Direction",
+    "EDITS",
     "InducedKind",
     "NATURAL",
+    "NamedEdit",
     "PairChoice",
     "PairKind",
     "SinkPair",
@@ -21,5 +24,6 @@ __all__ = [
     "natural_pair",
     "ordinary_positions",
     "pair_for_prompts",
+    "register_edit",
     "target_positions",
 ]

@@ -12,13 +12,16 @@ Ablations are applied in the run that the direction patches: noised, the run wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.edits import Constant, Edit, PerPrompt
+from sinklens.edits.general import Transplant
 from sinklens.engine.capture import Want, capture_runs
 from sinklens.errors import InputError
 from sinklens.models.view import Model, model_shape
@@ -28,35 +31,15 @@ from sinklens.prompts import PromptBatch
 from sinklens.sites import HookSite
 from sinklens.statistics import generator
 
-NAMES = ("transplant", "zero", "mean", "resample")
-"""Edits by name."""
-
 _CHUNK_BYTES = 1 << 28
 """Activations kept at once while means are taken."""
 
 
-def check_edit(edit: str | Edit) -> None:
-    """Make sure that an edit exists.
-
-    Raises:
-        InputError: an unknown name, or neither name nor edit.
-    """
-    if not isinstance(edit, Edit) and edit not in NAMES:
-        raise InputError(f"edit {edit!r} is not known: choose from {', '.join(NAMES)}, or give an Edit")
-
-
-def ablation(
-    name: str,
-    model: Model,
-    batch: PromptBatch,
-    pair: SinkPair,
-    site: HookSite,
-    layers: Sequence[int],
-    seed: int,
-    max_rows: int,
-) -> Edit:
+def _ablation(name: Literal["mean", "resample"], context: EditContext) -> Edit:
     """The edit ``mean`` or ``resample`` of a site, in some blocks, on all prompts."""
-    donors = draw_places(pair.ordinary, generator(seed, "sweep/resample"))
+    model, batch, pair, site = context.model, context.batch, context.pair, context.site
+    layers, max_rows = context.layers, context.max_rows
+    donors = draw_places(pair.ordinary, generator(context.seed, "sweep/resample"))
     per_block = batch.length * model_shape(model).d_model * 4 * max(1, len(layers))
     step = max(1, min(max_rows, _CHUNK_BYTES // per_block))
     sums: dict[int, Tensor] = {}
@@ -81,7 +64,72 @@ def ablation(
     return PerPrompt("resample", drawn)
 
 
+@dataclass(frozen=True, eq=False)
+class EditContext:
+    """What a named edit may know of the place that it is made for."""
+
+    model: Model
+    """The model."""
+    batch: PromptBatch
+    """All prompts."""
+    pair: SinkPair
+    """The two runs, on all prompts."""
+    site: HookSite
+    """Where it will be applied."""
+    layers: tuple[int, ...]
+    """In which blocks."""
+    seed: int
+    """Fixes every draw."""
+    max_rows: int
+    """Rows for one forward pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class NamedEdit:
+    """An edit that can be asked for by its name, at any site."""
+
+    name: str
+    """The name."""
+    make: Callable[[EditContext], Edit]
+    """``(context) -> Edit``."""
+
+
+EDITS: dict[str, NamedEdit] = {}
+"""Edits by name."""
+
+
+def register_edit(edit: NamedEdit) -> NamedEdit:
+    """Make an edit known by its name.
+
+    Raises:
+        ValueError: another one has that name.
+    """
+    if EDITS.get(edit.name, edit) is not edit:
+        raise ValueError(f"an edit named {edit.name!r} is already registered")
+    EDITS[edit.name] = edit
+    return edit
+
+
+def check_edit(edit: str | Edit) -> None:
+    """Make sure that an edit exists.
+
+    Raises:
+        InputError: an unknown name, or neither name nor edit.
+    """
+    if not isinstance(edit, Edit) and edit not in EDITS:
+        raise InputError(f"edit {edit!r} is not known: choose from {', '.join(EDITS)}, or give an Edit")
+
+
 def draw_places(ordinary: Tensor, drawn: torch.Generator) -> Int[Tensor, "prompt 2"]:
     """For every prompt, the (prompt, position) of one of all ordinary positions."""
     places = ordinary.nonzero()
     return places[torch.randint(len(places), (len(ordinary),), generator=drawn)]
+
+
+for _edit in (
+    NamedEdit("transplant", lambda _: Transplant()),
+    NamedEdit("zero", lambda _: Constant("zero")),
+    NamedEdit("mean", lambda context: _ablation("mean", context)),
+    NamedEdit("resample", lambda context: _ablation("resample", context)),
+):
+    register_edit(_edit)

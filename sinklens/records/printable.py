@@ -19,7 +19,7 @@ _ISOLATE, _POP = "\u2068", "\u2069"
 
 def printable(text: str) -> str:
     """``text`` with what is unseen, or turns the direction of other text, written as an escape of its code point."""
-    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def isolated(text: str) -> str:

@@ -15,13 +15,13 @@ from pathlib import Path
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that make the numbers."""
     names = ("sinklens", "torch", "transformer-lens", "transformers", "numpy", "scipy", "scikit-learn", "pandas")
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            known[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 def git_commit() -> str | None:
@@ -33,7 +33,7 @@ def git_commit() -> str | None:
         ).stdout.strip()
         if Path(top) != here.parent:
             return None  # installed inside some other project's checkout
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],
             cwd=here,
             capture_output=True,
@@ -43,7 +43,7 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
 @cache

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from sinklens.errors import InputError
 from sinklens.models.view import ModelShape
 from sinklens.records.ranges import short
-from sinklens.sites import HookSite, unit_count
+from sinklens.sites import UNIT_KINDS, HookSite, site_name, unit_count
 from sinklens.stages import Stage
 from sinklens.stages.base import Setting
 from sinklens.sweeps.choices import Choices
 from sinklens.sweeps.grid import Grid, StageAxis
-from sinklens.sweeps.places import KINDS, Place, Units, find_place, place_name, site_name, unit_numbers
+from sinklens.sweeps.places import Place, Units, find_place, place_name, unit_numbers
 from sinklens.sweeps.request import edit_name
 
 
@@ -86,7 +86,7 @@ def units_of(
     if units.kinds is None:
         return unit_numbers(site, units.numbers, shape)
     size = unit_count(site, shape)
-    wanted = "all" in units.kinds or any(site.unit_name in KINDS[kind] for kind in units.kinds)
+    wanted = "all" in units.kinds or any(site.unit_name in UNIT_KINDS[kind] for kind in units.kinds)
     if not wanted or size is None:
         return None
     return tuple(range(size)) if own is None else tuple(sorted(own))

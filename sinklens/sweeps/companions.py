@@ -14,10 +14,11 @@ from sinklens.edits import Edit
 from sinklens.errors import InputError
 from sinklens.pairs.ablations import check_edit
 from sinklens.records.ranges import Numbers, Range, read, within
+from sinklens.sites import site_name
 from sinklens.stages import Stage
 from sinklens.stages.base import Setting
 from sinklens.sweeps.grid import StageAxis
-from sinklens.sweeps.places import Place, find_place, place_name, site_name, unit_numbers
+from sinklens.sweeps.places import Place, find_place, place_name, unit_numbers
 
 Read: TypeAlias = Numbers | None
 """What a companion's range is after :func:`read_companions`."""

@@ -5,30 +5,11 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from sinklens import sites
 from sinklens.errors import InputError
 from sinklens.models.view import ModelShape
 from sinklens.records.ranges import Numbers, Range, parse, read, short, within
-from sinklens.sites import HookSite, unit_count
+from sinklens.sites import SITES, UNIT_KINDS, HookSite, site_name, unit_count
 from sinklens.stages import STAGES, Stage
-
-SITES: dict[str, HookSite] = {
-    "resid_pre": sites.RESID_PRE,
-    "resid_post": sites.RESID_POST,
-    "attn_out": sites.ATTN_OUT,
-    "mlp_out": sites.MLP_OUT,
-    "ln1_normalized": sites.LN1_NORMALIZED,
-    "q": sites.Q,
-    "k": sites.K,
-    "v": sites.V,
-    "pattern": sites.PATTERN,
-    "z": sites.Z,
-    "mlp_post": sites.MLP_POST,
-}
-"""Sites by short name."""
-
-KINDS = {"heads": ("head", "kv_head"), "neurons": ("d_mlp",), "dims": ("d_model",)}
-"""What units are called, and the axes that they are along."""
 
 Place = str | Stage | HookSite
 """A stage or a site, or the name of one."""
@@ -39,11 +20,6 @@ def place_name(place: Place) -> str:
     if isinstance(place, str):
         return place
     return place.name if isinstance(place, Stage) else site_name(place)
-
-
-def site_name(site: HookSite) -> str:
-    """Short name of a site; its template where it has none."""
-    return next((name for name, known in SITES.items() if known == site), site.template)
 
 
 def find_place(place: Place) -> Stage | HookSite:
@@ -86,7 +62,7 @@ def read_units(given: Range) -> Units:
     text = given.strip() if isinstance(given, str) else None
     if text and not any(c.isdigit() for c in text):
         kinds = tuple(part.strip() for part in text.split(","))
-        unknown = [kind for kind in kinds if kind not in KINDS and kind != "all"]
+        unknown = [kind for kind in kinds if kind not in UNIT_KINDS and kind != "all"]
         if unknown:
             raise InputError(f"units {unknown[0]!r}: choose heads, neurons, dims, all, or numbers such as 0-8")
         return Units(text, kinds, ())

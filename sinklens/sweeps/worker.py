@@ -16,12 +16,12 @@ import pyarrow as pa
 import torch
 
 from sinklens.attribution import AttributionRunner
-from sinklens.edits import Constant, Edit, Transplant
+from sinklens.edits import Edit
 from sinklens.engine.memory import row_budget
 from sinklens.engine.run import PatchResult, PatchRunner, Progress, run_patches
 from sinklens.models.view import Model, model_shape
 from sinklens.pairs import Direction, SinkPair, make_pair, pair_for_prompts
-from sinklens.pairs.ablations import ablation
+from sinklens.pairs.ablations import EDITS, EditContext
 from sinklens.pairs.subset import edit_for_prompts
 from sinklens.patches import Patch, Positions
 from sinklens.readouts.named import Context, baseline, build, readout_name
@@ -235,12 +235,16 @@ class Worker:
         return self._edits[key]
 
     def _named(self, name: str, axis: StageAxis, layers: tuple[int, ...]) -> Edit:
-        if name == "transplant":
-            return Transplant()
-        if name == "zero":
-            return Constant("zero")
-        seed = self.plan.choices.seed
-        return ablation(name, self.model, self.plan.batch, self._pair, axis.site, layers, seed, self._rows)
+        context = EditContext(
+            model=self.model,
+            batch=self.plan.batch,
+            pair=self._pair,
+            site=axis.site,
+            layers=layers,
+            seed=self.plan.choices.seed,
+            max_rows=self._rows,
+        )
+        return EDITS[name].make(context)
 
 
 def _direction(name: str) -> Direction:

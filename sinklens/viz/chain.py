@@ -81,17 +81,17 @@ def scores_figure(result: ChainResult, *, stacked: bool = False) -> Figure:
     """
     go, subplots = need_plotly()
     rows = score_rows(result)
-    found = directions(result.scores)
-    n = len(found)
+    shown = directions(result.scores)
+    n = len(shown)
     figure = subplots.make_subplots(
         rows=n if stacked else 1,
         cols=1 if stacked else n,
         shared_yaxes=not stacked,
         horizontal_spacing=0.03,
         vertical_spacing=0.06,
-        subplot_titles=[QUESTIONS[d] for d in found],
+        subplot_titles=[QUESTIONS[d] for d in shown],
     )
-    for index, direction in enumerate(found):
+    for index, direction in enumerate(shown):
         place = {"row": index + 1, "col": 1} if stacked else {"row": 1, "col": index + 1}
         data = rows.merge(result.scores[result.scores.direction == direction], on=["stage", "edit", "control"])
         for trace in _score_traces(go, data, index == 0):

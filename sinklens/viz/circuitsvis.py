@@ -61,6 +61,15 @@ def component(view: RenderedHTML) -> tuple[str, dict[str, Any]]:
     return name[1], json.JSONDecoder().raw_decode(source, name.end())[0]
 
 
+def check_version() -> None:
+    """Make sure, before any work is done, that CircuitsVis is here and writes its views as we know them.
+
+    Raises:
+        InputError: it is not installed, or another version is.
+    """
+    component(need("circuitsvis.tokens").colored_tokens(["a"], [0.0]))
+
+
 def _escape_data(source: str) -> str:
     """Write ``<`` in the data of a rendered view as an escape; all but the last ``</script>`` is data."""
     start = _data_start(source)

@@ -47,8 +47,8 @@ def sweep_heatmap(
         InputError: plotly is not installed, an unknown axis, or too many panels.
     """
     go, subplots = need_plotly()
-    given: Any = value or "effect"
-    tensor = source.to_tensor(readout, given) if isinstance(source, SweepResult) else source
+    quantity: Any = value or "effect"
+    tensor = source.to_tensor(readout, quantity) if isinstance(source, SweepResult) else source
     if "prompt" in tensor.axes and "prompt" not in (x, y):
         tensor = tensor.mean("prompt")
     y, x = _drawn(tensor, x, y)
@@ -112,22 +112,22 @@ def _present(tensor: LabelledTensor) -> LabelledTensor:
 def _panels(tensor: LabelledTensor, x: str, y: str) -> dict[str, LabelledTensor]:
     """The places of all other axes, by what tells them apart."""
     others = [axis for axis in tensor.axes if axis not in (x, y)]
-    told = [axis for axis in others if len(tensor.coords[axis]) > 1]
-    found = {}
+    several = [axis for axis in others if len(tensor.coords[axis]) > 1]
+    panels = {}
     for place in product(*(tensor.coords[axis] for axis in others)):
         where = dict(zip(others, place, strict=True))
         panel = tensor.select(**where)
         if panel.values.isnan().all():
             continue  # this stage has no such unit, for instance
-        found[", ".join(_place(axis, where[axis]) for axis in told)] = panel
-        if len(found) > MOST_PANELS:
+        panels[", ".join(_place(axis, where[axis]) for axis in several)] = panel
+        if len(panels) > MOST_PANELS:
             raise InputError(
                 f"that would be more than {MOST_PANELS} panels: take result.to_tensor() and select or take the mean of "
-                f"some of {', '.join(told)}"
+                f"some of {', '.join(several)}"
             )
-    if not found:
+    if not panels:
         raise InputError("there is no value to draw: every cell is missing or excluded")
-    return found
+    return panels
 
 
 def _place(axis: str, place: object) -> str:

@@ -22,9 +22,9 @@ from sinklens.pairs.pair import induced_pair, natural_pair
 from sinklens.readouts.base import Readout, Rows
 from sinklens.readouts.build import over_positions
 from sinklens.readouts.named import READOUTS, Context, build
-from sinklens.sites import LOGITS, RESID_PRE, Z
+from sinklens.sites import LOGITS, RESID_PRE, SITES, Z
 from sinklens.statistics import generator
-from sinklens.sweeps.places import SITES, find_place
+from sinklens.sweeps.places import find_place
 from tests.helpers import planted
 from tests.helpers.sweeps import (
     FORMATION,

@@ -229,7 +229,8 @@ def test_another_version_of_circuitsvis_is_one_clear_sentence(monkeypatch, tmp_p
         with pytest.raises(InputError, match=r"circuitsvis 1\.43.* pip install 'circuitsvis>=1\.43,<1\.44'"):
             safe(RenderedHTML(source, source))
     monkeypatch.setattr("circuitsvis.tokens.colored_tokens", lambda *_, **__: RenderedHTML("<p></p>", "<p></p>"))
-    made_result().save(tmp_path / "run")
+    made_result().save(tmp_path / "run" / "chain")
+    made_result().save(tmp_path / "run" / "again")
     assert write_report(tmp_path / "run") is None  # the run itself is kept
     assert capsys.readouterr().err.startswith("no report.html: circuitsvis")
 
