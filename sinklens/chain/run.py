@@ -153,6 +153,8 @@ def _metric(setting: Setting, metric: str | NamedReadout) -> list[Readout]:
         layers=setting.readout_layers,
         n_layers=study.shape.n_layers,
     )
+    if not named.is_share:  # min_gap is an absolute difference here, and texts speak of attention
+        raise InputError(f"metric {named.name!r} is no share of attention: sweep it instead")
     if not setting.pair.is_natural:
         return [named.make(SINK, context)]
     if named.baseline is None:
