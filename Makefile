@@ -57,7 +57,7 @@ benchmark: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmark $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-tl4
+	rm -rf $(VENV) .venv-wheel .venv-tl4
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -68,7 +68,9 @@ def received(layers: tuple[int, ...] = (2, 3)) -> Readout:
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("kind", ["block_aggregation", "amplify_variance", "natural"])
+@pytest.mark.parametrize(
+    "kind", slow_but("block_aggregation", "natural", of=("block_aggregation", "amplify_variance", "natural"))
+)
 def test_every_stage_equals_one_patch_at_a_time(tiny, kind):
     """All stages, edits, controls and directions: packed and resumed against run_with_hooks, within 1e-5."""
     setting = setting_for(tiny, kind)

@@ -144,11 +144,11 @@ def test_figures_that_are_none_leave_the_rest_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("file", "change"),
     [
-        ("chain.json", {"config": {}}),
+        pytest.param("chain.json", {"config": {}}, marks=pytest.mark.slow),
         ("chain.json", {"runs": 3}),
         ("chain.json", {"tokens": []}),
         ("summary.json", {"verdict": {"outcome": "holds", "claim": 3, "estimate": None, "control_estimate": None}}),
-        ("summary.json", {"config": 3}),
+        pytest.param("summary.json", {"config": 3}, marks=pytest.mark.slow),
         ("summary.json", {"seconds": "long", "caption": None}),
     ],
 )

@@ -258,8 +258,8 @@ def test_leftovers_of_living_processes_and_other_machines_stay(tmp_path: Path) -
     "changed, told",
     [
         ({"layers": "0-1"}, r"layers was \[0, 1, 2\], now \[0, 1\]"),
-        ({"seed": 1}, "seed was 0, now 1"),
-        ({"task_size": 8}, "task_size was 7, now 8"),
+        pytest.param({"seed": 1}, "seed was 0, now 1", marks=pytest.mark.slow),
+        pytest.param({"task_size": 8}, "task_size was 7, now 8", marks=pytest.mark.slow),
         ({"readouts": "alpha"}, r'readouts was \["attention_received"\], now \["alpha"\]'),
         ({"formation": replace(FORMATION, sink_positions=(0, 0, 0))}, "formation was"),
     ],
