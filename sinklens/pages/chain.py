@@ -48,17 +48,17 @@ def sections(result: ChainResult) -> dict[str, Any]:
 def subtitle(result: ChainResult) -> str:
     """How the sink came about, in a line."""
     config = result.config
-    made = "the sink that the data has" if is_natural(config) else f"a sink at position {config['target']}"
+    sink = "the sink that the data has" if is_natural(config) else f"a sink at position {config['target']}"
     how = "" if is_natural(config) else f", made by {pretty(config['pair'])}"
-    return f"{made[:1].upper()}{made[1:]}{how}; formation block {result.formation.layer}"
+    return f"{sink[:1].upper()}{sink[1:]}{how}; formation block {result.formation.layer}"
 
 
 def claims(result: ChainResult) -> list[dict[str, Any]]:
     """A row for every stage: its claim, and what its transplant, its mechanism edits and its controls say of it."""
-    found, rows = findings(result), []
+    all_findings, rows = findings(result), []
     for number_, stage in enumerate(dict.fromkeys(result.scores.stage), start=1):
-        own = [item for item in found if item.stage == stage and not item.control]
-        controls = [item for item in found if item.stage == stage and item.control]
+        own = [item for item in all_findings if item.stage == stage and not item.control]
+        controls = [item for item in all_findings if item.stage == stage and item.control]
         rows.append(
             {
                 "name": f"{number_} {heading(stage)}",
@@ -86,15 +86,15 @@ def claims(result: ChainResult) -> list[dict[str, Any]]:
 
 def left_out(result: ChainResult) -> list[tuple[str, str]]:
     """Experiments that the model does not allow, and why."""
-    told = result.config.get("not_applicable", {})
-    return [(", ".join(map(pretty, name.split("/", 1))), str(why)) for name, why in told.items()]
+    reasons = result.config.get("not_applicable", {})
+    return [(", ".join(map(pretty, name.split("/", 1))), str(why)) for name, why in reasons.items()]
 
 
 def _answer(edit: str, items: list[Finding]) -> dict[str, Any]:
     """One edit's verdict over its directions, with their effects."""
-    said = overall(items)
+    verdict = overall(items)
     numbers = [(item.direction, effect_text(item.effect), interval_text(item.low, item.high)) for item in items]
-    return {"name": pretty(edit), "verdict": said, "mark": MARKS.get(said, ""), "numbers": numbers}
+    return {"name": pretty(edit), "verdict": verdict, "mark": MARKS.get(verdict, ""), "numbers": numbers}
 
 
 def matrix(result: ChainResult, direction: str) -> Table:
@@ -109,10 +109,10 @@ def matrix(result: ChainResult, direction: str) -> Table:
 
 def stages(result: ChainResult) -> list[dict[str, Any]]:
     """Per stage: name, claim, blocks, and a row for every edit and direction with its controls."""
-    found, listed = findings(result), []
+    all_findings, listed = findings(result), []
     for stage, rows in result.scores.groupby("stage", sort=False):
-        mine = [item for item in found if item.stage == stage]
-        own = [item for item in mine if not item.control]
+        of_stage = [item for item in all_findings if item.stage == stage]
+        own = [item for item in of_stage if not item.control]
         transplant = rows[(rows.edit.map(experiment_kind) == "transplant") & (rows.control == "")]
         first = (transplant if len(transplant) else rows).iloc[0]
         listed.append(
@@ -121,7 +121,7 @@ def stages(result: ChainResult) -> list[dict[str, Any]]:
                 "claim": result.config.get("claims", {}).get(str(stage), ""),
                 "layers": _where(first),
                 "edits": [
-                    {"name": pretty(edit), "rows": [_row(item, mine) for item in own if item.edit == edit]}
+                    {"name": pretty(edit), "rows": [_row(item, of_stage) for item in own if item.edit == edit]}
                     for edit in dict.fromkeys(item.edit for item in own)
                 ],
             }
@@ -139,8 +139,8 @@ def _where(row: pd.Series) -> str:
     return f"{text}, units {shown}"
 
 
-def _row(item: Finding, mine: list[Finding]) -> dict[str, Any]:
-    controls = [c for c in mine if c.control and (c.edit, c.direction) == (item.edit, item.direction)]
+def _row(item: Finding, of_stage: list[Finding]) -> dict[str, Any]:
+    controls = [c for c in of_stage if c.control and (c.edit, c.direction) == (item.edit, item.direction)]
     return {
         **_cell(item),
         "direction": item.direction,
@@ -162,21 +162,21 @@ def _cell(item: Finding) -> dict[str, Any]:
 
 def formation(result: ChainResult) -> dict[str, Any]:
     """Where the sink forms: positions and three tables."""
-    found = result.formation
+    formation = result.formation
     return {
-        "layer": found.layer,
-        "positions": spans(sorted(set(found.sink_positions))),
-        "tables": [_events(found), _super_neurons(found), _outlier_dims(found)],
+        "layer": formation.layer,
+        "positions": spans(sorted(set(formation.sink_positions))),
+        "tables": [_events(formation), _super_neurons(formation), _outlier_dims(formation)],
     }
 
 
-def _events(found: Formation) -> Table:
+def _events(formation: Formation) -> Table:
     rows = [
         [
-            f"{e.layer} (explained)" if e.layer == found.layer else str(e.layer),
+            f"{e.layer} (explained)" if e.layer == formation.layer else str(e.layer),
             *map(number, (e.norm_before, e.norm_after, e.ratio_before, e.ratio_after, e.mlp_norm, e.attn_norm)),
         ]
-        for e in found.events
+        for e in formation.events
     ]
     head = ["Block", "Norm before", "Norm after", "Ratio before", "Ratio after", "MLP output", "Attention output"]
     return Table(
@@ -184,23 +184,26 @@ def _events(found: Formation) -> Table:
     )
 
 
-def _super_neurons(found: Formation) -> Table:
+def _super_neurons(formation: Formation) -> Table:
     rows = [
         [
             str(n.index),
             "no gate" if n.gate_z is None else number(n.gate_z),
             *map(number, (n.up_z, n.activation_sink, n.activation_other)),
         ]
-        for n in found.super_neurons
+        for n in formation.super_neurons
     ]
     head = ["Neuron", "z of |W_gate|", "z of |W_up|", "On the sink", "On others (95%)"]
     return Table(
-        f"Super neurons of block {found.layer}", "Robust z of their weight norms, and their activations.", head, rows
+        f"Super neurons of block {formation.layer}",
+        "Robust z of their weight norms, and their activations.",
+        head,
+        rows,
     )
 
 
-def _outlier_dims(found: Formation) -> Table:
-    rows = [[str(dim.index), number(dim.written), number(dim.z)] for dim in found.outlier_dims]
+def _outlier_dims(formation: Formation) -> Table:
+    rows = [[str(dim.index), number(dim.written), number(dim.z)] for dim in formation.outlier_dims]
     caption = "What the super neurons write there on the sink token."
     return Table("Outlier dimensions", caption, ["Dimension", "Written", "Robust z"], rows)
 
@@ -212,7 +215,7 @@ def checks(result: ChainResult) -> dict[str, Any]:
     places = list(dict.fromkeys(table["where"])) if len(table) else []
     rows = []
     for quantity, group in table.groupby("quantity", sort=False) if len(table) else ():
-        found = {record["where"]: record for record in group.to_dict("records")}
-        values = [number(found[place][run]) if place in found else NONE for place in places for run in runs]
+        by_place = {record["where"]: record for record in group.to_dict("records")}
+        values = [number(by_place[place][run]) if place in by_place else NONE for place in places for run in runs]
         rows.append([heading(quantity), spans(group.iloc[0].layers), *values])
     return {"runs": [pretty(run) for run in runs], "places": [heading(place) for place in places], "rows": rows}

@@ -27,7 +27,7 @@ Read = Callable[[Mapping[str, Any], Mapping[str, Any]], object]
 
 def facts(gathered: Gathered) -> Facts:
     """The set-up, each fact once where all parts agree, and with the parts' names where they do not."""
-    found = _shared(
+    shared = _shared(
         gathered,
         {
             "Model": lambda _, p: p.get("model"),
@@ -37,15 +37,15 @@ def facts(gathered: Gathered) -> Facts:
             "Dtype": lambda _, p: p.get("dtype"),
         },
     )
-    found.insert(2, ("Formation", _formations(gathered)))
-    found.append(("Versions", [_main_versions(gathered)]))
-    found.append(("Time", [_time(gathered)]))
-    return [(name, values) for name, values in found if any(values)]
+    shared.insert(2, ("Formation", _formations(gathered)))
+    shared.append(("Versions", [_main_versions(gathered)]))
+    shared.append(("Time", [_time(gathered)]))
+    return [(name, values) for name, values in shared if any(values)]
 
 
 def origins(gathered: Gathered) -> Facts:
     """Digests, commit, and versions of Python and the packages."""
-    found = _shared(
+    shared = _shared(
         gathered,
         {
             "Digest of the weights": lambda _, p: p.get("weight_digest"),
@@ -53,24 +53,24 @@ def origins(gathered: Gathered) -> Facts:
             "Commit of sinklens": lambda _, p: p.get("git_commit"),
         },
     )
-    return [(name, values) for name, values in found + _versions(gathered) if values]
+    return [(name, values) for name, values in shared + _versions(gathered) if values]
 
 
-def _shared(gathered: Gathered, made: Mapping[str, Read]) -> Facts:
+def _shared(gathered: Gathered, readers: Mapping[str, Read]) -> Facts:
     sources = _sources(gathered)
-    return [(name, _distinct([(who, read(c, p)) for who, c, p in sources])) for name, read in made.items()]
+    return [(name, _distinct([(who, read(c, p)) for who, c, p in sources])) for name, read in readers.items()]
 
 
 def _versions(gathered: Gathered) -> Facts:
     sources = [(who, mapping(p.get("versions"))) for who, _, p in _sources(gathered)]
-    names = list(dict.fromkeys(str(name) for _, found in sources for name in found))
-    return [(name, _distinct([(who, found.get(name)) for who, found in sources])) for name in names]
+    names = list(dict.fromkeys(str(name) for _, versions in sources for name in versions))
+    return [(name, _distinct([(who, versions.get(name)) for who, versions in sources])) for name in names]
 
 
 def _main_versions(gathered: Gathered) -> str:
-    found = dict(_versions(gathered))
+    versions = dict(_versions(gathered))
     names = ("sinklens", "torch", "transformer-lens", "transformers", "python")
-    return ", ".join(f"{name} {' or '.join(found[name])}" for name in names if name in found)
+    return ", ".join(f"{name} {' or '.join(versions[name])}" for name in names if name in versions)
 
 
 def _sources(gathered: Gathered) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
@@ -98,15 +98,15 @@ def _distinct(values: Sequence[tuple[str, object]]) -> list[str]:
 
 
 def _formations(gathered: Gathered) -> list[str]:
-    found: list[tuple[str, object]] = [(part.name, _formed(chain.formation)) for part, chain in gathered.chains]
+    places: list[tuple[str, object]] = [(part.name, _formed(chain.formation)) for part, chain in gathered.chains]
     if gathered.formation is not None:
-        found.append(("formation", _formed(gathered.formation)))
+        places.append(("formation", _formed(gathered.formation)))
     for part, item in gathered.analyses:
-        told = mapping(item.provenance.get("formation"))
-        if told:
-            lists = [told.get(name) or [] for name in ("sink_positions", "super_neurons", "outlier_dims")]
-            found.append((part.name, _place(told.get("layer"), *lists)))
-    return _distinct(found)
+        formation = mapping(item.provenance.get("formation"))
+        if formation:
+            lists = [formation.get(name) or [] for name in ("sink_positions", "super_neurons", "outlier_dims")]
+            places.append((part.name, _place(formation.get("layer"), *lists)))
+    return _distinct(places)
 
 
 def _formed(formation: Formation) -> str:
@@ -121,8 +121,8 @@ def _place(block: object, positions: Sequence[int], neurons: Sequence[int], dims
 
 def _seconds(part: Part) -> float:
     result = part.result
-    found = result.engine.get("seconds") if isinstance(result, ChainResult) else result.seconds
-    return float(found) if isinstance(found, (int, float)) else float("nan")
+    seconds = result.engine.get("seconds") if isinstance(result, ChainResult) else result.seconds
+    return float(seconds) if isinstance(seconds, (int, float)) else float("nan")
 
 
 def _time(gathered: Gathered) -> str:
@@ -197,11 +197,11 @@ def _batch(config: Mapping[str, Any]) -> str:
 
 
 def _setup(result: ChainResult | AnalysisResult) -> str:
-    made = result.provenance
-    dtype = str(made.get("dtype", "float32"))
+    provenance = result.provenance
+    dtype = str(provenance.get("dtype", "float32"))
     return (
         "import sinklens as sl\n\n"
-        f"model = sl.load_model({_model(str(made.get('model', '')))!r}, dtype={dtype!r})\n"
+        f"model = sl.load_model({_model(str(provenance.get('model', '')))!r}, dtype={dtype!r})\n"
         f"batch = {_batch(result.config)}\n"
     )
 
@@ -213,13 +213,13 @@ def _model(title: str) -> str:
 
 def _chain_code(result: ChainResult) -> str:
     config = result.config
-    given = {"target": config["target"]}
+    options = {"target": config["target"]}
     if not is_natural(config):
-        given |= {"pair": config["pair"], "pair_layers": config["pair_layers"]}
-        given |= {"strength": config["strength"]} if config["strength"] is not None else {}
+        options |= {"pair": config["pair"], "pair_layers": config["pair_layers"]}
+        options |= {"strength": config["strength"]} if config["strength"] is not None else {}
     names = ["control_draws", "min_gap", "seed"]
-    given |= {"readout_blocks": len(config["readout_layers"])} | {name: config[name] for name in names}
-    arguments = "".join(f"    {name}={value!r},\n" for name, value in given.items())
+    options |= {"readout_blocks": len(config["readout_layers"])} | {name: config[name] for name in names}
+    arguments = "".join(f"    {name}={value!r},\n" for name, value in options.items())
     return f"{_setup(result)}result = sl.run_chain(\n    model,\n    batch,\n{arguments})"
 
 
