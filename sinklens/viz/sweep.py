@@ -46,25 +46,35 @@ def sweep_heatmap(
     Raises:
         InputError: plotly is not installed, an unknown axis, or too many panels.
     """
-    go, subplots = need_plotly()
     quantity: Any = value or "effect"
     tensor = source.to_tensor(readout, quantity) if isinstance(source, SweepResult) else source
     if "prompt" in tensor.axes and "prompt" not in (x, y):
         tensor = tensor.mean("prompt")
     y, x = _drawn(tensor, x, y)
     tensor = _present(tensor)
-    panels = _panels(tensor, x, y)
+    figure = _grid(_panels(tensor, x, y), x, y, columns)
+    figure.update_xaxes(type="category", showgrid=False, title={"text": _axis_title(x), "standoff": 4})
+    figure.update_yaxes(type="category", showgrid=False, autorange="reversed", automargin=True)
+    figure.update_yaxes(title_text=_axis_title(y), col=1)
+    figure.update_annotations(font_size=13)
+    figure.update_layout(coloraxis=_colours(tensor.name))
+    return figure
+
+
+def _grid(panels: dict[str, LabelledTensor], x: str, y: str, columns: int) -> Figure:
+    """The panels beside and below one another, each under what tells it apart."""
+    go, subplots = need_plotly()
     n_columns = min(columns, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
-    titles = [html.escape(title, quote=False) for title in panels] if len(panels) > 1 else None
-    height = 26 * min(32, max(6, len(tensor.coords[y])))
+    n_cells = len(next(iter(panels.values())).coords[y])
+    height = 26 * min(32, max(6, n_cells)) + 64
     figure = subplots.make_subplots(
         rows=n_rows,
         cols=n_columns,
-        subplot_titles=titles,
+        subplot_titles=[html.escape(title, quote=False) for title in panels] if len(panels) > 1 else None,
         shared_yaxes=True,
         horizontal_spacing=0.03,
-        vertical_spacing=min(0.2, 64 / (n_rows * (height + 64))),
+        vertical_spacing=min(0.2, 64 / (n_rows * height)),
     )
     for number, panel in enumerate(panels.values()):
         row, column = divmod(number, n_columns)
@@ -77,12 +87,7 @@ def sweep_heatmap(
             hovertemplate=f"{pretty(y)} %{{y}}, {pretty(x)} %{{x}}: %{{z:.4g}}<extra></extra>",
         )
         figure.add_trace(trace, row=row + 1, col=column + 1)
-    figure.update_xaxes(type="category", showgrid=False, title={"text": _axis_title(x), "standoff": 4})
-    figure.update_yaxes(type="category", showgrid=False, autorange="reversed", automargin=True)
-    figure.update_yaxes(title_text=_axis_title(y), col=1)
-    figure.update_annotations(font_size=13)
-    figure.update_layout(coloraxis=_colours(tensor.name))
-    return styled(figure, n_rows * (height + 64) + 60)
+    return styled(figure, n_rows * height + 60)
 
 
 def _drawn(tensor: LabelledTensor, x: str | None, y: str | None) -> tuple[str, str]:
