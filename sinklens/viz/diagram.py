@@ -32,6 +32,9 @@ class Picture(str):
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self)} letters of HTML>"
+
     def _repr_html_(self) -> str:
         return str(self)
 
@@ -102,9 +105,9 @@ def _received(result: ChainResult) -> str:
 
 def arrow_width(effect: float) -> str:
     """Width of an arrow, pixels."""
-    return f"{max(1.5, 5 * min(abs(effect), 2.0)):g}px"
+    return f"{max(1.5, 5 * min(abs(effect), 2.0)):.3g}px"
 
 
 def arrow_classes(effect: float) -> str:
-    """What sets an arrow apart: below 0, or next to nothing."""
-    return " ".join(name for name, holds in (("dashed", effect < 0), ("faint", abs(effect) < 0.05)) if holds)
+    """An arrow's classes: what is below 0, or next to nothing, is set apart."""
+    return "arrow" + " dashed" * (effect < 0) + " faint" * (abs(effect) < 0.05)

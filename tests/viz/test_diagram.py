@@ -141,3 +141,4 @@ def test_boxes_lie_beside_one_another_only_where_there_is_room(result):
 def test_a_notebook_shows_it():
     page = viz.chain_diagram(made_result())
     assert page._repr_html_().startswith('<div class="sinklens-chain') and "<script" not in page
+    assert len(repr(page)) < 50  # which notebooks keep beside it
