@@ -71,7 +71,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "sinklens").rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
-    assert {"sinklens/__init__.pyi", "sinklens/data/passages.jsonl", "sinklens/viz/frame.css"} <= files
+    assert {"sinklens/__init__.pyi", "sinklens/data/passages.jsonl", "sinklens/viz/templates/frame.css"} <= files
     analyses = {f"sinklens/analyses/{path.name}" for path in (ROOT / "analyses").glob("*.py")}
     assert len(analyses) > 10
     assert files | analyses <= names
