@@ -21,6 +21,7 @@ from .analysis.of_stage import of_stage as of_stage
 from .analysis.suite import run_all as run_all
 from .chain import ChainResult as ChainResult
 from .chain import run_chain as run_chain
+from .chain import score_chain as score_chain
 from .cli.of_analysis import main as main
 from .edits import Edit as Edit
 from .edits import EditSite as EditSite

@@ -13,14 +13,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sinklens import prompts
 from sinklens.edits.draws import others
 from sinklens.engine.capture import Want, capture_runs
 from sinklens.engine.memory import row_budget
-from sinklens.engine.run import PatchResult, Progress, run_patches
+from sinklens.engine.run import PatchResult, PatchRunner, Progress
 from sinklens.errors import InputError
 from sinklens.formation import Formation, find_formation
 from sinklens.models.view import (
@@ -37,9 +37,10 @@ from sinklens.models.view import (
 )
 from sinklens.pairs.choice import target_positions
 from sinklens.pairs.pair import ordinary_positions
-from sinklens.patches import CLEAN, Patch, Runs
+from sinklens.patches import CLEAN, Patch, Positions, Runs, Where
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
+from sinklens.readouts.named import Context, NamedReadout, named_readout
 from sinklens.records.provenance import git_commit, versions
 from sinklens.sites import HookSite
 from sinklens.statistics import Estimate, Values, generator, mean_estimate
@@ -61,6 +62,8 @@ class Study:
     """What :func:`sinklens.find_formation` is told (``layer``, ``super_neurons``, ``outlier_dims``, thresholds)."""
     progress: Progress | None = None
     """Called with (rows done, rows in all) while patches run."""
+    rows: int | None = None
+    """Rows for one forward pass, in place of the memory budget."""
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -70,7 +73,7 @@ class Study:
     @cached_property
     def max_rows(self) -> int:
         """Rows that fit in one forward pass."""
-        return row_budget(self.model, self.batch.length, self.memory_budget)
+        return self.rows or row_budget(self.model, self.batch.length, self.memory_budget)
 
     @cached_property
     def formation(self) -> Formation:
@@ -87,24 +90,19 @@ class Study:
         model: Model,
         batch: PromptBatch,
         formation: Formation | None = None,
-        *,
-        max_rows: int | None = None,
         **options: Any,
     ) -> Study:
-        """A study of which the formation, or how many rows fit in a forward pass, is known already.
+        """A study of which the formation may be known already.
 
         Args:
             model: the model.
             batch: the prompts.
             formation: where the sink forms; found when it is asked for if not given.
-            max_rows: rows for one forward pass, in place of the memory budget.
             options: further fields.
         """
         study = cls(model, batch, **options)
         if formation is not None:
             study.formation = formation
-        if max_rows is not None:
-            study.max_rows = max_rows
         return study
 
     @property
@@ -274,16 +272,62 @@ class Study:
         run = next(iter(runs))
         return {r.name: torch.stack([store.readings[run, r.name, b] for b in r.layers]).float().cpu() for r in readouts}
 
+    def runner(self, readouts: Sequence[Readout], runs: Runs = CLEAN) -> PatchRunner:
+        """What runs patches on these prompts, as often as one likes (see :class:`sinklens.engine.run.PatchRunner`)."""
+        limits: dict[str, Any] = {"memory_budget": self.memory_budget, "max_rows": self.rows}
+        return PatchRunner(self.model, self.batch, readouts, runs=runs, **limits)
+
     def run(self, patches: Sequence[Patch], readouts: Sequence[Readout], runs: Runs = CLEAN) -> PatchResult:
         """Every patch on every prompt, packed (see :func:`sinklens.run_patches`)."""
-        return run_patches(
-            self.model,
-            self.batch,
-            patches,
-            readouts,
-            runs=runs,
-            memory_budget=self.memory_budget,
-            progress=self.progress,
+        return self.runner(readouts, runs).run(patches, self.progress)
+
+    def readout(
+        self, name: str | NamedReadout, target: Where | None = None, layers: Sequence[int] | None = None
+    ) -> Readout:
+        """A named readout on these prompts.
+
+        Args:
+            name: one of :data:`sinklens.readouts.named.READOUTS`, or a
+                :class:`~sinklens.readouts.named.NamedReadout` itself.
+            target: the position that it is about, one for every prompt; the sink's own by default.
+            layers: blocks that are read; those just after formation by default.
+
+        Raises:
+            InputError: an unknown name, or a readout that has to be told two tokens.
+        """
+        named = self.named_readout(name)
+        return named.make(named.name, self.context(self.sink if target is None else target, layers))
+
+    def named_readout(self, name: str | NamedReadout) -> NamedReadout:
+        """The readout of that name, if it can do with what a study knows.
+
+        Raises:
+            InputError: an unknown name, or a readout that has to be told two tokens.
+        """
+        named = named_readout(name)
+        if named.needs_answers:
+            raise InputError(f"readout {named.name!r} compares two tokens: sweep it, and give answers")
+        return named
+
+    def context(
+        self,
+        target: Where,
+        layers: Sequence[int] | None = None,
+        ordinary: Float[Tensor, "prompt pos"] | None = None,
+    ) -> Context:
+        """What a named readout may know of these prompts.
+
+        Args:
+            target: the position that it is about, one for every prompt.
+            layers: blocks that are read; those just after formation by default.
+            ordinary: 1 at ordinary positions; :attr:`ordinary` by default.
+        """
+        return Context(
+            tokens=self.batch.tokens,
+            target=Positions.of(target),
+            ordinary=self.ordinary.float() if ordinary is None else ordinary,
+            layers=self.after_formation() if layers is None else tuple(layers),
+            n_layers=self.shape.n_layers,
         )
 
     def activations(self, site: HookSite, layers: Sequence[int], patches: Sequence[Patch] = ()) -> dict[int, Tensor]:

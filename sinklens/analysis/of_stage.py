@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import pandas as pd
 
 from sinklens.analysis.base import Analysis, Findings, verdict
-from sinklens.chain.run import run_chain
+from sinklens.chain.run import score_chain
 from sinklens.chain.verdicts import CLOSE, Finding, findings, overall
+from sinklens.pairs import PairChoice
 from sinklens.stages import Stage
-from sinklens.stages.base import experiment_kind
 from sinklens.statistics import Estimate
 from sinklens.study import Study
 from sinklens.viz.charts import bars, mark
@@ -45,22 +45,17 @@ def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
         min_gap: Annotated[float, "exclude prompts whose metric the pair moves by less"] = 0.01,
     ) -> Findings:
         (position,) = study.targets((target,))
-        result = run_chain(
-            study.model,
-            study.batch,
-            target=position,
+        result = score_chain(
+            study,
+            PairChoice(position),
             stages=(stage,),
-            formation=study.formation,
-            seed=study.seed,
             readout_blocks=readout_blocks,
             control_draws=control_draws,
             min_gap=min_gap,
-            memory_budget=study.memory_budget,
-            progress=study.progress,
         )
         found = findings(result)
         own = [item for item in found if not item.control]
-        deciding = [item for item in own if experiment_kind(item.edit) == "mechanism"] or own
+        deciding = [item for item in own if item.kind == "mechanism"] or own
         worst = max(deciding, key=lambda item: _short_of(item))
         controls = [c for c in found if c.control and (c.edit, c.direction) == (worst.edit, worst.direction)]
         said = verdict(

@@ -19,9 +19,10 @@ from sinklens.analysis.base import Analysis, AnalysisResult
 from sinklens.analysis.discovery import list_analyses
 from sinklens.analysis.run import config_of, load_analysis, run_analysis
 from sinklens.chain.result import ChainResult
-from sinklens.chain.run import run_chain
+from sinklens.chain.run import score_chain
 from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableError
 from sinklens.formation import formation_from_json, formation_to_json
+from sinklens.pairs import PairChoice
 from sinklens.records.files import check_out, write_text
 from sinklens.records.plain import to_plain
 from sinklens.records.provenance import package_digest
@@ -161,15 +162,7 @@ class _Suite:
             write_text(self.out / "formation.json", json.dumps(data, indent=1, allow_nan=False))
             return "done", ""
         if name == CHAIN:
-            result = run_chain(
-                study.model,
-                study.batch,
-                target=self.target,
-                formation=study.formation,
-                seed=study.seed,
-                memory_budget=study.memory_budget,
-                progress=study.progress,
-            )
+            result = score_chain(study, PairChoice(self.target))
             result.save(self.out / name, force=True)
             return "done", ""
         found = run_analysis(self.analyses[name], study)

@@ -24,10 +24,13 @@ from sinklens.errors import InputError
 from sinklens.formation import Formation, _frame, formation_from_json, formation_to_json
 from sinklens.records.files import atomic_folder
 from sinklens.records.plain import to_plain
+from sinklens.stages.base import experiment_kind
 from sinklens.statistics import bootstrap_interval
 
 SCORE_KEYS = ["stage", "edit", "direction", "control"]
 """What one score is about."""
+METRIC = "attention_received"
+"""Name of what a chain measures of the sink, unless it is asked for something else."""
 OF_TOKENS = ("received", "neurons")
 """Fields of a result with a number for every token."""
 
@@ -62,6 +65,11 @@ class ChainResult:
     """``{run: [prompt pos]}``, attention from later queries, mean over heads and readout blocks; NaN for the last."""
     neurons: dict[str, Tensor] = field(default_factory=dict)
     """``{run: [prompt pos neuron]}``, activations of the super neurons."""
+
+    @property
+    def metric(self) -> str:
+        """Name of what was measured of the sink."""
+        return self.config.get("metric", METRIC)
 
     def score(self, stage: str, edit: str, direction: str, control: str = "") -> pd.Series:
         """The row of :attr:`scores` for one experiment.
@@ -160,6 +168,11 @@ def _with_lists(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [to_plain(record) for record in frame.to_dict("records")]
+
+
+def is_transplant(table: pd.DataFrame) -> pd.Series:
+    """Marks the rows (with ``edit`` and ``control``) that are of a stage's own transplant, not of a control."""
+    return (table.edit.map(experiment_kind) == "transplant") & (table.control == "")
 
 
 def summarise(effects: pd.DataFrame, keys: Sequence[str], seed: int) -> pd.DataFrame:

@@ -20,9 +20,9 @@ from typing import Any
 from sinklens.chain import scoring
 from sinklens.chain.checks import pair_checks
 from sinklens.chain.first_prompt import first_prompt
-from sinklens.chain.result import ChainResult
+from sinklens.chain.result import METRIC, ChainResult
 from sinklens.chain.scoring import SINK, Trial
-from sinklens.engine.run import PatchResult, PatchRunner, Progress
+from sinklens.engine.run import PatchResult, Progress
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation
 from sinklens.models.view import Model, dtype_of
@@ -30,13 +30,10 @@ from sinklens.pairs import InducedKind, PairChoice, make_pair
 from sinklens.pairs.choice import Target
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
-from sinklens.readouts.named import Context, NamedReadout, named_readout
+from sinklens.readouts.named import NamedReadout
 from sinklens.stages import CHAIN, Stage
 from sinklens.stages.base import Setting
 from sinklens.study import Study
-
-METRIC = "attention_received"
-"""Name of what is measured unless another is asked for."""
 
 
 def run_chain(
@@ -84,43 +81,46 @@ def run_chain(
         InputError: a target or option that does not fit the model and prompts.
         EngineError: an identity failed, or a patch did nothing: the numbers would not be trustworthy.
     """
-    if control_draws < 1 or readout_blocks < 1:
-        raise InputError("control_draws and readout_blocks must be at least 1")
-    if not stages:
-        raise InputError("give at least one stage")
     choice = PairChoice(target, pair, strength, None if pair_layers is None else tuple(pair_layers))
-    choice.check(batch.length)
-    limits: dict[str, Any] = {"memory_budget": memory_budget, "max_rows": max_rows}
-    study = Study.of(model, batch, formation, seed=seed, **limits)
-    sinks = make_pair(choice, model, batch, study.formation, seed=seed, max_rows=study.max_rows)
-    setting = Setting(study, sinks, study.after_formation(readout_blocks))
+    options: dict[str, Any] = {"seed": seed, "memory_budget": memory_budget, "rows": max_rows, "progress": progress}
+    return score_chain(
+        Study.of(model, batch, formation, **options),
+        choice,
+        stages=stages,
+        metric=metric,
+        readout_blocks=readout_blocks,
+        control_draws=control_draws,
+        min_gap=min_gap,
+    )
+
+
+def score_chain(
+    study: Study,
+    choice: PairChoice,
+    *,
+    stages: Sequence[Stage] = CHAIN,
+    metric: str | NamedReadout = METRIC,
+    readout_blocks: int = 4,
+    control_draws: int = 3,
+    min_gap: float = 0.01,
+) -> ChainResult:
+    """:func:`run_chain` where model, prompts and what is known of them are in a study; it raises the same."""
+    _check(choice, study, stages, readout_blocks, control_draws)
+    named = study.named_readout(metric)
+    seed, model, batch = study.seed, study.model, study.batch
+    pair = make_pair(choice, model, batch, study.formation, seed=seed, max_rows=study.max_rows)
+    setting = Setting(study, pair, study.after_formation(readout_blocks))
 
     trials, skipped = _trials(setting, stages, control_draws)
-    stages = [stage for stage in stages if any(trial.stage is stage for trial in trials)]
-    measured = [*_metric(setting, metric), *(stage.readout(setting, stage) for stage in stages)]
-    runner = PatchRunner(model, batch, measured, runs=sinks.runs, **limits)
-    result = runner.run([trial.patch for trial in trials], progress)
+    scored = [stage for stage in stages if any(trial.stage is stage for trial in trials)]
+    readouts = [*_metric(setting, named), *(stage.readout(setting, stage) for stage in scored)]
+    result = study.runner(readouts, pair.runs).run([trial.patch for trial in trials], study.progress)
 
-    effects = scoring.effects(trials, result, sinks, SINK, min_gap)
-    scoring.check_pair(effects, result, sinks, min_gap)
-    matrix = scoring.matrix(trials, result, sinks, stages, min_gap)
-    scoring.check_identities(effects, matrix, sinks, trials, dtype_of(model))
-    config = {
-        **choice.record(),
-        "pair_layers": list(sinks.root_layers),
-        "stages": [stage.name for stage in stages],
-        "claims": {stage.name: stage.claim for stage in stages},
-        "readout_layers": list(setting.readout_layers),
-        "control_draws": control_draws,
-        "min_gap": min_gap,
-        "seed": seed,
-        "n_prompts": batch.n,
-        "length": batch.length,
-        "prompts": batch.source,
-        "n_skipped": batch.n_skipped,
-        "not_applicable": skipped,
-        **_metric_record(metric),
-    }
+    gap = scoring.Gap(named.name, named.is_share, min_gap)
+    effects = scoring.effects(trials, result, pair, gap)
+    scoring.check_pair(effects, result, pair, gap)
+    matrix = scoring.matrix(trials, result, pair, scored, gap)
+    scoring.check_identities(effects, matrix, pair, trials, dtype_of(model))
     return ChainResult(
         scores=scoring.scores(effects, trials, seed),
         effects=effects,
@@ -128,7 +128,10 @@ def run_chain(
         checks=pair_checks(setting),
         formation=study.formation,
         runs=_run_values(result),
-        config=config,
+        config={
+            **_config(choice, setting, scored, named),
+            **{"control_draws": control_draws, "min_gap": min_gap, "not_applicable": skipped},
+        },
         provenance=study.provenance,
         engine=asdict(result.stats),
         tokens=[list(batch.labels[0])],
@@ -136,36 +139,46 @@ def run_chain(
     )
 
 
-def _metric(setting: Setting, metric: str | NamedReadout) -> list[Readout]:
+def _check(choice: PairChoice, study: Study, stages: Sequence[Stage], readout_blocks: int, control_draws: int) -> None:
+    """Refuse what is wrong before any work."""
+    choice.check(study.batch.length)
+    if control_draws < 1 or readout_blocks < 1:
+        raise InputError("control_draws and readout_blocks must be at least 1")
+    if not stages:
+        raise InputError("give at least one stage")
+
+
+def _config(choice: PairChoice, setting: Setting, stages: Sequence[Stage], metric: NamedReadout) -> dict[str, Any]:
+    """What was chosen, as the record has it."""
+    batch = setting.batch
+    return {
+        **choice.record(),
+        "pair_layers": list(setting.pair.root_layers),
+        "stages": [stage.name for stage in stages],
+        "claims": {stage.name: stage.claim for stage in stages},
+        "readout_layers": list(setting.readout_layers),
+        "seed": setting.study.seed,
+        "n_prompts": batch.n,
+        "length": batch.length,
+        "prompts": batch.source,
+        "n_skipped": batch.n_skipped,
+        **({} if metric.name == METRIC else {"metric": metric.name}),
+    }
+
+
+def _metric(setting: Setting, metric: NamedReadout) -> list[Readout]:
     """What is measured of the sink; with the natural one also at ordinary positions, in place of a run without it.
 
     Raises:
-        InputError: an unknown name, a quantity that has no value at ordinary positions where one is needed, or one
-            that compares two tokens, which a chain is not told.
+        InputError: a quantity that has no value at ordinary positions, where one is needed.
     """
-    named, study = named_readout(metric), setting.study
-    if named.needs_answers:
-        raise InputError(f"metric {named.name!r} compares two tokens: sweep it, and give answers")
-    context = Context(
-        tokens=study.batch.tokens,
-        target=setting.pair.target,
-        ordinary=setting.pair.ordinary,
-        layers=setting.readout_layers,
-        n_layers=study.shape.n_layers,
-    )
-    if not named.is_share:  # min_gap is an absolute difference here, and texts speak of attention
-        raise InputError(f"metric {named.name!r} is no share of attention: sweep it instead")
-    if not setting.pair.is_natural:
-        return [named.make(SINK, context)]
-    if named.baseline is None:
-        raise InputError(f"metric {named.name!r} has no value at ordinary positions: give a target that is a position")
-    return [named.make(SINK, context), named.baseline(scoring.ORDINARY, context)]
-
-
-def _metric_record(metric: str | NamedReadout) -> dict[str, str]:
-    """The metric's name, where it is not the usual one."""
-    name = named_readout(metric).name
-    return {} if name == METRIC else {"metric": name}
+    pair = setting.pair
+    context = setting.study.context(pair.target, setting.readout_layers, pair.ordinary)
+    if not pair.is_natural:
+        return [metric.make(SINK, context)]
+    if metric.baseline is None:
+        raise InputError(f"metric {metric.name!r} has no value at ordinary positions: give a target that is a position")
+    return [metric.make(SINK, context), metric.baseline(scoring.ORDINARY, context)]
 
 
 def _trials(setting: Setting, stages: Sequence[Stage], draws: int) -> tuple[list[Trial], dict[str, str]]:

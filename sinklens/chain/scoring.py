@@ -9,14 +9,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sinklens.chain.result import SCORE_KEYS, summarise
+from sinklens.chain.result import SCORE_KEYS, is_transplant, summarise
+from sinklens.edits import Transplant
 from sinklens.engine.run import PatchResult
 from sinklens.errors import EngineError, NoSinkError
-from sinklens.pairs.effects import effect
+from sinklens.pairs.effects import effect, gaps
 from sinklens.pairs.pair import Direction, SinkPair
 from sinklens.patches import Patch
+from sinklens.records.text import pretty
 from sinklens.stages import Experiment, Stage
-from sinklens.stages.base import experiment_kind
 
 SINK = "sink"
 """Name of the metric's readout."""
@@ -46,6 +47,22 @@ class Trial:
     """What is run."""
 
 
+@dataclass(frozen=True)
+class Gap:
+    """The least difference of the metric between a pair's runs that an effect is divided by."""
+
+    metric: str
+    """Name of the metric."""
+    is_share: bool
+    """Whether it lies between 0 and 1."""
+    least: float
+    """The least difference: itself of a share, else as a part of the larger of the two values."""
+
+    def between(self, start: np.ndarray, end: np.ndarray | float) -> np.ndarray:
+        """The least difference for every prompt, between the metric's values in the two runs."""
+        return gaps([self.is_share], start[None], np.broadcast_to(end, start.shape)[None], self.least)[0]
+
+
 def ends(result: PatchResult, pair: SinkPair, readout: str, direction: Direction) -> tuple[np.ndarray, np.ndarray]:
     """The metric's values per prompt in the run that is patched, and in the run that it would become."""
     with_sink = result.runs[pair.with_sink.run][readout].numpy()
@@ -55,12 +72,12 @@ def ends(result: PatchResult, pair: SinkPair, readout: str, direction: Direction
     return (without, with_sink) if direction == "denoise" else (with_sink, without)
 
 
-def effects(trials: Sequence[Trial], result: PatchResult, pair: SinkPair, readout: str, min_gap: float) -> pd.DataFrame:
-    """Per trial and prompt: the effect, and the values of ``readout`` that it is made of."""
+def effects(trials: Sequence[Trial], result: PatchResult, pair: SinkPair, gap: Gap) -> pd.DataFrame:
+    """Per trial and prompt: the effect, and the values of the metric that it is made of."""
     frames = []
     for index, trial in enumerate(trials):
-        start, end = ends(result, pair, readout, trial.direction)
-        patched = result.values[readout][index].numpy()
+        start, end = ends(result, pair, SINK, trial.direction)
+        patched = result.values[SINK][index].numpy()
         units = trial.patch.units
         frames.append(
             pd.DataFrame(
@@ -71,7 +88,7 @@ def effects(trials: Sequence[Trial], result: PatchResult, pair: SinkPair, readou
                     "control": trial.experiment.control,
                     "draw": trial.draw,
                     "prompt": np.arange(len(patched)),
-                    "effect": effect(patched, start, end, min_gap),
+                    "effect": effect(patched, start, end, gap.between(start, end)),
                     "patched": patched,
                     "start": start,
                     "end": end,
@@ -83,7 +100,7 @@ def effects(trials: Sequence[Trial], result: PatchResult, pair: SinkPair, readou
     return pd.concat(frames, ignore_index=True)
 
 
-def check_pair(effects: pd.DataFrame, result: PatchResult, pair: SinkPair, min_gap: float) -> None:
+def check_pair(effects: pd.DataFrame, result: PatchResult, pair: SinkPair, gap: Gap) -> None:
     """Make sure that the pair makes a sink in some prompt.
 
     Raises:
@@ -93,8 +110,9 @@ def check_pair(effects: pd.DataFrame, result: PatchResult, pair: SinkPair, min_g
         return
     start, end = ends(result, pair, SINK, pair.directions[-1])
     raise NoSinkError(
-        f"there is no sink to explain at the target: attention received is {start.mean():.4f} with and "
-        f"{end.mean():.4f} without it (mean over prompts), and no prompt differs by {min_gap} or more"
+        f"there is no sink to explain at the target: {pretty(gap.metric)} is {start.mean():.4f} with and "
+        f"{end.mean():.4f} without it (mean over prompts), and no prompt differs by {gap.least} or more"
+        + ("" if gap.is_share else " of its value")
     )
 
 
@@ -115,7 +133,7 @@ def scores(effects: pd.DataFrame, trials: Sequence[Trial], seed: int) -> pd.Data
 
 
 def matrix(
-    trials: Sequence[Trial], result: PatchResult, pair: SinkPair, stages: Sequence[Stage], min_gap: float
+    trials: Sequence[Trial], result: PatchResult, pair: SinkPair, stages: Sequence[Stage], gap: Gap
 ) -> pd.DataFrame:
     """Effects of every stage's transplant on every stage's readout, per prompt."""
     chosen = [(i, t) for i, t in enumerate(trials) if t.experiment.kind == "transplant" and not t.experiment.control]
@@ -128,7 +146,7 @@ def matrix(
                 start, end = result.runs[pair.with_sink.run][readout].numpy(), 0.0
             else:
                 start, end = ends(result, pair, readout, trial.direction)
-            gap = min_gap if readout == SINK else READOUT_GAP * float(np.abs(end - start).mean())
+            least = gap.between(start, end) if readout == SINK else READOUT_GAP * float(np.abs(end - start).mean())
             frames.append(
                 pd.DataFrame(
                     {
@@ -136,7 +154,7 @@ def matrix(
                         "direction": trial.direction,
                         "readout": readout,
                         "prompt": np.arange(len(patched)),
-                        "effect": effect(patched, start, end, gap),
+                        "effect": effect(patched, start, end, least),
                     }
                 )
             )
@@ -160,8 +178,7 @@ def check_identities(
         return
     tolerance = IDENTITY_TOLERANCE[dtype]
     roots = {trial.stage.name for trial in trials if _is_root(trial, pair)}
-    transplants = effects.edit.map(experiment_kind) == "transplant"
-    root = effects[effects.stage.isin(roots) & transplants & (effects.control == "")]
+    root = effects[effects.stage.isin(roots) & is_transplant(effects)]
     own = matrix[matrix.stage == matrix.readout] if len(matrix) else matrix
     for name, values in (("the transplant of the aggregated value", root), ("a stage's transplant", own)):
         off = (values.effect - 1).abs().max() if len(values) else 0.0
@@ -176,6 +193,7 @@ def check_identities(
 
 def _is_root(trial: Trial, pair: SinkPair) -> bool:
     """Whether a trial exchanges all that the pair's intervention has made, where it has made it."""
-    patch = trial.patch
-    exchanged = trial.experiment.kind == "transplant" and not trial.experiment.control and patch.units is None
-    return exchanged and patch.site == pair.root_site and set(pair.root_layers) <= set(patch.layers)
+    patch, experiment = trial.patch, trial.experiment
+    exchanged = experiment.kind == "transplant" and not experiment.control and isinstance(patch.edit, Transplant)
+    everything = patch.site == pair.root_site and patch.units is None and patch.where == pair.target
+    return exchanged and everything and set(pair.root_layers) <= set(patch.layers)

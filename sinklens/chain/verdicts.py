@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sinklens.chain.result import ChainResult
+from sinklens.chain.result import METRIC, ChainResult, is_transplant
 from sinklens.pairs.choice import is_natural
 from sinklens.records.printable import isolated
 from sinklens.records.ranges import spans
 from sinklens.records.text import effect_text, join, number, pretty
-from sinklens.stages.base import experiment_kind
+from sinklens.stages.base import ExperimentKind, experiment_kind
 
 CLOSE, HALF = 0.25, 0.5
 """Distances from the prediction: up to the first an effect agrees, above the second it speaks against."""
@@ -54,6 +54,11 @@ class Finding:
     """Prompts in the mean."""
     n_excluded: int
     """Prompts left out."""
+
+    @property
+    def kind(self) -> ExperimentKind:
+        """Of a transplant or of a mechanism edit; a control is of the kind of what it controls."""
+        return experiment_kind(self.edit)
 
     @property
     def verdict(self) -> str:
@@ -115,8 +120,8 @@ def summary(result: ChainResult) -> tuple[str, list[tuple[str, list[str]]]]:
     """A lead sentence, and sentences each on the set-up, the transplants, the mechanisms and the controls."""
     found = findings(result)
     own = [item for item in found if not item.control]
-    transplants = groups([item for item in own if experiment_kind(item.edit) == "transplant"])
-    mechanisms = groups([item for item in own if experiment_kind(item.edit) == "mechanism"])
+    transplants = groups([item for item in own if item.kind == "transplant"])
+    mechanisms = groups([item for item in own if item.kind == "mechanism"])
     exact = [stage for (stage, _), items in transplants.items() if _exact_by_construction(items, result)]
     parts = [
         ("Set-up", [_setup(result)]),
@@ -157,16 +162,21 @@ def _setup(result: ChainResult) -> str:
         values = next(iter(mean.values()), {})
         against = f", ordinary positions {number(values['ordinary'])}" if "ordinary" in values else ""
         where = spans(sorted(set(result.formation.sink_positions)))
+        received = f"receives {number(values.get('sink'))} of the attention of later queries in {after}"
+        if result.metric != METRIC:
+            received = f"has a {_name(result.metric)} of {number(values.get('sink'))} in {after}"
         return (
-            f"The sink that these prompts have, at position {where}, receives {number(values.get('sink'))} of the "
-            f"attention of later queries in {after}{against} (mean over {size}). There is no run without it, so it "
-            "can be removed but not restored: only the noise direction exists."
+            f"The sink that these prompts have, at position {where}, {received}{against} (mean over {size}). There is "
+            "no run without it, so it can be removed but not restored: only the noise direction exists."
         )
     means = ", ".join(f"{number(values['sink'])} in the {run} run" for run, values in mean.items() if "sink" in values)
     blocks = f" in blocks {spans(config['pair_layers'])}" if config.get("pair_layers") else ""
+    measured = "Attention that it receives from later queries"
+    if result.metric != METRIC:
+        measured = f"Measured, {_name(result.metric)}"
     return (
-        f"A sink was made at position {config['target']} by {_name(config['pair'])}{blocks}. Attention that it "
-        f"receives from later queries in {after}: {means} (mean over {size})."
+        f"A sink was made at position {config['target']} by {_name(config['pair'])}{blocks}. {measured} in {after}: "
+        f"{means} (mean over {size})."
     )
 
 
@@ -193,9 +203,7 @@ def _transplants(grouped: Groups, exact: Sequence[str]) -> list[str]:
 
 def _exact_by_construction(items: Sequence[Finding], result: ChainResult) -> bool:
     root = set(result.config.get("pair_layers") or ())
-    rows = result.scores[
-        (result.scores.stage == items[0].stage) & (result.scores.edit.map(experiment_kind) == "transplant")
-    ]
+    rows = result.scores[(result.scores.stage == items[0].stage) & is_transplant(result.scores)]
     covers = bool(root) and root <= set(rows.iloc[0].layers)
     return covers and all(abs(x - 1) < EXACT for item in items for x in (item.effect, item.low, item.high))
 

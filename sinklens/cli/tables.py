@@ -12,11 +12,11 @@ from rich.text import Text
 from sinklens.analysis.base import AnalysisResult
 from sinklens.analysis.capabilities import Capabilities
 from sinklens.analysis.suite import SuiteResult
-from sinklens.chain.result import ChainResult
+from sinklens.chain.result import METRIC, ChainResult
 from sinklens.formation import Formation
 from sinklens.pairs.choice import is_natural
 from sinklens.records.ranges import spans
-from sinklens.records.text import number
+from sinklens.records.text import number, pretty
 from sinklens.statistics import Estimate, estimate_text
 
 
@@ -95,12 +95,17 @@ def _received(result: ChainResult) -> str:
         (run, name): sum(values) / len(values) for run, found in result.runs.items() for name, values in found.items()
     }
     if is_natural(config):
-        return (
-            f"Attention received from later queries: {mean['natural', 'sink']:.3f} by the sink, "
-            f"{mean['natural', 'ordinary']:.3f} by an ordinary position,"
-        )
+        sink, ordinary = mean["natural", "sink"], mean["natural", "ordinary"]
+        return f"{_measured(result)}: {sink:.3f} by the sink, {ordinary:.3f} by an ordinary position,"
+    by = f" by the target ({config['target']}, {config['pair']})"
     runs = ", ".join(f"{mean[run, 'sink']:.3f} in the {run} run" for run in result.runs)
-    return f"Attention received by the target ({config['target']}, {config['pair']}) from later queries: {runs},"
+    return f"{_measured(result, by)}: {runs},"
+
+
+def _measured(result: ChainResult, by: str = "") -> str:
+    if result.metric == METRIC:
+        return f"Attention received{by} from later queries"
+    return f"Measured, {pretty(result.metric)}{by}"
 
 
 def formation_tables(formation: Formation) -> list[Table | Text]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sinklens.analysis.base import AnalysisResult
 from sinklens.analysis.discovery import list_analyses
-from sinklens.chain.result import ChainResult
+from sinklens.chain.result import METRIC, ChainResult
 from sinklens.formation import Formation
 from sinklens.models.load import REGISTRY
 from sinklens.pages.gather import Gathered, Part, mapping
@@ -217,6 +217,7 @@ def _chain_code(result: ChainResult) -> str:
     if not is_natural(config):
         options |= {"pair": config["pair"], "pair_layers": config["pair_layers"]}
         options |= {"strength": config["strength"]} if config["strength"] is not None else {}
+    options |= {} if result.metric == METRIC else {"metric": result.metric}
     names = ["control_draws", "min_gap", "seed"]
     options |= {"readout_blocks": len(config["readout_layers"])} | {name: config[name] for name in names}
     arguments = "".join(f"    {name}={value!r},\n" for name, value in options.items())

@@ -76,7 +76,7 @@ class Planner:
     def _plan(self, choices: Choices, found: Found, identity: str | None = None) -> Plan:
         model, batch, rows = self.model, self.batch, self.execution.rows(self.model, self.batch.length)
         pair = make_pair(choices.pair_choice, model, batch, found.formation, seed=choices.seed, max_rows=rows)
-        study = Study.of(model, batch, found.formation, max_rows=rows, seed=choices.seed)
+        study = Study.of(model, batch, found.formation, rows=rows, seed=choices.seed)
         setting = Setting(study, pair, found.readout_layers)
         grid = make_grid(choices, setting)
         return Plan(

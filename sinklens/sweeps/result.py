@@ -17,6 +17,7 @@ import torch
 
 from sinklens.errors import InputError
 from sinklens.formation import Formation, formation_from_json
+from sinklens.pairs import is_natural
 from sinklens.sweeps.grid import Tasks
 from sinklens.sweeps.judging import judge
 from sinklens.sweeps.schema import CELL
@@ -89,7 +90,7 @@ class SweepResult:
     @property
     def _keys(self) -> list[str]:
         """Columns that tell cells apart: not the position, where every prompt has its own."""
-        own = self.config["positions"] == "target" and self.config["target"] == "natural"
+        own = self.config["positions"] == "target" and is_natural(self.config)
         return [name for name in CELL if not (own and name == "position")]
 
     @property

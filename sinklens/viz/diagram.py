@@ -100,7 +100,7 @@ def chain_diagram(result: ChainResult, *, vertical: bool = False) -> Picture:
 
 def _received(result: ChainResult) -> str:
     means = [(run, float(np.mean(values["sink"]))) for run, values in result.runs.items() if "sink" in values]
-    return "attention received: " + ", ".join(f"{number(mean)} {pretty(run)}" for run, mean in means)
+    return f"{pretty(result.metric)}: " + ", ".join(f"{number(mean)} {pretty(run)}" for run, mean in means)
 
 
 def arrow_width(effect: float) -> str:

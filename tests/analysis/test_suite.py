@@ -51,13 +51,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     found = Calls()
     monkeypatch.setattr(suite, "list_analyses", lambda: {"first": "", "second": ""})
     monkeypatch.setattr(suite, "load_analysis", found.analysis)
-    chain = suite.run_chain
+    chain = suite.score_chain
 
     def counted(*args: Any, **options: Any) -> ChainResult:
         found.made.append("chain")
         return chain(*args, **options, min_gap=1e-4, control_draws=1)
 
-    monkeypatch.setattr(suite, "run_chain", counted)
+    monkeypatch.setattr(suite, "score_chain", counted)
     return found
 
 

@@ -184,7 +184,7 @@ def test_side_effects_are_reported(result):
 def test_scores_equal_one_patch_at_a_time(smollm2, few, few_formation, small):
     """All experiments of two stages: a full forward pass for each patch, direction and prompt, effects by hand."""
     pair = induced_pair(smollm2, few, few_formation, TARGET)
-    study = Study.of(smollm2, few, few_formation, max_rows=8)
+    study = Study.of(smollm2, few, few_formation, rows=8)
     setting = Setting(study, pair, tuple(small.config["readout_layers"]))
     metric = readouts.attention_received(SINK, setting.readout_layers, (TARGET,), few.n)
     slow = OneAtATime(smollm2, few.tokens, [metric], pair.runs)

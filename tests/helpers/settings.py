@@ -32,4 +32,4 @@ def setting_for(model: Any, kind: str = "block_aggregation") -> Setting:
     else:
         formation = replace(formation, sink_positions=(0, 0, 0))
         pair = induced_pair(model, batch, formation, TARGET, kind=kind)  # type: ignore[arg-type]
-    return Setting(Study.of(model, batch, formation, max_rows=8), pair, (2, 3))
+    return Setting(Study.of(model, batch, formation, rows=8), pair, (2, 3))
