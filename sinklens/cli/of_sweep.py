@@ -38,7 +38,7 @@ from sinklens.cli.display import sweep_display
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
 from sinklens.cli.tables import console
 from sinklens.cli.tables_sweep import judged_table, overview_table, strongest_table, verified_table
-from sinklens.edits import Edit
+from sinklens.pairs.ablations import EditLike
 from sinklens.pairs.choice import Target, target_from_text
 from sinklens.readouts.named import ReadoutLike
 from sinklens.records.plain import to_plain
@@ -68,7 +68,7 @@ def _shard(option: str, text: str) -> tuple[int, int]:
 NAMES = Form(_names, ",".join)
 FORMS = {
     Place | Sequence[Place]: NAMES,
-    str | Edit | Sequence[str | Edit]: NAMES,
+    EditLike | Sequence[EditLike]: NAMES,
     ReadoutLike | Sequence[ReadoutLike]: NAMES,
     str | Sequence[str]: NAMES,
     Companions: Form(write=list, type=list[str]),

@@ -119,6 +119,13 @@ class SourceEdit(Edit):
         return True
 
 
+def fingerprint_of(value: object) -> str:
+    """SHA-256 of a parameter: a tensor by value, a function by its code, defaults and closed-over values."""
+    digest = hashlib.sha256()
+    _update(digest, value)
+    return digest.hexdigest()
+
+
 def _update(digest: hashlib._Hash, value: object) -> None:
     # Every part is preceded by its type and size, so that no two values run together to the same bytes.
     if isinstance(value, Tensor):

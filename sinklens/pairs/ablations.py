@@ -21,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.edits import Constant, Edit, PerPrompt
+from sinklens.edits.base import fingerprint_of
 from sinklens.edits.general import Transplant
 from sinklens.engine.capture import Want, capture_runs
 from sinklens.errors import InputError
@@ -110,14 +111,38 @@ def register_edit(edit: NamedEdit) -> NamedEdit:
     return edit
 
 
-def check_edit(edit: str | Edit) -> None:
-    """Make sure that an edit exists.
+EditLike = str | NamedEdit | Edit
+"""An edit, what makes one, or the name of that."""
+
+
+def read_edit(edit: EditLike) -> EditLike:
+    """What stands for an edit wherever it is used: a name that the package has; for any other the edit itself.
+
+    A name that a user has registered is known in one process only.
 
     Raises:
         InputError: an unknown name, or neither name nor edit.
     """
-    if not isinstance(edit, Edit) and edit not in EDITS:
+    if isinstance(edit, Edit):
+        return edit
+    named = edit if isinstance(edit, NamedEdit) else EDITS.get(edit) if isinstance(edit, str) else None
+    if named is None:
         raise InputError(f"edit {edit!r} is not known: choose from {', '.join(EDITS)}, or give an Edit")
+    return named.name if _OWN.get(named.name) is named else named
+
+
+def make_edit(edit: EditLike, context: EditContext) -> Edit:
+    """The edit itself."""
+    if isinstance(edit, Edit):
+        return edit
+    return (EDITS[edit] if isinstance(edit, str) else edit).make(context)
+
+
+def edit_fingerprint(edit: EditLike) -> object:
+    """What tells an edit from another, in plain data."""
+    if isinstance(edit, str):
+        return edit  # what a name of the package means changes with the version alone
+    return [edit.name, fingerprint_of(edit.make) if isinstance(edit, NamedEdit) else edit.fingerprint()]
 
 
 def draw_places(ordinary: Tensor, drawn: torch.Generator) -> Int[Tensor, "prompt 2"]:
@@ -133,3 +158,6 @@ for _edit in (
     NamedEdit("resample", lambda context: _ablation("resample", context)),
 ):
     register_edit(_edit)
+
+_OWN = dict(EDITS)
+"""Those of the package."""

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens import metrics
-from sinklens.edits import Function
+from sinklens.edits.base import fingerprint_of
 from sinklens.errors import InputError
 from sinklens.patches import Positions
 from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens
@@ -133,14 +133,20 @@ def needs_answers(readout: ReadoutLike) -> bool:
     return named is not None and named.needs_answers
 
 
-def check_readout(readout: ReadoutLike) -> None:
-    """Make sure that a readout exists.
+def read_readout(readout: ReadoutLike) -> ReadoutLike:
+    """What stands for a readout wherever it is used: a name that the package has; for any other the readout itself.
+
+    A name that a user has registered is known in one process only.
 
     Raises:
         InputError: an unknown name, or neither name nor readout nor function.
     """
-    if _named(readout) is None and not isinstance(readout, Readout) and not callable(readout):
+    named = _named(readout)
+    if named is not None:
+        return named.name if _OWN.get(named.name) is named else named
+    if not isinstance(readout, Readout) and not callable(readout):
         raise InputError(f"readout {readout!r} must be a name, a Readout, or a function of logits and rows")
+    return readout
 
 
 def fingerprint(readout: ReadoutLike) -> object:
@@ -148,17 +154,13 @@ def fingerprint(readout: ReadoutLike) -> object:
     named = _named(readout)
     if named is not None:
         # A name of the package's own says it all: what it means changes with the version alone.
-        return named.name if _OWN.get(named.name) is named else [named.name, _code(named.make)]
+        return named.name if _OWN.get(named.name) is named else [named.name, fingerprint_of(named.make)]
     if not isinstance(readout, Readout):
-        return [readout_name(readout), _code(readout)]
+        return [readout_name(readout), fingerprint_of(readout)]
     functions = [readout.reduce, readout.combine]
     if isinstance(readout, PositionReadout):
         functions = [readout.at, readout.weigh, readout.combine]
-    return [readout.name, readout.site.template, list(readout.layers), *map(_code, functions)]
-
-
-def _code(function: Any) -> str:
-    return Function("readout", function).fingerprint()
+    return [readout.name, readout.site.template, list(readout.layers), *map(fingerprint_of, functions)]
 
 
 def build(readout: ReadoutLike, context: Context) -> Readout:

@@ -10,6 +10,7 @@ from sinklens.edits import Edit
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.view import Model, ModelShape, device_of, dtype_of, model_shape
+from sinklens.pairs.ablations import NamedEdit, edit_fingerprint
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.named import fingerprint
 from sinklens.records.ranges import Numbers, short, within
@@ -169,8 +170,8 @@ def _plain(value: Any) -> Any:
         return value.name
     if isinstance(value, HookSite):
         return [value.template, list(value.axes)]
-    if isinstance(value, Edit):
-        return [value.name, value.fingerprint()]
+    if isinstance(value, (Edit, NamedEdit)):
+        return edit_fingerprint(value)
     if isinstance(value, Formation):
         return formation_key(value)
     if isinstance(value, Units):

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, cast
 
-from sinklens.edits import Edit
 from sinklens.errors import InputError
-from sinklens.pairs.ablations import check_edit
+from sinklens.pairs.ablations import EditLike, read_edit
 from sinklens.records.ranges import Numbers, Range, read, within
 from sinklens.sites import site_name
 from sinklens.stages import Stage
@@ -31,7 +30,7 @@ class Companion:
 
     place: Place
     """A stage or a site, or its name."""
-    edit: str | Edit
+    edit: EditLike
     """An edit, or its name."""
     layers: Range | None = None
     """Blocks; ``None``: those of the stage."""
@@ -64,12 +63,12 @@ def _of_text(text: str) -> Companion:
 def _read(companion: Companion) -> Companion:
     if not isinstance(companion, Companion):
         raise InputError(f"companion {companion!r}: write {FORM}, or give a Companion")
-    check_edit(companion.edit)
+    edit = read_edit(companion.edit)
     layers = None if companion.layers is None else read("companion layers", companion.layers)
     if layers is None and not isinstance(find_place(companion.place), Stage):
         raise InputError(f"companion {place_name(companion.place)} is a site: say in which blocks, {FORM}")
     units = None if companion.units is None else read("companion units", companion.units)
-    return replace(companion, place=_known(companion.place), layers=layers, units=units)
+    return replace(companion, place=_known(companion.place), edit=edit, layers=layers, units=units)
 
 
 def _known(place: Place) -> Place:

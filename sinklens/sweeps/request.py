@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
-from sinklens.edits import Edit
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.pairs import InducedKind, PairChoice
-from sinklens.pairs.ablations import check_edit
+from sinklens.pairs.ablations import EditLike, read_edit
 from sinklens.pairs.choice import Target
-from sinklens.readouts.named import ReadoutLike, check_readout, readout_name
+from sinklens.readouts.named import ReadoutLike, read_readout, readout_name
 from sinklens.records.ranges import Numbers, read, within
 from sinklens.sweeps.companions import Companion, read_companions
 from sinklens.sweeps.places import Place, Units, find_place, place_name, read_units
@@ -42,7 +41,7 @@ class Request:
     """Token positions, ``all`` or ``target``."""
     units: Units | None
     """Units that are swept one by one; ``None``: whole activations, or a stage's own units at once."""
-    edits: tuple[str | Edit, ...]
+    edits: tuple[EditLike, ...]
     """Edits, or their names."""
     directions: tuple[str, ...] | None
     """``denoise``, ``noise`` or both; ``None``: all that the pair has."""
@@ -124,7 +123,9 @@ def _read(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that are lists and ranges, as the fields have them."""
     layers, answers = given["pair_layers"], given["answers"]
     return {
-        **{name: listed(given[name]) for name in ("stages", "edits", "readouts")},
+        "stages": listed(given["stages"]),
+        "edits": tuple(read_edit(edit) for edit in listed(given["edits"])),
+        "readouts": tuple(read_readout(readout) for readout in listed(given["readouts"])),
         "layers": read("layers", given["layers"]),
         "positions": read("positions", given["positions"], ("all", "target")),
         "units": None if given["units"] is None else read_units(given["units"]),
@@ -146,10 +147,6 @@ def listed(given: Any) -> tuple[Any, ...]:
 def _check_lists(request: Request) -> None:
     for place in request.stages:
         find_place(place)
-    for edit in request.edits:
-        check_edit(edit)
-    for readout in request.readouts:
-        check_readout(readout)
     names = {
         "stages": [place_name(place) for place in request.stages],
         "edits": [edit_name(edit) for edit in request.edits],
@@ -192,6 +189,6 @@ def _check_numbers(request: Request) -> None:
         raise InputError(f"min_gap {request.min_gap} must be 0 or more")
 
 
-def edit_name(edit: str | Edit) -> str:
+def edit_name(edit: EditLike) -> str:
     """The name that the table has for an edit."""
     return edit if isinstance(edit, str) else edit.name

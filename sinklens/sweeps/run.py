@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from sinklens.edits import Edit
 from sinklens.engine.run import Progress
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.view import Model
 from sinklens.pairs import InducedKind
+from sinklens.pairs.ablations import EditLike
 from sinklens.pairs.choice import Target
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.named import ReadoutLike
@@ -57,7 +57,7 @@ def sweep(
         "Each by itself: `heads`, `neurons`, `dims` of the sites that have such, `all` of every site, or a range. "
         "By default whole activations, or all a stage's own units (the super neurons) at once.",
     ] = None,
-    edits: Annotated[str | Edit | Sequence[str | Edit], "transplant, zero, mean, resample."] = ("transplant",),
+    edits: Annotated[EditLike | Sequence[EditLike], "transplant, zero, mean, resample."] = ("transplant",),
     companions: Annotated[
         Companions,
         "PLACE:EDIT[:LAYERS[:UNITS]], such as super_neurons:zero or z:transplant:12:3: an edit that is held fixed "

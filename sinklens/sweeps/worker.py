@@ -21,7 +21,7 @@ from sinklens.engine.memory import row_budget
 from sinklens.engine.run import PatchResult, PatchRunner, Progress, run_patches
 from sinklens.models.view import Model, model_shape
 from sinklens.pairs import Direction, SinkPair, make_pair, pair_for_prompts
-from sinklens.pairs.ablations import EDITS, EditContext
+from sinklens.pairs.ablations import EditContext, EditLike, make_edit
 from sinklens.pairs.subset import edit_for_prompts
 from sinklens.patches import Patch, Positions
 from sinklens.readouts.named import Context, baseline, build, readout_name
@@ -228,14 +228,14 @@ class Worker:
         wanted = self.plan.choices.edits[number]
         return edit_for_prompts(self._kept(("swept", stage, number), wanted, axis, layers), first)
 
-    def _kept(self, key: tuple[str, int, int], wanted: str | Edit, axis: StageAxis, layers: tuple[int, ...]) -> Edit:
+    def _kept(self, key: tuple[str, int, int], wanted: EditLike, axis: StageAxis, layers: tuple[int, ...]) -> Edit:
         """One object for all patches of a kind, which the engine then runs as one kernel."""
         if key not in self._edits:
-            self._edits[key] = wanted if isinstance(wanted, Edit) else self._named(wanted, axis, layers)
+            self._edits[key] = make_edit(wanted, self._edit_context(axis, layers))
         return self._edits[key]
 
-    def _named(self, name: str, axis: StageAxis, layers: tuple[int, ...]) -> Edit:
-        context = EditContext(
+    def _edit_context(self, axis: StageAxis, layers: tuple[int, ...]) -> EditContext:
+        return EditContext(
             model=self.model,
             batch=self.plan.batch,
             pair=self._pair,
@@ -244,7 +244,6 @@ class Worker:
             seed=self.plan.choices.seed,
             max_rows=self._rows,
         )
-        return EDITS[name].make(context)
 
 
 def _direction(name: str) -> Direction:

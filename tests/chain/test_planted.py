@@ -11,9 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from sinklens import stages
 from sinklens.chain.run import run_chain
+from sinklens.edits import Edit
+from sinklens.errors import EngineError, InputError
 from sinklens.formation import find_formation
 from sinklens.prompts import from_tokens
 from tests.helpers.planted import OUTLIER, SUPER, planted_model, prompts, value
@@ -23,6 +26,15 @@ BASE = [np.mean([1 / (i + 1) for i in range(TARGET + 1, LENGTH)]), 0.0]
 ANCHORED = [1.0, 0.5]
 
 pytest.importorskip("transformer_lens.HookedTransformer")
+
+
+class Halfway(Edit):
+    """No transplant, whatever its name."""
+
+    uses_source = True
+
+    def __call__(self, x, source, at):  # noqa: ARG002
+        return (x + source) / 2
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +156,52 @@ def test_the_natural_sink(model):
         np.testing.assert_allclose(rows.effect, 1 - left, atol=1e-5)
     rows = result.effects.query("control == 'random_neurons'")
     np.testing.assert_allclose(rows.effect, 0, atol=1e-5)
+
+
+def test_the_root_is_known_by_where_it_is_not_by_its_name(model, batch, formation):
+    """Under another name a stage at the pair's own site is still held to an effect of exactly 1."""
+    renamed = replace(stages.VALUE_AGGREGATION, name="other")
+    found = run_chain(model, batch, target=TARGET, formation=formation, stages=(renamed,))
+    assert found.score("other", "transplant", "noise").effect == 1.0
+
+    def nothing(setting, stage, direction, generator):
+        patch = transplant.build(setting, stage, direction, generator)
+        return replace(patch, edit=Halfway("transplant"))
+
+    (transplant,) = [e for e in renamed.experiments if (e.edit, e.control) == ("transplant", "")]
+    wrong = replace(renamed, experiments=(replace(transplant, build=nothing),))
+    with pytest.raises(EngineError, match="identity"):
+        run_chain(model, batch, target=TARGET, formation=formation, stages=(wrong,))
+
+
+def test_another_metric(model, batch, formation):
+    """The norm of what enters the readout block: it is measured, divided and named as such."""
+    keys = {"target": TARGET, "formation": formation, "stages": (stages.VALUE_AGGREGATION,)}
+    found = run_chain(model, batch, metric="residual_norm", **keys)
+    assert found.metric == found.config["metric"] == "residual_norm"
+    for run, tokens in (("base", batch.tokens), ("anchored", batch.tokens)):
+        hooks = [] if run == "base" else [("blocks.0.attn.hook_pattern", attend_self)]
+        with torch.no_grad(), model.hooks(hooks):
+            _, cache = model.run_with_cache(tokens)
+        expected = cache["blocks.1.hook_resid_pre"][:, TARGET].norm(dim=-1)
+        np.testing.assert_allclose(found.runs[run]["sink"], expected, rtol=1e-5)
+    assert found.score("value_aggregation", "transplant", "denoise").effect == pytest.approx(1)
+
+
+def attend_self(pattern, hook):  # noqa: ARG001
+    pattern[:, :, TARGET] = 0
+    pattern[:, :, TARGET, TARGET] = 1
+    return pattern
+
+
+@pytest.mark.parametrize(
+    ("metric", "target", "message"),
+    [
+        ("logit_diff", TARGET, "compares two tokens: sweep it"),
+        ("loss", "natural", "no value at ordinary positions"),
+        ("nonsense", TARGET, "readout 'nonsense' is not known: choose from attention_received"),
+    ],
+)
+def test_a_metric_that_a_chain_cannot_use(model, batch, formation, metric, target, message):
+    with pytest.raises(InputError, match=message):
+        run_chain(model, batch, target=target, formation=formation, metric=metric)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from sinklens import stages
 from sinklens.chain.run import _trials
 from sinklens.chain.scoring import SINK
 from sinklens.engine.run import run_patches
-from sinklens.errors import NotApplicableError
+from sinklens.errors import InputError, NotApplicableError
 from sinklens.prompts import from_tokens
 from sinklens.readouts.build import attention_received
+from sinklens.stages.base import Prediction
 from tests.helpers.settings import TARGET, N, setting_for, tokens_for
 from tests.helpers.tiny import tiny_model
 
@@ -34,3 +36,15 @@ def test_a_norm_behind_the_mlp_is_not_passed_over():
         model, batch, patches, [attention_received(SINK, (2, 3), (TARGET,), N)], runs=setting.pair.runs
     )
     assert torch.isfinite(result.values[SINK]).all()
+
+
+def test_a_prediction_is_by_direction() -> None:
+    def build(*_: Any) -> Any:
+        raise AssertionError
+
+    two = stages.Experiment("zero", build, (0.25, 0.75))  # type: ignore[arg-type]
+    assert two.predicted == Prediction(denoise=0.25, noise=0.75)
+    assert (two.predicted.of("denoise"), two.predicted.of("noise")) == (0.25, 0.75)
+    for nonsense in (1, "ab", (1,), (1, 2, 3), None, {"denoise": 1}):
+        with pytest.raises(InputError, match="'zero': predicted is .* must be a Prediction or two numbers"):
+            stages.Experiment("zero", build, nonsense)  # type: ignore[arg-type]
