@@ -38,14 +38,18 @@ FIRST = NamedReadout("first_dim", first_dim)
 @pytest.fixture
 def known() -> Iterator[None]:
     """The names, for one test."""
-    register_readout(FIRST), register_edit(TEN), register_site("mid", HOOK)
+    register_readout(FIRST)
+    register_edit(TEN)
+    register_site("mid", HOOK)
     yield
     del READOUTS["first_dim"], EDITS["ten"], SITES["mid"]
 
 
 @pytest.mark.usefixtures("known")
 def test_a_name_means_one_thing() -> None:
-    register_readout(FIRST), register_edit(TEN), register_site("mid", HOOK)  # the same once more is no mistake
+    register_readout(FIRST)  # the same once more is no mistake
+    register_edit(TEN)
+    register_site("mid", HOOK)
     with pytest.raises(ValueError, match="named 'first_dim' is already registered"):
         register_readout(replace(FIRST))
     with pytest.raises(ValueError, match="named 'ten' is already registered"):

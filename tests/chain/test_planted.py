@@ -15,7 +15,8 @@ import torch
 
 from sinklens import stages
 from sinklens.chain.run import run_chain
-from sinklens.edits import Edit
+from sinklens.edits import Transplant
+from sinklens.edits.base import need
 from sinklens.errors import EngineError, InputError
 from sinklens.formation import find_formation
 from sinklens.prompts import from_tokens
@@ -28,13 +29,11 @@ ANCHORED = [1.0, 0.5]
 pytest.importorskip("transformer_lens.HookedTransformer")
 
 
-class Halfway(Edit):
+class Halfway(Transplant):
     """No transplant, whatever its name."""
 
-    uses_source = True
-
     def __call__(self, x, source, at):  # noqa: ARG002
-        return (x + source) / 2
+        return (x + need(source, self)) / 2
 
 
 @pytest.fixture(scope="module")
