@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import pandas as pd
 
 from sinklens.analysis.base import Analysis, Findings, verdict
 from sinklens.chain.run import score_chain
-from sinklens.chain.verdicts import CLOSE, Finding, findings, overall
+from sinklens.chain.verdicts import CLOSE, GOOD, Finding, findings, overall
 from sinklens.pairs import PairChoice
 from sinklens.stages import Stage
 from sinklens.statistics import Estimate
@@ -56,7 +57,7 @@ def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
         found = findings(result)
         own = [item for item in found if not item.control]
         deciding = [item for item in own if item.kind == "mechanism"] or own
-        worst = max(deciding, key=lambda item: _short_of(item))
+        worst = max(deciding, key=lambda item: -math.inf if math.isnan(item.short_of) else item.short_of)
         controls = [c for c in found if c.control and (c.edit, c.direction) == (worst.edit, worst.direction)]
         said = verdict(
             stage.claim,
@@ -65,7 +66,7 @@ def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
             ", ".join(f"{c.control} (predicted {c.predicted:g})" for c in controls[:1]),
             _estimate(controls[0]) if controls else None,
             RULE,
-            holds=overall(deciding) in ("agrees", "beyond"),
+            holds=overall(deciding) in GOOD,
         )
         table = result.scores.drop(columns=["layers", "units"])
         numbers = {_name(item): _estimate(item) for item in found if item is not worst}
@@ -73,11 +74,6 @@ def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
         return Findings(said, table, caption, numbers)
 
     return Analysis(stage.name, title, stage.claim, run, _draw, paper, code=stage.readout)
-
-
-def _short_of(item: Finding) -> float:
-    gap = item.predicted - item.effect if item.predicted > 0 else abs(item.effect - item.predicted)
-    return gap if gap == gap else float("-inf")
 
 
 def _estimate(item: Finding) -> Estimate:

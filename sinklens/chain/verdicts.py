@@ -61,6 +61,11 @@ class Finding:
         return experiment_kind(self.edit)
 
     @property
+    def short_of(self) -> float:
+        """How far the effect is from the prediction (:func:`short_of`)."""
+        return short_of(self.effect, self.predicted)
+
+    @property
     def verdict(self) -> str:
         """Agrees, beyond, partly, unclear, against, no prediction or not measured."""
         return verdict(self.effect, self.low, self.high, self.predicted)
@@ -87,8 +92,12 @@ def verdict(effect: float, low: float, high: float, predicted: float) -> str:
 
 
 def _against(effect: float, predicted: float) -> bool:
-    # Doing more than all that was predicted does not speak against it.
-    return predicted - effect > HALF if predicted > 0 else abs(effect - predicted) > HALF
+    return short_of(effect, predicted) > HALF
+
+
+def short_of(effect: float, predicted: float) -> float:
+    """How far an effect is from its prediction; doing more than all that was predicted does not speak against it."""
+    return predicted - effect if predicted > 0 else abs(effect - predicted)
 
 
 def findings(result: ChainResult) -> list[Finding]:
