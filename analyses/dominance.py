@@ -42,6 +42,7 @@ def run(
 ) -> sl.Findings:
     sl.analysis.check_k(study, k)
     after = list(study.after_formation(blocks))
+    study.require("norm_before_attention", range(study.shape.n_layers))
     disparity = disparities(study, k, weighted)
     late = {norm: values[after].mean(0) for norm, values in disparity.items()}
     ratio, control = (study.mean(late["after"][:, token, RATIO]) for token in (SINK, ORDINARY))

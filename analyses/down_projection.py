@@ -38,7 +38,8 @@ def run(
     k: Annotated[int, "how many of a row's largest entries to take the energy share of"] = 5,
     draws: Annotated[int, "sets of as many other neurons for the null"] = 1000,
 ) -> sl.Findings:
-    sl.models.check_writes_directly(study.model, study.formation.layer)
+    for identity in ("neurons_write", "mlp_adds"):
+        study.require(identity, (study.formation.layer,))
     sl.analysis.check_k(study, k)
     table = row_table(study, k)
     super_neurons, null = against_others(study, table, draws)

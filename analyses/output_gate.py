@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -66,6 +67,8 @@ def run(
     bias: Annotated[float, "offset of the logits; with 0 the gates are one half on average"] = 0.0,
 ) -> sl.Findings:
     sl.analysis.check_sink_varies(study)
+    if gate == "input":
+        study.require("norm_before_attention", study.onset)
     sigmoid = OutputGate(SIGMOID, projections(study) if gate == "input" else {}, scale, bias)
     constant = OutputGate(CONSTANT, scale=0.0, bias=mean_logit(scale, bias))
     gates = {NO_GATE: None, CONSTANT: constant, SIGMOID: sigmoid}
@@ -88,7 +91,8 @@ def run(
     numbers = {"the same factor in the first block, where a constant gate's is 1": first}
     for name, reading in readings.items():
         numbers[f"variance of the sink over the median of others, {name}"] = discrepancy(study, curves[name])
-        numbers[f"magnitude of the super neurons at the sink, {name}"] = study.mean(reading["magnitude"][0])
+        if "magnitude" in reading:
+            numbers[f"magnitude of the super neurons at the sink, {name}"] = study.mean(reading["magnitude"][0])
         numbers[f"attention to the sink after formation, {name}"] = study.mean(reading["attention"].mean(0))
     return sl.Findings(verdict, table(study, curves), CAPTION, numbers)
 
@@ -110,11 +114,11 @@ def readings_under(study: sl.Study, gate: sl.Edit | None) -> dict[str, Tensor]:
     neurons, n, block = list(study.formation.neurons), study.batch.n, (study.formation.layer,)
     measured = [
         sl.Readout("z", sites.Z, study.onset, lambda z, _: z),
-        readouts.vector_readout(
-            "magnitude", sites.MLP_POST, block, study.sink, n, lambda x, _: x[:, neurons].abs().mean(1)
-        ),
         readouts.attention_received("attention", study.after_formation(), study.sink, n),
     ]
+    if neurons:  # none are known in models without a dense MLP
+        of_neurons = partial(readouts.vector_readout, "magnitude", sites.MLP_POST, block, study.sink, n)
+        measured.append(of_neurons(lambda x, _: x[:, neurons].abs().mean(1)))
     patches = [sl.Patch(sites.Z, study.onset, tuple(range(study.batch.length)), gate)] if gate else []
     return study.measure(measured, patches)
 

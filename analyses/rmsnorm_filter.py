@@ -47,6 +47,7 @@ def run(
     draws: Annotated[int, "how many sets of as many other dimensions to keep instead"] = 5,
 ) -> sl.Findings:
     layers, dims, pairs = study.after_formation(blocks), study.formation.dims, distinct_pairs(study)
+    study.require("norm_before_attention", layers)
     clean = readings(study, layers)
     inputs = inputs_to_try(study, clean["inputs"], clean["elsewhere"], draws)
     patches = [replace(study, sites.LN1_NORMALIZED, layers, values) for _, values in inputs]

@@ -33,7 +33,8 @@ Factor = Float[Tensor, "prompt pos neuron"]
 def run(
     study: sl.Study, *, draws: Annotated[int, "how many sets of as many other neurons to compare with"] = 5
 ) -> sl.Findings:
-    own = len(study.formation.neurons)
+    study.require("neurons_read", (study.formation.layer,))
+    own = len(study.neurons)
     others = [neuron for units in study.other_neurons("selective_activation/others", draws) for neuron in units]
     neurons = [*study.formation.neurons, *others]
     gate, linear = factors(study, neurons)

@@ -63,6 +63,7 @@ def run(
     positions: Annotated[tuple[int, ...], "positions for the induced sink: the last that fits is taken"] = (5, 10),
     few_prompts: Annotated[int, "prompts for the induced sink, and for all later blocks"] = 8,
 ) -> sl.Findings:
+    study.require("dense_mlp", (study.formation.layer,))
     kinds, note = edits_that_apply(study)
     cases = [*ablations(study, kinds, rotations, draws), *rescalings(study, scales)]
     table, left_out = effects_on_sinks(study, study.first(few_prompts), cases, positions)
@@ -93,14 +94,14 @@ def edits_that_apply(study: sl.Study) -> tuple[tuple[str, ...], str]:
     """The edits of the claim that this model can be given, and a note on those that it cannot."""
     try:
         sl.models.check_writes_directly(study.model, study.formation.layer)
-    except sl.NotApplicableError:
-        return (ZERO, MEAN), " The model normalises what its MLPs write, so rows cannot be made dense."
+    except sl.NotApplicableError as error:
+        return (ZERO, MEAN), f" Rows cannot be made dense: {error}."
     return EDITS, ""
 
 
 def ablations(study: sl.Study, kinds: tuple[str, ...], rotations: int, draws: int) -> list[Case]:
     """Every set of neurons silenced, and writing in a random direction."""
-    layer, neurons = study.formation.layer, study.formation.neurons
+    layer, neurons = study.formation.layer, study.neurons
     post = study.activations(sites.MLP_POST, (layer,))[layer].float().cpu()  # [prompt, pos, d_mlp]
     at_sink = post[range(study.batch.n), study.sinks].abs().mean(0)
     strongest = at_sink.index_fill(0, torch.tensor(neurons), -1).topk(len(neurons)).indices.tolist()
@@ -120,7 +121,7 @@ def ablations(study: sl.Study, kinds: tuple[str, ...], rotations: int, draws: in
 
 def rescalings(study: sl.Study, scales: tuple[float, ...]) -> list[Case]:
     """The super neurons' activations times each of ``scales``; zero is an ablation already."""
-    layer, neurons = study.formation.layer, study.formation.neurons
+    layer, neurons = study.formation.layer, study.neurons
     zero = {layer: torch.zeros(study.shape.d_mlp)}
     factors = {f"times {scale:g}": torch.tensor(float(scale)) for scale in sorted(set(scales) - {0})}
     rescale = [edits.Rescale(name, zero, {layer: factor}) for name, factor in factors.items()]

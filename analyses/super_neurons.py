@@ -49,7 +49,8 @@ def run(
     score: Annotated[Literal["robust_z", "percentile"], "how far a weight norm outlies its block's"] = "robust_z",
     draws: Annotated[int, "random sets of neurons for the null"] = 2000,
 ) -> sl.Findings:
-    d_mlp, top = study.shape.d_mlp, top or len(study.formation.neurons)
+    study.require("neurons_read", (study.formation.layer,))
+    d_mlp, top = study.shape.d_mlp, top or len(study.neurons)
     if not 0 < top < d_mlp:
         raise sl.InputError(f"top={top} must be in 1..{d_mlp - 1}: the block has {d_mlp} neurons")
     norms = weight_norms(study)

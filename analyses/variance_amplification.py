@@ -88,7 +88,7 @@ def effects(
     runs = {"base": (), AMPLIFIED: (amplify(z, k, (AMPLIFIED, top), axis),)}
     patches = [*(amplify(z, k, dose, axis) for dose in doses), *ablations(study, k)]
     result = study.run(patches, readouts_at(study, tuple(z), k), runs)
-    labels = [{"edit": edit, "strength": s} for edit, s in (*doses, *((edit, top) for edit in ABLATIONS))]
+    labels = [{"edit": edit, "strength": s} for edit, s in (*doses, *((edit, top) for edit in ablated(study)))]
     in_table = {"base": {"edit": "clean", "strength": 1.0}, AMPLIFIED: {"edit": AMPLIFIED, "strength": top}}
     table = sl.analysis.patch_table(result, labels, in_table)
     before, sink = (sl.analysis.base_reading(result, table, name) for name in ("attention", "sink_attention"))
@@ -118,8 +118,15 @@ def amplify(z: dict[int, Tensor], k: int, dose: Dose, axis: edits.MeanAxis) -> s
     return sl.Patch(sites.Z, tuple(z), (k,), edit, allow_unchanged=True)  # no variance, no effect
 
 
+def ablated(study: sl.Study) -> tuple[str, ...]:
+    """What the ablations are called: there are none where no super neurons are known (no dense MLP)."""
+    return ABLATIONS if study.formation.neurons else ()
+
+
 def ablations(study: sl.Study, k: int) -> list[sl.Patch]:
     """In the amplified run the super neurons silenced at k, or as many others."""
+    if not ablated(study):
+        return []
     sets = (study.formation.neurons, study.other_neurons("amplification/others")[0])
     at, edit = ((study.formation.layer,), (k,)), edits.Constant()
     return [sl.Patch(sites.MLP_POST, *at, edit, units, run=AMPLIFIED, allow_unchanged=True) for units in sets]
@@ -133,10 +140,11 @@ def readouts_at(study: sl.Study, layers: tuple[int, ...], k: int) -> list[sl.Rea
     def at_k(name: str, site: sl.HookSite, layers: tuple[int, ...], function: Callable[[Tensor], Tensor]) -> sl.Readout:
         return sl.readouts.vector_readout(name, site, layers, (k,), n, lambda x, _: function(x.float()))
 
+    of_neurons = [at_k("activation", sites.MLP_POST, block, lambda x: x[:, neurons].abs().mean(-1))] if neurons else []
     return [
         sl.readouts.attention_received("attention", later, (k,), n),
         sl.readouts.attention_received("sink_attention", later, study.sink, n),
-        at_k("activation", sites.MLP_POST, block, lambda x: x[:, neurons].abs().mean(-1)),
+        *of_neurons,
         at_k("z_norm", sites.Z, layers, lambda x: x.flatten(1).norm(dim=-1)),
         at_k("residual_norm", sites.RESID_POST, block, lambda x: x.norm(dim=-1)),
     ]
@@ -153,17 +161,22 @@ def numbers(study: sl.Study, table: pd.DataFrame, at_top: pd.DataFrame, k: int) 
     lines = {
         f"share of prompts in which a token gains more than {BAR}": mean(study, at_top, AMPLIFIED, column="above_bar")
     }
-    lines |= {f"share gained, {edit}": mean(study, at_top, edit) for edit in ABLATIONS}
+    lines |= {f"share gained, {edit}": mean(study, at_top, edit) for edit in ablated(study)}
     for part, rows in table[table.part != VERDICT].groupby("part"):
         for edit in EDITS:
             lines[f"share gained by token {k}, {part}, {edit}"] = mean(study, at_top, edit, str(part))
         for edit in EDITS:
             lines[f"tau of lambda and attention, {part}, {edit}"] = study.mean(taus(rows, edit))
-    for column, name in SIDE.items():
+    for column, name in side(table).items():
         lines |= {
             f"{name}, {edit}": mean(study, at_top, edit, column=column) for edit in ("clean", AMPLIFIED, NORM_ONLY)
         }
     return lines
+
+
+def side(table: pd.DataFrame) -> dict[str, str]:
+    """What else lambda changes, as far as it was measured."""
+    return {column: name for column, name in SIDE.items() if column in table}
 
 
 def taus(table: Any, edit: str) -> list[float]:
@@ -187,7 +200,7 @@ def draw(findings: sl.Findings):
     own = means[means.part == PROMPTS]
     received = f"attention received by token {table.token.iloc[0]}, "
     panels = [means.assign(panel=received + means.part, value=means.attention)]
-    panels += [own.assign(panel=name, value=own[column]) for column, name in SIDE.items()]
+    panels += [own.assign(panel=name, value=own[column]) for column, name in side(means).items()]
     lines, titles = pd.concat(panels), {"value": ""}
     figure = sl.viz.line(lines, "lambda", "value", series="edit", facet="panel", titles=titles, log_x=True, height=260)
     figure.update_xaxes(tickvals=sorted(set(means["lambda"])), showticklabels=True)

@@ -61,6 +61,7 @@ def run(
     average: Annotated[Literal["mean", "median"], "how the variances of all dimensions are brought together"] = "mean",
     permutations: Annotated[int, "draws of shuffled positions"] = 2000,
 ) -> sl.Findings:
+    sl.analysis.check_first_varies(study)
     blocks, rng = study.blocks(layers), study.generator("variance_decay/shuffled")
     shuffled = torch.rand(permutations, study.batch.length - 1, generator=rng)
     decays = {

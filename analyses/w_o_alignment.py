@@ -48,6 +48,7 @@ def run(
         raise sl.InputError(f"outputs={outputs} and permutations={permutations} must be at least 1")
     sl.analysis.check_sink_varies(study)
     blocks = study.blocks(layers)
+    study.require("heads_write", blocks)
     z = [x.float() for x in study.activations(sites.Z, blocks).values()]
     W_O = [study.weights(layer).W_O.detach().float().flatten(0, 1) for layer in blocks]
     neurons = torch.randperm(study.shape.d_model, generator=study.generator("w_o_alignment/outputs"))[:outputs]

@@ -34,7 +34,8 @@ from sinklens import metrics
 from sinklens.engine.capture import ActivationStore, Want, capture_runs
 from sinklens.engine.memory import row_budget
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
-from sinklens.models.view import Model, block_weights, check_writes_directly, model_shape
+from sinklens.models.identities import identities, require
+from sinklens.models.view import BlockWeights, Model, model_shape
 from sinklens.patches import CLEAN
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
@@ -190,16 +191,14 @@ def find_formation(
     shape = model_shape(model)
     _check_given(shape, layer, super_neurons, outlier_dims)
     rows = row_budget(model, batch.length, memory_budget)
-    store = capture_runs(model, batch.tokens, CLEAN, [], _profile_readouts(shape.n_layers), max_rows=rows)
+    store = capture_runs(model, batch.tokens, CLEAN, [], _profile_readouts(model, shape.n_layers), max_rows=rows)
     received = torch.stack([store.readings["base", "attention", b] for b in range(shape.n_layers)]).cpu()
     sinks = _sink_positions(received)
     profile = _profile(store, received, sinks, shape.n_layers, eps)
     events = _events(profile, min_ratio, min_jump)
     if layer is None:
         layer = _block_to_explain(profile, events, sinks, eps, min_ratio, min_jump)
-    wants = [Want("base", MLP_POST, layer), Want("base", MLP_OUT, layer)]
-    store = capture_runs(model, batch.tokens, CLEAN, wants, max_rows=rows)
-    post, added = (store.tensor("base", site, layer) for site in (MLP_POST, MLP_OUT))
+    post, added = _written(model, batch, layer, rows)
     neurons = _super_neurons(model, layer, post, sinks, neuron_z, selectivity, super_neurons)
     dims = _outlier_dims(model, layer, post, added, sinks, neurons, dim_z, outlier_dims)
     return Formation(layer, tuple(sinks.tolist()), neurons, dims, events, profile)
@@ -215,7 +214,17 @@ def _check_given(shape, layer, neurons, dims) -> None:  # noqa: ANN001
             raise InputError(f"{name} {list(given)} is not in 0..{top - 1}")
 
 
-def _profile_readouts(n_layers: int) -> list[Readout]:
+def _written(model: Model, batch: PromptBatch, layer: int, rows: int) -> tuple[Tensor | None, Tensor]:
+    """The neurons' activations, ``None`` without a dense MLP; and what the MLP adds, or attention without an MLP."""
+    measured = identities(model)
+    dense = measured.holds("dense_mlp", (layer,))
+    adds = MLP_OUT if MLP_OUT.at(layer) in measured.fired else ATTN_OUT
+    wants = [Want("base", site, layer) for site in ([MLP_POST, adds] if dense else [adds])]
+    store = capture_runs(model, batch.tokens, CLEAN, wants, max_rows=rows)
+    return store.tensor("base", MLP_POST, layer) if dense else None, store.tensor("base", adds, layer)
+
+
+def _profile_readouts(model: Model, n_layers: int) -> list[Readout]:
     blocks = tuple(range(n_layers))
 
     def norm(act: Tensor, _rows: object) -> Tensor:
@@ -224,11 +233,12 @@ def _profile_readouts(n_layers: int) -> list[Readout]:
     def received(act: Tensor, _rows: object) -> Tensor:
         return metrics.attention_received(act)
 
+    with_mlp = tuple(block for block in blocks if MLP_OUT.at(block) in identities(model).fired)
     return [
         Readout("before", RESID_PRE, blocks, norm),
         Readout("after", RESID_POST, blocks, norm),
         Readout("attn", ATTN_OUT, blocks, norm),
-        Readout("mlp", MLP_OUT, blocks, norm),
+        *([Readout("mlp", MLP_OUT, with_mlp, norm)] if with_mlp else []),
         Readout("attention", PATTERN, blocks, received),
     ]
 
@@ -257,7 +267,8 @@ def _median(x: Tensor, dim: int = -1) -> Tensor:
 def _profile(store: ActivationStore, received: Tensor, sinks: Tensor, n_layers: int, eps: float) -> pd.DataFrame:
     records = []
     for block in range(n_layers):
-        norms = {name: store.readings["base", name, block].cpu() for name in ("before", "after", "attn", "mlp")}
+        norms = {name: store.readings["base", name, block].cpu() for name in ("before", "after", "attn")}
+        norms["mlp"] = store.readings.get(("base", "mlp", block), torch.zeros_like(norms["attn"])).cpu()
         attention = received[block].mean(1)
         heads = received[block].take_along_dim(sinks[:, None, None], -1).squeeze(-1)
         record = {"layer": block}
@@ -312,7 +323,11 @@ def _block_to_explain(profile, events, sinks, eps, min_ratio, min_jump) -> int: 
 
 
 def _super_neurons(model, layer, post, sinks, neuron_z, selectivity, given) -> tuple[SuperNeuron, ...]:  # noqa: ANN001
-    weights = block_weights(model, layer)
+    if post is None:
+        if given:
+            require(model, "dense_mlp", (layer,))
+        return ()
+    weights = BlockWeights(model, layer)
     up_z = metrics.robust_z(weights.W_in.detach().float().norm(dim=0)).cpu()
     gate_z = None if weights.W_gate is None else metrics.robust_z(weights.W_gate.detach().float().norm(dim=0)).cpu()
     joint = up_z if gate_z is None else torch.minimum(gate_z, up_z)
@@ -346,14 +361,14 @@ def _super_neurons(model, layer, post, sinks, neuron_z, selectivity, given) -> t
 
 
 def _outlier_dims(model, layer, post, added, sinks, neurons, dim_z, given) -> tuple[OutlierDim, ...]:  # noqa: ANN001
-    index = torch.arange(len(post))
-    try:
-        check_writes_directly(model, layer)
+    index = torch.arange(len(added))
+    measured = identities(model)
+    if neurons and measured.holds("neurons_write", (layer,)) and measured.holds("mlp_adds", (layer,)):
         chosen = [neuron.index for neuron in neurons]
-        rows = block_weights(model, layer).W_out.detach()[chosen].float()
+        rows = BlockWeights(model, layer).W_out.detach()[chosen].float()
         written = post[index, sinks.to(post.device)][:, chosen].float() @ rows
-    except NotApplicableError:
-        # A norm stands behind the MLP, so no neuron's share can be told: take all that the MLP adds.
+    else:
+        # No neuron's share can be told (a norm or a multiplier stands behind the MLP): take all that the MLP adds.
         written = added[index, sinks.to(added.device)].float()
     written = written.mean(0).cpu()
     z = metrics.robust_z(written.abs())

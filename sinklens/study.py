@@ -21,13 +21,13 @@ from sinklens.edits.draws import others
 from sinklens.engine.capture import Want, capture_runs
 from sinklens.engine.memory import row_budget
 from sinklens.engine.run import PatchResult, PatchRunner, Progress
-from sinklens.errors import InputError
+from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation, find_formation
+from sinklens.models.identities import block_weights, require
 from sinklens.models.view import (
     BlockWeights,
     Model,
     ModelShape,
-    block_weights,
     bos_token,
     device_of,
     dtype_of,
@@ -164,8 +164,29 @@ class Study:
         """
         return self.formation.after(self.shape.n_layers, blocks)
 
+    @property
+    def neurons(self) -> tuple[int, ...]:
+        """The super neurons.
+
+        Raises:
+            NotApplicableError: none are known, as in models without a dense MLP.
+        """
+        if not self.formation.neurons:
+            raise NotApplicableError(
+                f"no super neurons are known in block {self.formation.layer}: it has no dense MLP, or none were given"
+            )
+        return self.formation.neurons
+
+    def require(self, identity: str, layers: Sequence[int]) -> None:
+        """Make sure that an identity holds in some blocks (see :mod:`sinklens.models.identities`).
+
+        Raises:
+            NotApplicableError: it does not.
+        """
+        require(self.model, identity, layers)
+
     def weights(self, layer: int) -> BlockWeights:
-        """Weights of a block."""
+        """Weights of a block (see :func:`sinklens.models.identities.block_weights`)."""
         return block_weights(self.model, layer)
 
     def generator(self, name: str) -> torch.Generator:
@@ -178,7 +199,7 @@ class Study:
 
     def draw_neurons(self, drawn: torch.Generator) -> tuple[int, ...]:
         """As many neurons of the formation block as there are super neurons, drawn from the others."""
-        neurons = self.formation.neurons
+        neurons = self.neurons
         return others(self.shape.d_mlp, neurons, drawn, len(neurons))
 
     def draw_dims(self, drawn: torch.Generator) -> tuple[int, ...]:

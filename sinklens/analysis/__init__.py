@@ -11,7 +11,7 @@ claim is a result.
 
 from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict, verdict
 from sinklens.analysis.discovery import folder, list_analyses
-from sinklens.analysis.preconditions import check_k, check_sink_varies
+from sinklens.analysis.preconditions import check_first_varies, check_k, check_sink_varies
 from sinklens.analysis.run import config_of, load_analysis, main, run_analysis
 from sinklens.analysis.tables import base_reading, mean_and_range, patch_table, tidy
 
@@ -21,6 +21,7 @@ __all__ = [
     "Findings",
     "Verdict",
     "base_reading",
+    "check_first_varies",
     "check_k",
     "check_sink_varies",
     "config_of",

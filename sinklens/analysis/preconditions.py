@@ -17,11 +17,21 @@ def check_k(study: Study, k: int) -> None:
         raise InputError(f"k={k} must be in 1..{d_model - 1}, below the width of the residual stream")
 
 
+def check_first_varies(study: Study) -> None:
+    """Make sure that the first token can vary across prompts: one that all share (BOS) has the same values in all.
+
+    Raises:
+        NotApplicableError: it cannot.
+    """
+    if len(study.batch.tokens[:, 0].unique()) == 1:
+        raise NotApplicableError("the first token is the same in all prompts (BOS?): it has no variance")
+
+
 def check_sink_varies(study: Study) -> None:
     """Make sure that the sink can vary across prompts: a first token that all share (BOS) has the same values in all.
 
     Raises:
         NotApplicableError: it cannot.
     """
-    if not study.sinks.any() and len(study.batch.tokens[:, 0].unique()) == 1:
-        raise NotApplicableError("the sink is the first token and the same in all prompts: it has no variance")
+    if not study.sinks.any():
+        check_first_varies(study)

@@ -8,15 +8,18 @@ norms.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pandas as pd
 import torch
 from torch import Tensor
 
 from sinklens import metrics, readouts
 from sinklens.engine.capture import capture_runs
+from sinklens.models.identities import identities
 from sinklens.patches import Positions
 from sinklens.readouts.base import Readout
-from sinklens.sites import LN1_NORMALIZED, MLP_POST, RESID_POST, Z
+from sinklens.sites import LN1_NORMALIZED, MLP_POST, RESID_POST, HookSite, Z
 from sinklens.stages.base import Setting
 
 
@@ -63,7 +66,7 @@ def _readouts(setting: Setting) -> list[tuple[Readout, str, str]]:
     places = _places(setting)
     statistics = setting.ordinary_moments(Z, setting.up_to_formation)
     blocks = {"up to formation": setting.up_to_formation, "after formation": setting.readout_layers}
-    n, neurons, last = setting.batch.n, list(setting.formation.neurons), (setting.formation.layer,)
+    n = setting.batch.n
     for where, (marks, position) in places.items():
         for span, layers in blocks.items():
             for quantity, statistic in (
@@ -74,32 +77,28 @@ def _readouts(setting: Setting) -> list[tuple[Readout, str, str]]:
                 found.append((readout, f"{quantity}, {span}", where))
         variance = readouts.deviation(f"variance/{where}", Z, setting.up_to_formation, position, n, statistics)
         found.append((variance, "variance of the aggregated value (ordinary = 1)", where))
-        for name, quantity, site, layers, function in (
-            (
-                "neurons",
-                "super-neuron activation (mean magnitude)",
-                MLP_POST,
-                last,
-                lambda x, _layer: x[:, neurons].float().abs().mean(-1),
-            ),
-            (
-                "norm",
-                "residual norm after the formation block",
-                RESID_POST,
-                last,
-                lambda x, _layer: x.float().norm(dim=-1),
-            ),
-            (
-                "dominance",
-                "dominance ratio after RMSNorm, next blocks",
-                LN1_NORMALIZED,
-                setting.readout_layers,
-                lambda x, _layer: metrics.dominance_ratio(x),
-            ),
-        ):
-            found.append(
-                (readouts.vector_readout(f"{name}/{where}", site, layers, position, n, function), quantity, where)
-            )
+        found += [
+            (readouts.vector_readout(f"{name}/{where}", site, layers, position, n, function), quantity, where)
+            for name, quantity, site, layers, function in _of_vectors(setting)
+        ]
         received = readouts.attention_received(f"received/{where}", setting.readout_layers, position, n)
         found.append((received, "attention received, after formation", where))
     return found
+
+
+Asked = tuple[str, str, HookSite, tuple[int, ...], Callable[[Tensor, int], Tensor]]
+
+
+def _of_vectors(setting: Setting) -> list[Asked]:
+    """Name, quantity, site, blocks and function of an activation; what the model does not have is left out."""
+    neurons, block = list(setting.formation.neurons), (setting.formation.layer,)
+    asked: list[Asked] = [
+        ("norm", "residual norm after the formation block", RESID_POST, block, lambda x, _layer: x.float().norm(dim=-1))
+    ]
+    if neurons:
+        quantity = "super-neuron activation (mean magnitude)"
+        asked.insert(0, ("neurons", quantity, MLP_POST, block, lambda x, _layer: x[:, neurons].float().abs().mean(-1)))
+    if identities(setting.model).holds("norm_before_attention", setting.readout_layers):
+        quantity, layers = "dominance ratio after RMSNorm, next blocks", setting.readout_layers
+        asked.append(("dominance", quantity, LN1_NORMALIZED, layers, lambda x, _layer: metrics.dominance_ratio(x)))
+    return asked

@@ -22,11 +22,11 @@ def first_prompt(setting: Setting) -> dict[str, ByRun]:
       measured; NaN at the last position, which no later query sees;
     * ``neurons`` [prompt pos neuron]: activations of the super neurons.
     """
-    block, runs = setting.formation.layer, setting.pair.runs
+    block, runs, neurons = setting.formation.layer, setting.pair.runs, list(setting.formation.neurons)
     wants = [
         Want(run, site, layer)
         for run in runs
-        for site, layers in ((PATTERN, {block + 1, *setting.readout_layers}), (MLP_POST, {block}))
+        for site, layers in ((PATTERN, {block + 1, *setting.readout_layers}), (MLP_POST, {block} if neurons else ()))
         for layer in layers
     ]
     store = capture_runs(setting.model, setting.batch.tokens[:1], runs, wants, max_rows=setting.max_rows)
@@ -38,9 +38,13 @@ def first_prompt(setting: Setting) -> dict[str, ByRun]:
         by_block = [metrics.attention_received(pattern(run, layer)).mean(1).cpu() for layer in setting.readout_layers]
         return torch.stack(by_block).mean(0)
 
-    neurons = list(setting.formation.neurons)
+    def activations(run: str) -> Tensor:
+        if not neurons:  # a model without a dense MLP
+            return torch.zeros(1, setting.batch.length, 0)
+        return store.tensor(run, MLP_POST, block)[..., neurons].float().cpu()
+
     return {
         "attention": {run: pattern(run, block + 1).half().cpu() for run in runs},
         "received": {run: received(run).float().cpu() for run in runs},
-        "neurons": {run: store.tensor(run, MLP_POST, block)[..., neurons].float().cpu() for run in runs},
+        "neurons": {run: activations(run) for run in runs},
     }

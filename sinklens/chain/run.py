@@ -23,6 +23,7 @@ from sinklens.chain.first_prompt import first_prompt
 from sinklens.chain.result import METRIC, ChainResult
 from sinklens.chain.scoring import SINK, Trial
 from sinklens.engine.run import PatchResult, Progress
+from sinklens.engine.validation import check_needs
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation
 from sinklens.models.view import Model, dtype_of
@@ -113,13 +114,15 @@ def score_chain(
 
     trials, skipped = _trials(setting, stages, control_draws)
     scored = [stage for stage in stages if any(trial.stage is stage for trial in trials)]
-    readouts = [*_metric(setting, named), *(stage.readout(setting, stage) for stage in scored)]
+    own = _own_readouts(setting, scored, skipped)
+    readouts = [*_metric(setting, named), *own.values()]
     result = study.runner(readouts, pair.runs).run([trial.patch for trial in trials], study.progress)
 
     gap = scoring.Gap(named.name, named.is_share, min_gap)
     effects = scoring.effects(trials, result, pair, gap)
     scoring.check_pair(effects, result, pair, gap)
-    matrix = scoring.matrix(trials, result, pair, scored, gap)
+    read = [stage for stage in scored if stage.name in own]
+    matrix = scoring.matrix(trials, result, pair, read, gap)
     scoring.check_identities(effects, matrix, pair, trials, dtype_of(model))
     return ChainResult(
         scores=scoring.scores(effects, trials, seed),
@@ -181,6 +184,17 @@ def _metric(setting: Setting, metric: NamedReadout) -> list[Readout]:
     return [metric.make(SINK, context), metric.baseline(scoring.ORDINARY, context)]
 
 
+def _own_readouts(setting: Setting, stages: Sequence[Stage], skipped: dict[str, str]) -> dict[str, Readout]:
+    """Every stage's own readout by the stage's name; why one is left out that the model does not allow is noted."""
+    readouts = {}
+    for stage in stages:
+        try:
+            readouts[stage.name] = stage.readout(setting, stage)
+        except NotApplicableError as error:
+            skipped[f"{stage.name}/readout"] = str(error)
+    return readouts
+
+
 def _trials(setting: Setting, stages: Sequence[Stage], draws: int) -> tuple[list[Trial], dict[str, str]]:
     """Every experiment's patches; and why those are left out that the model does not allow."""
     trials: list[Trial] = []
@@ -192,7 +206,9 @@ def _trials(setting: Setting, stages: Sequence[Stage], draws: int) -> tuple[list
                     # Seeded by name, so that a score does not depend on which other stages run.
                     name = f"{stage.name}/{experiment.edit}/{experiment.control}/{draw}"
                     try:
+                        stage.check(setting, experiment)
                         patch = experiment.build(setting, stage, direction, setting.study.generator(name))
+                        check_needs(setting.model, patch)
                     except NotApplicableError as error:
                         skipped[f"{stage.name}/{experiment.edit}"] = str(error)
                         continue

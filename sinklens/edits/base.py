@@ -94,6 +94,11 @@ class Edit:
         """Whether the edit needs the activation of a source run."""
         return False
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Identities (:data:`sinklens.models.identities.IDENTITIES`) without which the edit is not what it says."""
+        return ()
+
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
         """The edited activation, of the shape of ``x``."""
         raise NotImplementedError

@@ -108,6 +108,11 @@ class SameNormScaling(Edit):
     def uses_source(self) -> bool:
         return self.of.uses_source
 
+    @property
+    @override
+    def needs(self) -> tuple[str, ...]:
+        return self.of.needs
+
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
         target = self.of(x, source, at).flatten(1).norm(dim=-1)
@@ -177,6 +182,11 @@ class OfSource(SourceEdit):
     @override
     def reads(self) -> tuple[Read, ...]:
         return self.edit.reads
+
+    @property
+    @override
+    def needs(self) -> tuple[str, ...]:
+        return self.edit.needs
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002

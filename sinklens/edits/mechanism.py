@@ -87,6 +87,11 @@ class NeuronContribution(SourceEdit):
     def reads(self) -> tuple[Read, ...]:
         return (self.site,)
 
+    @property
+    @override
+    def needs(self) -> tuple[str, ...]:
+        return ("neurons_write", "mlp_adds")
+
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
         need(source, self)
@@ -119,6 +124,11 @@ class DensifyRows(Edit):
     def reads(self) -> tuple[Read, ...]:
         return (self.site,)
 
+    @property
+    @override
+    def needs(self) -> tuple[str, ...]:
+        return ("neurons_write", "mlp_adds")
+
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         delta = self.rotated.to(x) - self.rows.to(x)
@@ -147,6 +157,11 @@ class DropDimsBeforeNorm(Edit):
     @override
     def reads(self) -> tuple[Read, ...]:
         return (RESID_PRE,)
+
+    @property
+    @override
+    def needs(self) -> tuple[str, ...]:
+        return ("norm_before_attention",)
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sinklens.errors import InputError
+from sinklens.models.identities import require
 from sinklens.models.view import Model, ModelShape, device_of, model_shape
 from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import Readout
@@ -49,6 +50,9 @@ def validate(
                 raise InputError(f"root patches cannot have a source run, but one in {run!r} has: {root.describe()}")
             _validate_patch(root, shape, n_prompts, length)
     seen: set[tuple] = set()  # a sweep repeats few places in thousands of patches
+    needing = {(id(part.edit), part.layers): part for patch in patches for part in patch.parts if part.edit.needs}
+    for part in needing.values():
+        check_needs(model, part)
     for patch in patches:
         for part in patch.parts:
             places = (part.site, part.layers, part.positions, part.units, part.source and part.source.positions)
@@ -91,6 +95,17 @@ def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int
         if not patch.units or not all(0 <= unit < size for unit in patch.units):
             name = patch.site.unit_name
             raise InputError(f"units {patch.units} are not all in 0..{size - 1} ({name}): {patch.describe()}")
+
+
+def check_needs(model: Model, patch: Patch) -> None:
+    """Make sure that the model computes what the edits of a patch stand on (:attr:`sinklens.Edit.needs`).
+
+    Raises:
+        NotApplicableError: it does not.
+    """
+    for part in patch.parts:
+        for identity in part.edit.needs:
+            require(model, identity, part.layers)
 
 
 def _validate_reads(patch: Patch) -> None:

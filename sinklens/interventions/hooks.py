@@ -24,7 +24,8 @@ from sinklens import edits
 from sinklens.engine.apply import Op, apply_edit, gather
 from sinklens.engine.places import group_of, pairs_of
 from sinklens.errors import InputError
-from sinklens.models.view import Model, block_weights, model_shape
+from sinklens.models.identities import block_weights, check_writes_directly
+from sinklens.models.view import Model, model_shape
 from sinklens.patches import Patch
 from sinklens.sites import ATTN_OUT, MLP_OUT, MLP_POST, PATTERN, RESID_POST, HookSite, K, V, Z
 
@@ -214,7 +215,12 @@ def ablate_heads(
 def densify_down_projection(
     model: Model, layer: int, neurons: Sequence[int], positions: Sequence[int] = (), seed: int = 0
 ) -> Hooks:
-    """Let ``neurons`` write with randomly rotated rows of W_out: same norms, spread over all dimensions."""
+    """Let ``neurons`` write with randomly rotated rows of W_out: same norms, spread over all dimensions.
+
+    Raises:
+        NotApplicableError: a row of W_out is not what its neuron adds to the residual stream.
+    """
+    check_writes_directly(model, layer)
     rows = block_weights(model, layer).W_out.detach()[list(neurons)].float()
     rotated = edits.rotate_rows(rows, torch.Generator().manual_seed(seed))
     edit = edits.DensifyRows("densified", tuple(neurons), rows, rotated)

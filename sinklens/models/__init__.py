@@ -5,15 +5,14 @@ the one in the checkpoint. Text is tokenised as the model's own tokenizer does i
 that the tokenizer would not prepend itself, because an extra first token is an extra sink.
 """
 
+from sinklens.models.identities import Identities, block_weights, check_writes_directly, identities
 from sinklens.models.load import REGISTRY, ModelListing, ModelSource, list_models, load_model, register_model
 from sinklens.models.view import (
     BlockWeights,
     Model,
     ModelShape,
-    block_weights,
     can_resume,
     check_hook_name,
-    check_writes_directly,
     forward,
     has_hook,
     is_bridge,
@@ -25,6 +24,7 @@ from sinklens.models.view import (
 
 __all__ = [
     "BlockWeights",
+    "Identities",
     "Model",
     "ModelListing",
     "ModelShape",
@@ -36,6 +36,7 @@ __all__ = [
     "check_writes_directly",
     "forward",
     "has_hook",
+    "identities",
     "is_bridge",
     "list_models",
     "load_model",

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
@@ -56,10 +57,6 @@ class Model(Protocol):
         ...
 
 
-# These normalise each sub-block's output instead of its input, so there is no norm in front of it to read.
-_POST_NORM = frozenset({"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
-
-
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes and the plan of a model, the same for both backends."""
@@ -75,7 +72,7 @@ class ModelShape:
     d_head: int
     """Width of one attention head."""
     d_mlp: int
-    """Neurons per MLP."""
+    """Neurons per MLP; 0 where no block has a dense one (mixtures of experts, models of attention alone)."""
     d_vocab: int
     """Number of tokens in the embedding."""
     n_ctx: int
@@ -92,22 +89,60 @@ class ModelShape:
     """Whether positions enter through rotary embeddings."""
 
 
-@dataclass(frozen=True)
 class BlockWeights:
-    """The weights of one block that the chain reads; views of the model's own where it allows that."""
+    """The weights of one block that the chain reads; views of the model's own where it allows that.
 
-    W_gate: Float[Tensor, "d_model d_mlp"] | None
-    """Gate projection; None in an MLP without a gate."""
-    W_in: Float[Tensor, "d_model d_mlp"]
-    """Up projection (the linear branch, where there is a gate)."""
-    W_out: Float[Tensor, "d_mlp d_model"]
-    """Down projection."""
-    W_O: Float[Tensor, "head d_head d_model"]
-    """Attention output projection, by query head."""
-    ln1_w: Float[Tensor, " d_model"]
-    """Multiplier that the norm before attention applies."""
-    ln2_w: Float[Tensor, " d_model"]
-    """Multiplier that the norm before the MLP applies; that of `ln1` where a parallel block has one norm for both."""
+    Every one is looked up when it is asked for, and one that the block does not have is a NotApplicableError: blocks
+    with a mixture of experts have no W_out, those that norm what their sublayers write have no norm in front.
+    """
+
+    def __init__(self, model: Model, layer: int) -> None:
+        self._model, self._layer = model, layer
+        self._block = _inside(model).blocks[layer]
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"] | None:
+        """Gate projection; None in an MLP without a gate."""
+        return getattr(self._mlp, "W_gate", None)
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Up projection (the linear branch, where there is a gate)."""
+        return self._mlp.W_in
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """Down projection."""
+        return self._mlp.W_out
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """Attention output projection, by query head."""
+        return self._block.attn.W_O
+
+    @property
+    def ln1_w(self) -> Float[Tensor, " d_model"]:
+        """Multiplier that the norm before attention applies."""
+        return _norm_multiplier(self._model, self._norm("ln1"))
+
+    @property
+    def ln2_w(self) -> Float[Tensor, " d_model"]:
+        """Multiplier that the norm before the MLP applies; that of `ln1` where a parallel block has one for both."""
+        return _norm_multiplier(self._model, self._norm("ln2" if hasattr(self._block, "ln2") else "ln1"))
+
+    @property
+    def _mlp(self) -> Any:
+        mlp = getattr(self._block, "mlp", None)
+        if not has_dense_mlp(self._model, self._layer):
+            what = "no MLP" if mlp is None else "no dense MLP (it may be a mixture of experts)"
+            raise NotApplicableError(f"{model_id(self._model)} has {what} in block {self._layer}")
+        return mlp
+
+    def _norm(self, name: str) -> Any:
+        norm = getattr(self._block, name, None)
+        if norm is None:
+            raise NotApplicableError(f"{model_id(self._model)} has no {name} in block {self._layer}")
+        return norm
 
 
 # --- Which model it is, and what it can do ---------------------------------------------------------------------------
@@ -147,23 +182,21 @@ def _inside(model: Model) -> Any:
 
 
 def model_shape(model: Model) -> ModelShape:
-    """The sizes and the plan of `model`.
-
-    Raises:
-        InputError: the model has no dense MLP in its first block (mixture of experts).
-    """
+    """The sizes and the plan of `model`."""
     cfg, blocks = _inside(model).cfg, _inside(model).blocks
-    W_in, W_O = _dense_mlp(model, 0), blocks[0].attn.W_O
+    n_heads, d_head, d_model = _attention_sizes(model)
+    dense = next((blocks[layer].mlp for layer in range(len(blocks)) if has_dense_mlp(model, layer)), None)
     return ModelShape(
         n_layers=len(blocks),
-        n_heads=W_O.shape[0],
+        n_heads=n_heads,
         n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
-        d_model=W_in.shape[0],
-        d_head=W_O.shape[1],
-        d_mlp=W_in.shape[1],  # read from the weight: a bridge's cfg.d_mlp is a guess for some architectures (OPT)
+        d_model=d_model,
+        d_head=d_head,
+        # Read from the weight: a bridge's cfg.d_mlp is a guess for some architectures (OPT).
+        d_mlp=0 if dense is None else dense.W_in.shape[1],
         d_vocab=cfg.d_vocab,
         n_ctx=cfg.n_ctx,
-        gated=getattr(blocks[0].mlp, "W_gate", None) is not None,
+        gated=getattr(dense, "W_gate", None) is not None,
         norm="rms" if str(cfg.normalization_type).startswith("RMS") else "layer",
         norm_eps=float(cfg.eps),
         parallel=_is_parallel(model),
@@ -171,56 +204,20 @@ def model_shape(model: Model) -> ModelShape:
     )
 
 
-def block_weights(model: Model, layer: int) -> BlockWeights:
-    """The weights of block `layer` that the chain reads.
-
-    Args:
-        model: a HookedTransformer or a TransformerBridge.
-        layer: index of the block.
-
-    Raises:
-        InputError: the block has a mixture of experts, or no norm in front of attention and MLP.
-    """
-    block = _inside(model).blocks[layer]
-    W_in = _dense_mlp(model, layer)
-    if norms_follow(model) or getattr(block, "ln1", None) is None:
-        raise NotApplicableError(
-            f"{model_id(model)} normalises after attention and MLP, not before; sinklens needs a norm in front."
-        )
-    ln1_w = _norm_multiplier(model, block.ln1)
-    ln2 = getattr(block, "ln2", None)
-    return BlockWeights(
-        W_gate=getattr(block.mlp, "W_gate", None),
-        W_in=W_in,
-        W_out=block.mlp.W_out,
-        W_O=block.attn.W_O,
-        ln1_w=ln1_w,
-        ln2_w=ln1_w if ln2 is None else _norm_multiplier(model, ln2),
-    )
-
-
-def norms_follow(model: Model) -> bool:
-    """Whether attention and MLP are followed by a norm instead of having one in front (OLMo-2)."""
-    return _architecture(model) in _POST_NORM
-
-
-def check_writes_directly(model: Model, layer: int) -> None:
-    """Make sure that what an MLP's neurons write is what is added to the residual stream.
-
-    Raises:
-        InputError: a norm stands between the two (Gemma-2), so that a row of W_out is not what its neuron adds.
-    """
-    block = _inside(model).blocks[layer]
-    if getattr(block, "ln2_post", None) is not None or norms_follow(model):
-        raise NotApplicableError(
-            f"{model_id(model)} normalises what its MLPs write before adding it, so a neuron's contribution to the "
-            "residual stream cannot be read off W_out."
-        )
-
-
-def _architecture(model: Model) -> str | None:
+def _attention_sizes(model: Model) -> tuple[int, int, int]:
+    """Query heads, their width, and that of the residual stream."""
     cfg = _inside(model).cfg
-    return getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", None)
+    try:
+        n_heads, d_head, d_model = _inside(model).blocks[0].attn.W_O.shape  # a bridge's cfg is a guess for some
+    except (AttributeError, ValueError, RuntimeError):  # latent attention, whose values have a width of their own
+        return cfg.n_heads, cfg.d_head, cfg.d_model
+    return n_heads, d_head, d_model
+
+
+def has_dense_mlp(model: Model, layer: int) -> bool:
+    """Whether block ``layer`` has one MLP for all tokens: no mixture of experts, and not attention alone."""
+    W_in = getattr(getattr(_inside(model).blocks[layer], "mlp", None), "W_in", None)
+    return isinstance(W_in, Tensor) and W_in.ndim == 2
 
 
 def _is_parallel(model: Model) -> bool:
@@ -230,20 +227,11 @@ def _is_parallel(model: Model) -> bool:
     return bool(_inside(model).cfg.parallel_attn_mlp)
 
 
-def _dense_mlp(model: Model, layer: int) -> Float[Tensor, "d_model d_mlp"]:
-    W_in = getattr(_inside(model).blocks[layer].mlp, "W_in", None)
-    if not isinstance(W_in, Tensor) or W_in.ndim != 2:
-        raise NotApplicableError(
-            f"{model_id(model)} has no dense MLP in block {layer}; mixtures of experts are not supported."
-        )
-    return W_in
-
-
 def _norm_multiplier(model: Model, norm: Any) -> Float[Tensor, " d_model"]:
     weight = getattr(norm, "w", None) if not is_bridge(model) else getattr(norm.original_component, "weight", None)
     if weight is None:  # a norm without a scale (OLMo, or a folded one) multiplies by one
-        some = _inside(model).blocks[0].mlp.W_in
-        return torch.ones(some.shape[0], dtype=some.dtype, device=some.device)
+        some = _inside(model).blocks[0].attn.W_O
+        return torch.ones(some.shape[2], dtype=some.dtype, device=some.device)
     # A HookedTransformer adds Gemma's one when it converts the weights; a bridge keeps the stored offset.
     return weight + 1 if is_bridge(model) and getattr(_inside(model).cfg, "rmsnorm_uses_offset", False) else weight
 
@@ -272,6 +260,20 @@ def check_hook_name(model: Model, name: str) -> None:
 def carries_hooks(model: Model) -> bool:
     """Whether somebody has hooks on the model at the moment."""
     return any(point.fwd_hooks for point in _inside(model).hook_dict.values())
+
+
+@contextmanager
+def without_hooks(model: Model) -> Iterator[None]:
+    """The hooks that somebody has on the hook points taken off inside a ``with``, and put back behind it."""
+    points = [point for point in set(_inside(model).hook_dict.values()) if point._forward_hooks]
+    held = [(point, point._forward_hooks) for point in points]
+    for point in points:
+        point._forward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for point, hooks in held:
+            point._forward_hooks = hooks
 
 
 # --- Running it ------------------------------------------------------------------------------------------------------
@@ -355,6 +357,24 @@ def _bridge_final_residual(model: Model, tokens: Int[Tensor, "batch pos"]) -> Fl
 
 
 # --- Parameters and where they are -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def eval_mode(model: Model) -> Iterator[None]:
+    """Every submodule in eval mode inside a ``with``, and as it was behind it."""
+    training = [module for module in _inside(model).modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def weights_stamp(model: Model) -> tuple[tuple[int, int], ...]:
+    """Changes when a parameter is replaced, moved, or written to by anything that autograd sees."""
+    return tuple((parameter.data_ptr(), parameter._version) for parameter in _inside(model).parameters())
 
 
 def parameters_of(model: Model) -> Iterator[torch.nn.Parameter]:

@@ -19,6 +19,7 @@ from sinklens.edits.general import OfSource
 from sinklens.engine.capture import ActivationStore, Want, capture_runs
 from sinklens.errors import InputError
 from sinklens.formation import Formation
+from sinklens.models.identities import identities
 from sinklens.models.view import BlockWeights, Model, ModelShape
 from sinklens.pairs.pair import Direction, SinkPair
 from sinklens.patches import Patch, Positions, Source, Where
@@ -55,6 +56,15 @@ class Setting:
     def formation(self) -> Formation:
         """Formation block, super neurons, outlier dimensions, sink positions."""
         return self.study.formation
+
+    @property
+    def neurons(self) -> tuple[int, ...]:
+        """The super neurons.
+
+        Raises:
+            NotApplicableError: none are known, as in models without a dense MLP.
+        """
+        return self.study.neurons
 
     @property
     def shape(self) -> ModelShape:
@@ -212,6 +222,21 @@ def experiment_kind(edit: str) -> ExperimentKind:
 
 
 @dataclass(frozen=True)
+class Need:
+    """An identity that must hold in some blocks."""
+
+    identity: str
+    """Its name (:data:`sinklens.models.identities.IDENTITIES`)."""
+    layers: Callable[[Setting], tuple[int, ...]] | None = None
+    """In which blocks; ``None``: the stage's own."""
+
+
+def at_formation(identity: str) -> Need:
+    """An identity that must hold in the formation block."""
+    return Need(identity, lambda setting: (setting.formation.layer,))
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One edit of a stage, or a control of one."""
 
@@ -225,6 +250,8 @@ class Experiment:
     """What it is a control by; empty for the effect itself."""
     drawn: bool = False
     """Whether it has a random draw, and is repeated over several."""
+    needs: tuple[Need, ...] = ()
+    """What must hold in the model; what its edit needs is known without."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.predicted, Prediction):
@@ -265,6 +292,19 @@ class Stage:
     """How far the stage has gone, as one number for every prompt."""
     units: Callable[[Setting], tuple[int, ...] | None] = lambda _setting: None
     """Which units of the site; ``None``: all."""
+    needs: tuple[Need, ...] = ()
+    """What must hold in the model for any of its experiments."""
+
+    def check(self, setting: Setting, experiment: Experiment) -> None:
+        """Make sure that the model has what the stage and one of its experiments need.
+
+        Raises:
+            NotApplicableError: it does not.
+        """
+        measured, own = identities(setting.model), self.layers(setting)
+        for need in (*self.needs, *experiment.needs):
+            measured.require(need.identity, own if need.layers is None else need.layers(setting))
+        measured.check_computed(self.site.template, own)
 
 
 STAGES: dict[str, Stage] = {}

@@ -5,23 +5,21 @@ from __future__ import annotations
 from torch import Generator, Tensor
 
 from sinklens import edits, metrics
-from sinklens.models.view import check_writes_directly
 from sinklens.pairs.pair import Direction
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout
 from sinklens.sites import MLP_OUT
-from sinklens.stages.base import ISOLATED, NOTHING, REMOVED, SPARED, Build, Experiment, Setting, Stage
+from sinklens.stages.base import ISOLATED, NOTHING, REMOVED, SPARED, Build, Experiment, Need, Setting, Stage
 from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_dims, other_neurons
 
 
 def _super_rows(setting: Setting, neurons: tuple[int, ...]) -> Tensor:
-    check_writes_directly(setting.model, setting.formation.layer)
     return setting.weights.W_out.detach()[list(neurons)].float()
 
 
 def _contribution(random_dims: bool) -> Build:
     def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
-        neurons, dims = setting.formation.neurons, setting.formation.dims
+        neurons, dims = setting.neurons, setting.formation.dims
         if random_dims:
             dims = other_dims(setting, generator)
         edit = edits.NeuronContribution("outlier_dims", neurons, _super_rows(setting, neurons), dims)
@@ -32,7 +30,7 @@ def _contribution(random_dims: bool) -> Build:
 
 def _densify(random_neurons: bool) -> Build:
     def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
-        neurons = setting.formation.neurons
+        neurons = setting.neurons
         if random_neurons:
             neurons = other_neurons(setting, generator)
         rows = _super_rows(setting, neurons)
@@ -46,6 +44,9 @@ def _dominance_readout(setting: Setting, stage: Stage) -> Readout:
     return setting.readout(stage, lambda x, _layer: metrics.dominance_ratio(x))
 
 
+WRITTEN = (Need("neurons_write"), Need("mlp_adds"))
+"""Without these a row of W_out is not what its neuron adds to the residual stream."""
+
 DOWN_PROJECTION = Stage(
     name="down_projection",
     claim="Their heavy-tailed down-projections write that activation into a few residual dimensions.",
@@ -54,10 +55,10 @@ DOWN_PROJECTION = Stage(
     experiments=(
         TRANSPLANT,
         ELSEWHERE,
-        Experiment("outlier_dims", _contribution(False), ISOLATED),
-        Experiment("outlier_dims", _contribution(True), NOTHING, control="other_dims", drawn=True),
-        Experiment("densified", _densify(False), REMOVED, drawn=True),
-        Experiment("densified", _densify(True), SPARED, control="random_neurons", drawn=True),
+        Experiment("outlier_dims", _contribution(False), ISOLATED, needs=WRITTEN),
+        Experiment("outlier_dims", _contribution(True), NOTHING, control="other_dims", drawn=True, needs=WRITTEN),
+        Experiment("densified", _densify(False), REMOVED, drawn=True, needs=WRITTEN),
+        Experiment("densified", _densify(True), SPARED, control="random_neurons", drawn=True, needs=WRITTEN),
     ),
     readout=_dominance_readout,
 )

@@ -9,7 +9,7 @@ from sinklens.pairs.pair import Direction
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout
 from sinklens.sites import LN1_NORMALIZED
-from sinklens.stages.base import REMOVED, SPARED, Build, Experiment, Setting, Stage
+from sinklens.stages.base import REMOVED, SPARED, Build, Experiment, Need, Setting, Stage
 from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_dims
 
 
@@ -36,6 +36,7 @@ RMSNORM_FILTER = Stage(
     claim="With one dominating dimension the norm turns the token's input into nearly a constant vector.",
     site=LN1_NORMALIZED,
     layers=lambda setting: setting.after_formation,
+    needs=(Need("norm_before_attention"),),
     experiments=(
         TRANSPLANT,
         ELSEWHERE,

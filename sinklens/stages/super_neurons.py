@@ -11,7 +11,7 @@ from sinklens.pairs.pair import Direction
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout
 from sinklens.sites import MLP_POST
-from sinklens.stages.base import NOTHING, REMOVED, SPARED, Build, Experiment, Setting, Stage
+from sinklens.stages.base import NOTHING, REMOVED, SPARED, Build, Experiment, Need, Setting, Stage
 from sinklens.stages.controls import TRANSPLANT, other_neurons
 
 
@@ -21,7 +21,7 @@ def _other_neurons(setting: Setting, stage: Stage, direction: Direction, generat
 
 
 def _all_the_others(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
-    units = others(setting.shape.d_mlp, setting.formation.neurons, generator)
+    units = others(setting.shape.d_mlp, setting.neurons, generator)
     return setting.patch(direction, stage.site, stage.layers(setting), edits.Transplant(), units=units)
 
 
@@ -38,7 +38,7 @@ def _ablation_edit(setting: Setting, mode: str, generator: Generator) -> edits.E
 
 def _ablate(mode: str, random_units: bool = False) -> Build:
     def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
-        neurons = setting.formation.neurons
+        neurons = setting.neurons
         if random_units:
             neurons = other_neurons(setting, generator)
         edit = setting.removal(direction, _ablation_edit(setting, mode, generator), within=neurons)
@@ -49,7 +49,7 @@ def _ablate(mode: str, random_units: bool = False) -> Build:
 
 
 def _neuron_readout(setting: Setting, stage: Stage) -> Readout:
-    neurons = list(setting.formation.neurons)
+    neurons = list(setting.neurons)
     return setting.readout(stage, lambda x, _layer: x[:, neurons].float().abs().mean(-1))
 
 
@@ -58,7 +58,8 @@ SUPER_NEURONS = Stage(
     claim="A few neurons of the formation block fire massively for that token alone.",
     site=MLP_POST,
     layers=lambda setting: (setting.formation.layer,),
-    units=lambda setting: setting.formation.neurons,
+    units=lambda setting: setting.neurons,
+    needs=(Need("dense_mlp"),),
     experiments=(
         TRANSPLANT,
         Experiment("transplant", _other_neurons, NOTHING, control="random_neurons", drawn=True),

@@ -10,7 +10,7 @@ from sinklens.pairs.pair import Direction
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout
 from sinklens.sites import ATTN_OUT, Z
-from sinklens.stages.base import ISOLATED, NOTHING, REMOVED, Experiment, Setting, Stage
+from sinklens.stages.base import ISOLATED, NOTHING, REMOVED, Experiment, Need, Setting, Stage, at_formation
 from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_positions
 
 
@@ -18,7 +18,7 @@ def reading_subspace(setting: Setting) -> Tensor:
     """Orthonormal basis ``[d_model rank]`` of what the super neurons read: their W_gate and W_in columns through
     ln2.
     """
-    weights, neurons = setting.weights, list(setting.formation.neurons)
+    weights, neurons = setting.weights, list(setting.neurons)
     columns = [w[:, neurons] for w in (weights.W_gate, weights.W_in) if w is not None]
     read = torch.cat(columns, -1).detach().float() * weights.ln2_w.detach().float()[:, None]
     return torch.linalg.qr(read.cpu()).Q
@@ -58,6 +58,9 @@ def _alignment_readout(setting: Setting, stage: Stage) -> Readout:
     return setting.readout(stage, lambda x, _layer: x.float() @ basis.to(x.device), combine=combine)
 
 
+READ = (Need("attention_adds"), at_formation("neurons_read"))
+"""Without these the subspace is not what the super neurons read of attention's output."""
+
 W_O_ALIGNMENT = Stage(
     name="w_o_alignment",
     claim="W_O passes that variance on, into the directions that the super neurons read.",
@@ -66,8 +69,8 @@ W_O_ALIGNMENT = Stage(
     experiments=(
         TRANSPLANT,
         ELSEWHERE,
-        Experiment("reading_subspace", _subspace, ISOLATED),
-        Experiment("reading_subspace", _random_subspace, NOTHING, control="random_subspace", drawn=True),
+        Experiment("reading_subspace", _subspace, ISOLATED, needs=READ),
+        Experiment("reading_subspace", _random_subspace, NOTHING, control="random_subspace", drawn=True, needs=READ),
         Experiment("permuted_z", _permuted_z, REMOVED, drawn=True),
         # Permuting z where the sink is not must leave the sink as it was in either run.
         Experiment("permuted_z", _permuted_elsewhere, NOTHING, control="other_position"),

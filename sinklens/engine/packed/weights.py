@@ -22,9 +22,20 @@ from sinklens.models.hooked import (
     options,
     unembedding,
 )
-from sinklens.models.view import Model, backend_name, carries_hooks, model_shape, norms_follow
+from sinklens.models.identities import IDENTITIES, identities
+from sinklens.models.view import Model, backend_name, carries_hooks, model_shape
 
 _NORMS = ("RMS", "RMSPre", "LN", "LNPre")
+_STANDS_ON = (
+    "norm_before_attention",
+    "pattern_is_softmax",
+    "heads_write",
+    "attention_adds",
+    "norm_before_mlp",
+    "neurons_read",
+    "neurons_write",
+    "mlp_adds",
+)
 # Options of TransformerLens that change the computation in a way that the packed pass does not have.
 _OPTIONS = (
     "attn_only",
@@ -49,8 +60,8 @@ def unsupported(model: Model, length: int) -> str | None:
         return f"a {backend_name(model)}"
     if (name := next((name for name in _OPTIONS if has_option(model, name)), None)) is not None:
         return name
-    if norms_follow(model):
-        return "norms behind attention and MLP"
+    if (failing := next((name for name in _STANDS_ON if not identities(model).holds(name)), None)) is not None:
+        return f"a model without {IDENTITIES[failing].formula}"
     has = options(model)
     if has.attention_dir != "causal" or has.positions not in ("rotary", "standard"):
         return f"{has.attention_dir} attention with {has.positions} positions"

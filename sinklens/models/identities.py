@@ -1,0 +1,401 @@
+"""What a model computes, found by running it: the identities that stages, edits and analyses stand on.
+
+A row of W_out is what its neuron adds to the residual stream, a norm's input is the residual stream, an attention
+pattern is the softmax of its scores: true in a Llama, not in a Gemma-2 (a norm stands behind each sublayer), a Granite
+(a multiplier does), an OLMo-2 (no norm stands in front), a model with an adapter that has not been merged. No list of
+architectures is asked, which would be silent about the next one: each identity is measured on one forward pass, block
+by block, and what fails is refused with the size of the failure.
+
+============================  ==========================================================================================
+attention_adds                hook_resid_pre + hook_attn_out = hook_resid_mid (in parallel blocks of both, = ..._post)
+mlp_adds                      hook_resid_mid + hook_mlp_out = hook_resid_post
+heads_write                   hook_z @ W_O + b_O = hook_attn_out
+neurons_write                 hook_post @ W_out + b_out = hook_mlp_out
+neurons_read                  the MLP reads the normed input through W_gate and W_in
+norm_before_attention         ln1.hook_normalized = norm(hook_resid_pre)
+norm_before_mlp               ln2.hook_normalized = norm(hook_resid_mid), of hook_resid_pre in parallel blocks
+pattern_is_softmax            hook_pattern = softmax(hook_attn_scores), over the keys that a query sees
+pattern_sums_to_one           no part of a query's attention goes to no key (as to a learned sink logit)
+dense_mlp                     hook_post has an activation for every row of W_out
+============================  ==========================================================================================
+
+Biases cancel: weights are held against deviations from the mean over tokens. The error is the largest norm of a
+difference over the norm of the right-hand side, of any token.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sinklens.errors import NotApplicableError
+from sinklens.models.view import (
+    BlockWeights,
+    Model,
+    device_of,
+    dtype_of,
+    eval_mode,
+    has_hook,
+    model_id,
+    model_shape,
+    vocabulary_size,
+    weights_stamp,
+    without_hooks,
+)
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""Relative error that rounding may make: activations are compared in float32, so a sublayer's output rounds once."""
+N_TOKENS = 12
+"""Tokens of the pass, in each of two prompts."""
+
+Acts = Mapping[str, Tensor]
+"""Activations of one block by what follows ``blocks.{layer}.`` in the name of their hook point."""
+Sides = tuple[Tensor, Tensor]
+"""What an identity says, and what the model has."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Something that a block computes, as an equation."""
+
+    name: str
+    """Its name."""
+    formula: str
+    """The equation."""
+    means: str
+    """What cannot be said where it does not hold."""
+    hooks: tuple[str, ...]
+    """Hook points that it is about."""
+    sides: Callable[[Model, int, Acts], Sides]
+    """``(model, block, activations) -> (left, right)``, ``[token, ...]``."""
+
+
+@dataclass(frozen=True)
+class Identities:
+    """How far each identity is from holding in each block of a model."""
+
+    model: str
+    """The model's name."""
+    tolerance: float
+    """The largest error that is still rounding."""
+    errors: Mapping[str, tuple[float, ...]]
+    """Name of the identity to its relative error in every block; infinite where the block lacks what it is about."""
+    missing: Mapping[tuple[str, int], str]
+    """What a block lacks, by identity and block."""
+    fired: frozenset[str]
+    """Hook points, of those that are looked at, that the model computes: not all that it has a name for."""
+
+    def holds(self, name: str, layers: Sequence[int] | None = None) -> bool:
+        """Whether an identity holds in some blocks (in all by default)."""
+        errors = self.errors[name]
+        return all(errors[layer] <= self.tolerance for layer in (range(len(errors)) if layers is None else layers))
+
+    def check_computed(self, template: str, layers: Sequence[int]) -> None:
+        """Make sure that the model computes a hook point (``blocks.{layer}.hook_mlp_out``) in some blocks.
+
+        Raises:
+            NotApplicableError: it does not.
+        """
+        looked_at = template.removeprefix("blocks.{layer}.") in _HOOKS
+        names = [template.format(layer=layer) for layer in layers] if looked_at else []
+        if silent := [name for name in names if name not in self.fired]:
+            raise NotApplicableError(f"{self.model} does not compute {silent[0]}")
+
+    def require(self, name: str, layers: Sequence[int]) -> None:
+        """Make sure that an identity holds in some blocks.
+
+        Raises:
+            NotApplicableError: it does not; the message has the size of the failure and what follows from it.
+        """
+        bad = [layer for layer in layers if not self.holds(name, (layer,))]
+        if not bad:
+            return
+        identity, layer = IDENTITIES[name], max(bad, key=lambda layer: self.errors[name][layer])
+        why = self.missing.get((name, layer))
+        if why is None:
+            off = f"off by {self.errors[name][layer]:.2g} of its size in block {layer}"
+            why = f"{self.model} does not have {identity.formula} ({off})"
+        raise NotApplicableError(f"{why}: {identity.means}")
+
+
+def identities(model: Model) -> Identities:
+    """What holds in ``model``, measured when it is first asked and again after its weights have changed."""
+    stamp = weights_stamp(model)
+    if model not in _MEASURED or _MEASURED[model][0] != stamp:
+        _MEASURED[model] = (stamp, _measure(model))
+    return _MEASURED[model][1]
+
+
+_MEASURED: weakref.WeakKeyDictionary[Model, tuple[object, Identities]] = weakref.WeakKeyDictionary()
+
+
+def require(model: Model, name: str, layers: Sequence[int]) -> None:
+    """Make sure that an identity holds in some blocks of ``model`` (see :meth:`Identities.require`).
+
+    Raises:
+        NotApplicableError: it does not.
+    """
+    identities(model).require(name, layers)
+
+
+def block_weights(model: Model, layer: int) -> BlockWeights:
+    """The weights of block ``layer``, of which each is looked up when it is asked for.
+
+    Raises:
+        NotApplicableError: what attention or MLP writes is not what is added to the residual stream (a norm stands
+            behind the sum), so that no weight says what the block does to it.
+    """
+    measured = identities(model)
+    measured.require("attention_adds", (layer,))
+    if f"blocks.{layer}.hook_mlp_out" in measured.fired:
+        measured.require("mlp_adds", (layer,))
+    return BlockWeights(model, layer)
+
+
+def check_writes_directly(model: Model, layer: int) -> None:
+    """Make sure that what an MLP's neurons write is what is added to the residual stream.
+
+    Raises:
+        NotApplicableError: a norm, a multiplier or an adapter stands between the two.
+    """
+    measured = identities(model)
+    measured.require("neurons_write", (layer,))
+    measured.require("mlp_adds", (layer,))
+
+
+# --- The measurement -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _measure(model: Model) -> Identities:
+    n_layers = model_shape(model).n_layers
+    errors: dict[str, list[float]] = {name: [] for name in IDENTITIES}
+    missing: dict[tuple[str, int], str] = {}
+    held = _activations(model, n_layers)
+    fired = frozenset(f"blocks.{layer}.{name}" for layer, name in held)
+    for layer in range(n_layers):
+        acts = {name: act for name in _HOOKS if (act := held.pop((layer, name), None)) is not None}
+        for name, identity in IDENTITIES.items():
+            try:
+                error = _error(*identity.sides(model, layer, acts))
+            except _Lacks as lack:
+                missing[name, layer] = f"{model_id(model)} does not compute {lack} in block {layer}"
+                error = float("inf")
+            except NotApplicableError as lack:  # a weight that the block does not have
+                missing[name, layer], error = str(lack), float("inf")
+            errors[name].append(error)
+    tolerance = TOLERANCE.get(dtype_of(model), 2e-2)
+    return Identities(
+        model_id(model), tolerance, {name: tuple(found) for name, found in errors.items()}, missing, fired
+    )
+
+
+def _activations(model: Model, n_layers: int) -> dict[tuple[int, str], Tensor]:
+    """``(block, hook) -> [token, ...]`` of one pass over two prompts, in float32 on the CPU."""
+    length, size = N_TOKENS, vocabulary_size(model)
+    tokens = torch.arange(7, 7 + 2 * length * 3, 3, device=device_of(model)).remainder(size).view(2, length)
+    held: dict[tuple[int, str], Tensor] = {}
+
+    def keep(layer: int, name: str) -> Callable[[Tensor, object], None]:
+        def hook(act: Tensor, hook: object) -> None:  # noqa: ARG001
+            value = act.detach().float()
+            held[layer, name] = value if value.ndim == 2 else value.flatten(0, 1)
+
+        return hook
+
+    places = [(layer, name) for layer in range(n_layers) for name in _HOOKS]
+    hooks = [(f"blocks.{layer}.{name}", keep(layer, name)) for layer, name in places]
+    hooks = [(name, hook) for name, hook in hooks if has_hook(model, name)]
+    with eval_mode(model), without_hooks(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.run_with_hooks(tokens, return_type=None, fwd_hooks=hooks)
+    return held
+
+
+class _Lacks(Exception):
+    """A block does not have what an identity is about."""
+
+
+def _act(acts: Acts, *names: str) -> list[Tensor]:
+    for name in names:
+        if name not in acts:
+            raise _Lacks(name)
+    return [acts[name] for name in names]
+
+
+def _error(left: Tensor, right: Tensor) -> float:
+    if left.shape != right.shape:
+        return float("inf")
+    off, size = ((x.reshape(len(x), -1)).norm(dim=-1) for x in (left - right, right))
+    found = (off / size.clamp_min(1e-12)).max().item()
+    return found if found == found else float("inf")
+
+
+def _centred(x: Tensor) -> Tensor:
+    return x - x.mean(0)
+
+
+def _attention_adds(model: Model, layer: int, acts: Acts) -> Sides:  # noqa: ARG001
+    if "hook_resid_mid" in acts:
+        pre, out, mid = _act(acts, "hook_resid_pre", "hook_attn_out", "hook_resid_mid")
+        return pre + out, mid
+    pre, out, post = _act(acts, "hook_resid_pre", "hook_attn_out", "hook_resid_post")
+    return pre + out + acts.get("hook_mlp_out", torch.zeros_like(pre)), post
+
+
+def _mlp_adds(model: Model, layer: int, acts: Acts) -> Sides:
+    if "hook_resid_mid" not in acts:
+        _act(acts, "hook_mlp_out")
+        return _attention_adds(model, layer, acts)
+    mid, out, post = _act(acts, "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+    return mid + out, post
+
+
+def _heads_write(model: Model, layer: int, acts: Acts) -> Sides:
+    z, out = _act(acts, "attn.hook_z", "hook_attn_out")
+    W_O = BlockWeights(model, layer).W_O.detach().float()
+    if z.shape[1:] != W_O.shape[:2]:
+        raise _Lacks(f"a hook_z of the shape of W_O ({tuple(z.shape[1:])}, {tuple(W_O.shape[:2])})")
+    return _centred(z.flatten(1).to(W_O.device) @ W_O.flatten(0, 1)).to(out.device), _centred(out)
+
+
+def _neurons_write(model: Model, layer: int, acts: Acts) -> Sides:
+    W_out = BlockWeights(model, layer).W_out.detach().float()  # refuses a mixture of experts
+    post, out = _act(acts, "mlp.hook_post", "hook_mlp_out")
+    return _centred(post.to(W_out.device) @ W_out).to(out.device), _centred(out)
+
+
+def _neurons_read(model: Model, layer: int, acts: Acts) -> Sides:
+    weights = BlockWeights(model, layer)
+    W_in, W_gate = weights.W_in.detach().float(), weights.W_gate
+    normed = "ln2.hook_normalized" if "ln2.hook_normalized" in acts else "ln1.hook_normalized"
+    x, pre = _act(acts, normed, "mlp.hook_pre")
+    x = (x * weights.ln2_w.detach().float().to(x.device)).to(W_in.device)
+    if W_gate is None:
+        return _centred(x @ W_in).to(pre.device), _centred(pre)
+    (linear,) = _act(acts, "mlp.hook_pre_linear")
+    left = torch.cat([x @ W_gate.detach().float(), x @ W_in], -1)
+    return _centred(left).to(pre.device), _centred(torch.cat([pre, linear.to(pre.device)], -1))
+
+
+def _normed(model: Model, x: Tensor) -> Tensor:
+    shape = model_shape(model)
+    x = x - x.mean(-1, keepdim=True) if shape.norm == "layer" else x
+    return x / (x.pow(2).mean(-1, keepdim=True) + shape.norm_eps).sqrt()
+
+
+def _norm_before_attention(model: Model, layer: int, acts: Acts) -> Sides:  # noqa: ARG001
+    pre, normalized = _act(acts, "hook_resid_pre", "ln1.hook_normalized")
+    return _normed(model, pre), normalized
+
+
+def _norm_before_mlp(model: Model, layer: int, acts: Acts) -> Sides:  # noqa: ARG001
+    into = "hook_resid_mid" if "hook_resid_mid" in acts else "hook_resid_pre"
+    normed = "ln2.hook_normalized" if "ln2.hook_normalized" in acts else "ln1.hook_normalized"
+    x, normalized = _act(acts, into, normed)
+    return _normed(model, x), normalized
+
+
+def _pattern_is_softmax(model: Model, layer: int, acts: Acts) -> Sides:  # noqa: ARG001
+    scores, pattern = _act(acts, "attn.hook_attn_scores", "attn.hook_pattern")
+    # Masked here and not by the scores: some bridges mask behind the hook point.
+    seen = scores.masked_fill(pattern == 0, -torch.inf)
+    return seen.softmax(-1).nan_to_num(), pattern / pattern.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
+def _pattern_sums_to_one(model: Model, layer: int, acts: Acts) -> Sides:  # noqa: ARG001
+    (pattern,) = _act(acts, "attn.hook_pattern")
+    total = pattern.sum(-1)
+    return total, torch.ones_like(total)
+
+
+def _dense_mlp(model: Model, layer: int, acts: Acts) -> Sides:
+    W_out = BlockWeights(model, layer).W_out
+    (post,) = _act(acts, "mlp.hook_post")
+    return torch.tensor([float(post.shape[-1])]), torch.tensor([float(len(W_out))])
+
+
+_RESIDUAL = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+IDENTITIES: dict[str, Identity] = {
+    identity.name: identity
+    for identity in (
+        Identity(
+            "attention_adds",
+            "hook_resid_pre + hook_attn_out = hook_resid_mid",
+            "what its attention writes is not what is added to the residual stream",
+            _RESIDUAL,
+            _attention_adds,
+        ),
+        Identity(
+            "mlp_adds",
+            "hook_resid_mid + hook_mlp_out = hook_resid_post",
+            "what its MLPs write is not what is added to the residual stream",
+            _RESIDUAL,
+            _mlp_adds,
+        ),
+        Identity(
+            "heads_write",
+            "hook_z @ W_O + b_O = hook_attn_out",
+            "what a head adds to the residual stream cannot be read off W_O",
+            ("attn.hook_z", "hook_attn_out"),
+            _heads_write,
+        ),
+        Identity(
+            "neurons_write",
+            "hook_post @ W_out + b_out = hook_mlp_out",
+            "a neuron's contribution to the residual stream cannot be read off W_out",
+            ("mlp.hook_post", "hook_mlp_out"),
+            _neurons_write,
+        ),
+        Identity(
+            "neurons_read",
+            "hook_pre = ln2.hook_normalized * w @ W_gate (or W_in) + b",
+            "what a neuron reads cannot be read off W_gate and W_in",
+            ("ln1.hook_normalized", "ln2.hook_normalized", "mlp.hook_pre", "mlp.hook_pre_linear"),
+            _neurons_read,
+        ),
+        Identity(
+            "norm_before_attention",
+            "ln1.hook_normalized = norm(hook_resid_pre)",
+            "no norm stands between the residual stream and attention",
+            ("hook_resid_pre", "ln1.hook_normalized"),
+            _norm_before_attention,
+        ),
+        Identity(
+            "norm_before_mlp",
+            "ln2.hook_normalized = norm(hook_resid_mid)",
+            "no norm stands between the residual stream and the MLP",
+            ("hook_resid_mid", "hook_resid_pre", "ln1.hook_normalized", "ln2.hook_normalized"),
+            _norm_before_mlp,
+        ),
+        Identity(
+            "pattern_is_softmax",
+            "hook_pattern = softmax(hook_attn_scores)",
+            "its attention weights are not the softmax of its scores",
+            ("attn.hook_attn_scores", "attn.hook_pattern"),
+            _pattern_is_softmax,
+        ),
+        Identity(
+            "pattern_sums_to_one",
+            "hook_pattern.sum(-1) = 1",
+            "a part of the attention goes to no key",
+            ("attn.hook_pattern",),
+            _pattern_sums_to_one,
+        ),
+        Identity(
+            "dense_mlp",
+            "one hook_post for every row of W_out",
+            "there are no neurons that all tokens share",
+            ("mlp.hook_post",),
+            _dense_mlp,
+        ),
+    )
+}
+_OTHERS = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k")
+_HOOKS = tuple(dict.fromkeys([*(hook for identity in IDENTITIES.values() for hook in identity.hooks), *_OTHERS]))
+"""What is looked at in every block."""
