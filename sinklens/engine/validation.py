@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sinklens.errors import InputError
-from sinklens.models.identities import require
+from sinklens.models.identities import identities, require
 from sinklens.models.view import Model, ModelShape, device_of, model_shape
+from sinklens.models.writes import check_writable
 from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import Readout
 from sinklens.sites import LOGITS, unit_count
@@ -44,12 +45,17 @@ def validate(
             raise InputError(
                 f"readout {readout.name!r} asks for blocks {readout.layers} of a {shape.n_layers}-block model"
             )
+    measured = identities(model)
+    for readout in readouts:
+        measured.check_layout(readout.site.template, readout.layers)
     for run, roots in runs.items():
         for root in roots:
             if root.source is not None:
                 raise InputError(f"root patches cannot have a source run, but one in {run!r} has: {root.describe()}")
             _validate_patch(root, shape, n_prompts, length)
     seen: set[tuple] = set()  # a sweep repeats few places in thousands of patches
+    for template, layers in _written(patches, runs):
+        check_writable(model, template, layers)
     needing = {(id(part.edit), part.layers): part for patch in patches for part in patch.parts if part.edit.needs}
     for part in needing.values():
         check_needs(model, part)
@@ -95,6 +101,12 @@ def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int
         if not patch.units or not all(0 <= unit < size for unit in patch.units):
             name = patch.site.unit_name
             raise InputError(f"units {patch.units} are not all in 0..{size - 1} ({name}): {patch.describe()}")
+
+
+def _written(patches: Sequence[Patch], runs: Runs) -> set[tuple[str, tuple[int, ...]]]:
+    """Hook points that are written to, and in which blocks."""
+    every = [*patches, *(root for roots in runs.values() for root in roots)]
+    return {(part.site.template, part.layers) for patch in every for part in patch.parts}
 
 
 def check_needs(model: Model, patch: Patch) -> None:

@@ -14,6 +14,7 @@ neurons_write                 hook_post @ W_out + b_out = hook_mlp_out
 neurons_read                  the MLP reads the normed input through W_gate and W_in
 norm_before_attention         ln1.hook_normalized = norm(hook_resid_pre)
 norm_before_mlp               ln2.hook_normalized = norm(hook_resid_mid), of hook_resid_pre in parallel blocks
+pattern_weighs_values         hook_z = hook_pattern @ hook_v, each value repeated for the queries that share it
 pattern_is_softmax            hook_pattern = softmax(hook_attn_scores), over the keys that a query sees
 pattern_sums_to_one           no part of a query's attention goes to no key (as to a learned sink logit)
 dense_mlp                     hook_post has an activation for every row of W_out
@@ -27,16 +28,19 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.errors import NotApplicableError
 from sinklens.models.view import (
     BlockWeights,
     Model,
+    ModelShape,
     device_of,
     dtype_of,
     eval_mode,
@@ -50,8 +54,8 @@ from sinklens.models.view import (
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Relative error that rounding may make: activations are compared in float32, so a sublayer's output rounds once."""
-N_TOKENS = 12
-"""Tokens of the pass, in each of two prompts."""
+N_TOKENS = 13
+"""Tokens of the pass, in each of two prompts: a number that is hardly that of anything else in a model."""
 
 Acts = Mapping[str, Tensor]
 """Activations of one block by what follows ``blocks.{layer}.`` in the name of their hook point."""
@@ -71,6 +75,8 @@ class Identity:
     """What cannot be said where it does not hold."""
     hooks: tuple[str, ...]
     """Hook points that it is about."""
+    results: tuple[str, ...]
+    """Those of them on the side that is computed from the other."""
     sides: Callable[[Model, int, Acts], Sides]
     """``(model, block, activations) -> (left, right)``, ``[token, ...]``."""
 
@@ -89,22 +95,35 @@ class Identities:
     """What a block lacks, by identity and block."""
     fired: frozenset[str]
     """Hook points, of those that are looked at, that the model computes: not all that it has a name for."""
+    odd: Mapping[str, str]
+    """What is wrong with the layout of an activation, by hook point: its axes or sizes are not those of its site."""
 
     def holds(self, name: str, layers: Sequence[int] | None = None) -> bool:
         """Whether an identity holds in some blocks (in all by default)."""
         errors = self.errors[name]
         return all(errors[layer] <= self.tolerance for layer in (range(len(errors)) if layers is None else layers))
 
-    def check_computed(self, template: str, layers: Sequence[int]) -> None:
-        """Make sure that the model computes a hook point (``blocks.{layer}.hook_mlp_out``) in some blocks.
+    def check_layout(self, template: str, layers: Sequence[int]) -> None:
+        """Make sure that an activation has the axes and sizes that its site says.
 
         Raises:
             NotApplicableError: it does not.
         """
-        looked_at = template.removeprefix("blocks.{layer}.") in _HOOKS
+        for name in (template.format(layer=layer) for layer in layers):
+            if name in self.odd:
+                raise NotApplicableError(f"{self.model}: {name} {self.odd[name]}")
+
+    def check_computed(self, template: str, layers: Sequence[int]) -> None:
+        """Make sure that the model computes a hook point (``blocks.{layer}.hook_mlp_out``) in some blocks, as laid out.
+
+        Raises:
+            NotApplicableError: it does not.
+        """
+        looked_at = template.removeprefix("blocks.{layer}.") in HOOKS
         names = [template.format(layer=layer) for layer in layers] if looked_at else []
         if silent := [name for name in names if name not in self.fired]:
             raise NotApplicableError(f"{self.model} does not compute {silent[0]}")
+        self.check_layout(template, layers)
 
     def require(self, name: str, layers: Sequence[int]) -> None:
         """Make sure that an identity holds in some blocks.
@@ -178,12 +197,15 @@ def _measure(model: Model) -> Identities:
     missing: dict[tuple[str, int], str] = {}
     held = _activations(model, n_layers)
     fired = frozenset(f"blocks.{layer}.{name}" for layer, name in held)
+    layout = {place: _oddity(model_shape(model), place[1], act) for place, act in held.items()}
+    odd = {f"blocks.{layer}.{name}": why for (layer, name), why in layout.items() if why}
+    held = {place: by_token(act, place[1]) for place, act in held.items() if not layout[place]}
     for layer in range(n_layers):
-        acts = {name: act for name in _HOOKS if (act := held.pop((layer, name), None)) is not None}
+        acts = {name: act for name in HOOKS if (act := held.pop((layer, name), None)) is not None}
         for name, identity in IDENTITIES.items():
             try:
-                error = _error(*identity.sides(model, layer, acts))
-            except _Lacks as lack:
+                error = error_of(*identity.sides(model, layer, acts))
+            except LacksError as lack:
                 missing[name, layer] = f"{model_id(model)} does not compute {lack} in block {layer}"
                 error = float("inf")
             except NotApplicableError as lack:  # a weight that the block does not have
@@ -191,46 +213,92 @@ def _measure(model: Model) -> Identities:
             errors[name].append(error)
     tolerance = TOLERANCE.get(dtype_of(model), 2e-2)
     return Identities(
-        model_id(model), tolerance, {name: tuple(found) for name, found in errors.items()}, missing, fired
+        model_id(model), tolerance, {name: tuple(found) for name, found in errors.items()}, missing, fired, odd
     )
 
 
-def _activations(model: Model, n_layers: int) -> dict[tuple[int, str], Tensor]:
-    """``(block, hook) -> [token, ...]`` of one pass over two prompts, in float32 on the CPU."""
-    length, size = N_TOKENS, vocabulary_size(model)
-    tokens = torch.arange(7, 7 + 2 * length * 3, 3, device=device_of(model)).remainder(size).view(2, length)
-    held: dict[tuple[int, str], Tensor] = {}
+def probe_tokens(model: Model) -> Int[Tensor, "prompt pos"]:
+    """The tokens that models are probed with."""
+    ids = torch.arange(7, 7 + 2 * N_TOKENS * 3, 3, device=device_of(model))
+    return ids.remainder(vocabulary_size(model)).view(2, N_TOKENS)
 
-    def keep(layer: int, name: str) -> Callable[[Tensor, object], None]:
-        def hook(act: Tensor, hook: object) -> None:  # noqa: ARG001
-            value = act.detach().float()
-            held[layer, name] = value if value.ndim == 2 else value.flatten(0, 1)
 
-        return hook
-
-    places = [(layer, name) for layer in range(n_layers) for name in _HOOKS]
-    hooks = [(f"blocks.{layer}.{name}", keep(layer, name)) for layer, name in places]
-    hooks = [(name, hook) for name, hook in hooks if has_hook(model, name)]
-    with eval_mode(model), without_hooks(model), warnings.catch_warnings():
+@contextmanager
+def probing(model: Model, hooks: Sequence[tuple[str, Callable[[Tensor, object], Tensor | None]]]) -> Iterator[None]:
+    """The model with these hooks alone, in eval mode, without gradients and warnings."""
+    with torch.no_grad(), eval_mode(model), without_hooks(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.run_with_hooks(tokens, return_type=None, fwd_hooks=hooks)
-    return held
+        with model.hooks(fwd_hooks=list(hooks)):
+            yield
 
 
-class _Lacks(Exception):
+def keeper(held: dict[str, Tensor], name: str) -> Callable[[Tensor, object], None]:
+    """A hook that keeps an activation in float32."""
+
+    def hook(act: Tensor, hook: object) -> None:  # noqa: ARG001
+        held[name] = act.detach().float()
+
+    return hook
+
+
+def by_token(act: Tensor, name: str) -> Tensor:
+    """``[token, ...]``; attention keeps its axes, ``[prompt, head, query, key]``."""
+    return act if name in _ATTENTION else act.flatten(0, 1)
+
+
+def _oddity(shape: ModelShape, name: str, act: Tensor) -> str:
+    """What is not as the axes of the hook point's site say; empty where all is."""
+    units = {"heads": shape.n_heads, "kv_heads": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
+    unit = _UNITS.get(name, "d_model")
+    if name in _ATTENTION:
+        right = tuple(act.shape) == (2, units[unit], N_TOKENS, N_TOKENS)
+        axes = f"[prompt, {units[unit]} heads, query, key]"
+    else:
+        right = tuple(act.shape[:2]) == (2, N_TOKENS) and act.ndim == (4 if "heads" in unit else 3)
+        right = right and act.shape[2] == units[unit]  # a mixture of experts shows something else as neurons
+        axes = f"[prompt, position, {units[unit]} {unit.removeprefix('kv_')}, ...]"
+    return "" if right else f"is of shape {list(act.shape)} for 2 prompts of {N_TOKENS} tokens, and not {axes}"
+
+
+def _activations(model: Model, n_layers: int) -> dict[tuple[int, str], Tensor]:
+    """Activations of one pass, by block and hook."""
+    held: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(n_layers)}
+    hooks = [
+        (f"blocks.{layer}.{name}", keeper(acts, name))
+        for layer, acts in held.items()
+        for name in HOOKS
+        if has_hook(model, f"blocks.{layer}.{name}")
+    ]
+    with probing(model, hooks):
+        model(probe_tokens(model), return_type=None)
+    return {(layer, name): act for layer, acts in held.items() for name, act in acts.items()}
+
+
+_ATTENTION = ("attn.hook_attn_scores", "attn.hook_pattern")
+_UNITS = {
+    **dict.fromkeys(("attn.hook_q", "attn.hook_rot_q", "attn.hook_z", *_ATTENTION), "heads"),
+    **dict.fromkeys(("attn.hook_k", "attn.hook_rot_k", "attn.hook_v"), "kv_heads"),
+    **dict.fromkeys(("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"), "d_mlp"),
+}
+"""What the third axis of an activation holds; d_model where nothing is said."""
+
+
+class LacksError(Exception):
     """A block does not have what an identity is about."""
 
 
 def _act(acts: Acts, *names: str) -> list[Tensor]:
     for name in names:
         if name not in acts:
-            raise _Lacks(name)
+            raise LacksError(name)
     return [acts[name] for name in names]
 
 
-def _error(left: Tensor, right: Tensor) -> float:
+def error_of(left: Tensor, right: Tensor) -> float:
+    """The largest relative difference of any token."""
     if left.shape != right.shape:
         return float("inf")
+    left = left.to(right.device)
     off, size = ((x.reshape(len(x), -1)).norm(dim=-1) for x in (left - right, right))
     found = (off / size.clamp_min(1e-12)).max().item()
     return found if found == found else float("inf")
@@ -260,7 +328,7 @@ def _heads_write(model: Model, layer: int, acts: Acts) -> Sides:
     z, out = _act(acts, "attn.hook_z", "hook_attn_out")
     W_O = BlockWeights(model, layer).W_O.detach().float()
     if z.shape[1:] != W_O.shape[:2]:
-        raise _Lacks(f"a hook_z of the shape of W_O ({tuple(z.shape[1:])}, {tuple(W_O.shape[:2])})")
+        raise LacksError(f"a hook_z of the shape of W_O ({tuple(z.shape[1:])}, {tuple(W_O.shape[:2])})")
     return _centred(z.flatten(1).to(W_O.device) @ W_O.flatten(0, 1)).to(out.device), _centred(out)
 
 
@@ -308,6 +376,16 @@ def _pattern_is_softmax(model: Model, layer: int, acts: Acts) -> Sides:  # noqa:
     return seen.softmax(-1).nan_to_num(), pattern / pattern.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
+def _pattern_weighs_values(model: Model, layer: int, acts: Acts) -> Sides:  # noqa: ARG001
+    pattern, v, z = _act(acts, "attn.hook_pattern", "attn.hook_v", "attn.hook_z")
+    v = v.view(-1, N_TOKENS, *v.shape[1:])
+    if pattern.shape[1] % v.shape[2]:
+        raise LacksError("as many values as keys")
+    values = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2)
+    mixed = torch.einsum("bhqk,bkhd->bqhd", pattern, values.to(pattern.device))
+    return mixed.flatten(0, 1), z.to(mixed.device)
+
+
 def _pattern_sums_to_one(model: Model, layer: int, acts: Acts) -> Sides:  # noqa: ARG001
     (pattern,) = _act(acts, "attn.hook_pattern")
     total = pattern.sum(-1)
@@ -329,6 +407,7 @@ IDENTITIES: dict[str, Identity] = {
             "hook_resid_pre + hook_attn_out = hook_resid_mid",
             "what its attention writes is not what is added to the residual stream",
             _RESIDUAL,
+            ("hook_resid_mid", "hook_resid_post"),
             _attention_adds,
         ),
         Identity(
@@ -336,6 +415,7 @@ IDENTITIES: dict[str, Identity] = {
             "hook_resid_mid + hook_mlp_out = hook_resid_post",
             "what its MLPs write is not what is added to the residual stream",
             _RESIDUAL,
+            ("hook_resid_post",),
             _mlp_adds,
         ),
         Identity(
@@ -343,6 +423,7 @@ IDENTITIES: dict[str, Identity] = {
             "hook_z @ W_O + b_O = hook_attn_out",
             "what a head adds to the residual stream cannot be read off W_O",
             ("attn.hook_z", "hook_attn_out"),
+            ("hook_attn_out",),
             _heads_write,
         ),
         Identity(
@@ -350,6 +431,7 @@ IDENTITIES: dict[str, Identity] = {
             "hook_post @ W_out + b_out = hook_mlp_out",
             "a neuron's contribution to the residual stream cannot be read off W_out",
             ("mlp.hook_post", "hook_mlp_out"),
+            ("hook_mlp_out",),
             _neurons_write,
         ),
         Identity(
@@ -357,6 +439,7 @@ IDENTITIES: dict[str, Identity] = {
             "hook_pre = ln2.hook_normalized * w @ W_gate (or W_in) + b",
             "what a neuron reads cannot be read off W_gate and W_in",
             ("ln1.hook_normalized", "ln2.hook_normalized", "mlp.hook_pre", "mlp.hook_pre_linear"),
+            ("mlp.hook_pre", "mlp.hook_pre_linear"),
             _neurons_read,
         ),
         Identity(
@@ -364,6 +447,7 @@ IDENTITIES: dict[str, Identity] = {
             "ln1.hook_normalized = norm(hook_resid_pre)",
             "no norm stands between the residual stream and attention",
             ("hook_resid_pre", "ln1.hook_normalized"),
+            ("ln1.hook_normalized",),
             _norm_before_attention,
         ),
         Identity(
@@ -371,6 +455,7 @@ IDENTITIES: dict[str, Identity] = {
             "ln2.hook_normalized = norm(hook_resid_mid)",
             "no norm stands between the residual stream and the MLP",
             ("hook_resid_mid", "hook_resid_pre", "ln1.hook_normalized", "ln2.hook_normalized"),
+            ("ln1.hook_normalized", "ln2.hook_normalized"),
             _norm_before_mlp,
         ),
         Identity(
@@ -378,12 +463,22 @@ IDENTITIES: dict[str, Identity] = {
             "hook_pattern = softmax(hook_attn_scores)",
             "its attention weights are not the softmax of its scores",
             ("attn.hook_attn_scores", "attn.hook_pattern"),
+            ("attn.hook_pattern",),
             _pattern_is_softmax,
+        ),
+        Identity(
+            "pattern_weighs_values",
+            "hook_z = hook_pattern @ hook_v",
+            "its attention pattern is not what its values are weighed with",
+            ("attn.hook_pattern", "attn.hook_v", "attn.hook_z"),
+            ("attn.hook_z",),
+            _pattern_weighs_values,
         ),
         Identity(
             "pattern_sums_to_one",
             "hook_pattern.sum(-1) = 1",
             "a part of the attention goes to no key",
+            ("attn.hook_pattern",),
             ("attn.hook_pattern",),
             _pattern_sums_to_one,
         ),
@@ -392,10 +487,11 @@ IDENTITIES: dict[str, Identity] = {
             "one hook_post for every row of W_out",
             "there are no neurons that all tokens share",
             ("mlp.hook_post",),
+            ("mlp.hook_post",),
             _dense_mlp,
         ),
     )
 }
 _OTHERS = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k")
-_HOOKS = tuple(dict.fromkeys([*(hook for identity in IDENTITIES.values() for hook in identity.hooks), *_OTHERS]))
+HOOKS = tuple(dict.fromkeys([*(hook for identity in IDENTITIES.values() for hook in identity.hooks), *_OTHERS]))
 """What is looked at in every block."""

@@ -372,9 +372,11 @@ def eval_mode(model: Model) -> Iterator[None]:
             module.training = True
 
 
-def weights_stamp(model: Model) -> tuple[tuple[int, int], ...]:
-    """Changes when a parameter is replaced, moved, or written to by anything that autograd sees."""
-    return tuple((parameter.data_ptr(), parameter._version) for parameter in _inside(model).parameters())
+def weights_stamp(model: Model) -> tuple[tuple[int, ...], ...]:
+    """Changes when a parameter is replaced, moved, or written to by anything that autograd sees; or a flag is set."""
+    flags = tuple(int(value) for value in vars(_inside(model).cfg).values() if isinstance(value, bool))
+    weights = ((parameter.data_ptr(), parameter._version) for parameter in _inside(model).parameters())
+    return (flags, *weights)
 
 
 def parameters_of(model: Model) -> Iterator[torch.nn.Parameter]:

@@ -177,8 +177,9 @@ def test_a_runner_captures_the_runs_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_pass_that_is_not_the_model_s_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """A part of a model that nobody thought of: the check finds it, and TransformerLens does the work."""
     model = tiny_model("llama")
-    real = type(model.blocks[0].mlp).forward
-    monkeypatch.setattr(type(model.blocks[0].mlp), "forward", lambda self, x: real(self, x) * 1.5)
+    attention = type(model.blocks[0].attn).__mro__[1]
+    real = attention.calculate_attention_scores
+    monkeypatch.setattr(attention, "calculate_attention_scores", lambda self, q, k: real(self, q, k) * 1.5)
     wanted, tokens = measured(model), tokens_for(model)
     patches = [Patch(sites.RESID_PRE, (1,), (5,), TRANSPLANT, source=Source("other"))]
     with caplog.at_level(logging.WARNING):

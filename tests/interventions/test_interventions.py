@@ -13,8 +13,8 @@ from sinklens import edits, interventions, sites
 from sinklens.errors import InputError
 from sinklens.interventions.hooks import Hook, Hooks, hooks_of
 from sinklens.models.families import D_HEAD, D_MLP, D_MODEL, N_HEADS
+from sinklens.models.identities import block_weights
 from sinklens.models.load import load_model
-from sinklens.models.view import block_weights
 from sinklens.patches import Patch, Source
 from tests.helpers.one_at_a_time import cache_of
 from tests.helpers.tiny import hooks_left, slow_but, tiny_hf, tiny_model, tiny_tokens

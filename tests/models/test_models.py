@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from sinklens import models
-from sinklens.errors import EngineError, InputError
+from sinklens.errors import EngineError, InputError, NotApplicableError
 from sinklens.models import backends as _backends
 from sinklens.models import load
 from sinklens.models import smollm2 as _smollm2
 from sinklens.models.families import D_HEAD, D_MLP, D_MODEL, D_VOCAB, N_CTX, N_HEADS, N_LAYERS
+from sinklens.models.identities import block_weights, check_writes_directly
 from sinklens.models.load import REGISTRY, ModelSource, list_models, load_model, register_model
 from sinklens.models.view import (
-    block_weights,
     check_hook_name,
     forward,
     has_hook,
@@ -288,9 +288,11 @@ def test_one_norm_for_both_branches(arch: str) -> None:
 
 
 @pytest.mark.backend
-def test_post_norm_blocks_are_refused_in_a_sentence() -> None:
-    with pytest.raises(InputError, match="normalises after"):
-        block_weights(tiny_model("olmo2"), 0)
+def test_a_norm_behind_a_sublayer_leaves_the_weights_and_takes_what_is_read_off_them() -> None:
+    model, hf = tiny_model("olmo2"), tiny_hf("olmo2")
+    assert torch.equal(block_weights(model, 0).W_out, hf.model.layers[0].mlp.down_proj.weight.T)
+    with pytest.raises(NotApplicableError, match="off by .* in block 0.*cannot be read off W_out"):
+        check_writes_directly(model, 0)
 
 
 # -- Forward ----------------------------------------------------------------------------------------------------------

@@ -26,11 +26,12 @@ def test_a_norm_behind_the_mlp_is_not_passed_over():
     model = tiny_model("gemma2", "bridge")
     batch = from_tokens(model, tokens_for(model))
     setting = setting_for(model)
-    with pytest.raises(NotApplicableError, match="normalises what its MLPs write"):
+    with pytest.raises(NotApplicableError, match="cannot be read off W_out"):
         refused = [e for e in stages.DOWN_PROJECTION.experiments if e.edit in ("outlier_dims", "densified")]
         _trials(setting, (replace(stages.DOWN_PROJECTION, experiments=tuple(refused)),), 1)
     trials, skipped = _trials(setting, stages.CHAIN, 1)
     assert set(skipped) == {"down_projection/outlier_dims", "down_projection/densified"}
+    assert all("off by" in why for why in skipped.values())
     patches = [replace(trial.patch, allow_unchanged=True) for trial in trials]
     result = run_patches(
         model, batch, patches, [attention_received(SINK, (2, 3), (TARGET,), N)], runs=setting.pair.runs
