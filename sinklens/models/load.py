@@ -7,7 +7,6 @@ that the tokenizer would not prepend itself, because an extra first token is an 
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import torch
 from sinklens.errors import InputError
 from sinklens.models import smollm2 as _smollm2
 from sinklens.models.backends import has_hooked_transformer, to_bridge, to_hooked
+from sinklens.models.given import check_as_it_stands, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -147,6 +147,7 @@ def load_model(
         raise InputError('this TransformerLens has no HookedTransformer (it ended with 3.x); use backend="bridge".')
     with _quiet_loading():
         hf_model, own_tokenizer, name = _resolve(model, precision)
+        check_as_it_stands(hf_model)
         chosen = own_tokenizer if tokenizer is None else _tokenizer(tokenizer)
         options: dict[str, Any] = {"name": name, "device": target, "dtype": precision}
         if devices != 1:
@@ -159,8 +160,8 @@ def load_model(
                 if backend == "hooked":
                     raise
                 logger.warning("using a TransformerBridge: %s", str(error).split(";")[0])
-        # A bridge takes its model apart. One that we loaded is ours to give; the user's object is not.
-        return to_bridge(hf_model if isinstance(model, (str, Path)) else copy.deepcopy(hf_model), chosen, **options)
+        # What we loaded is ours to give; the user's object is not.
+        return to_bridge(hf_model, chosen, **options, take=isinstance(model, (str, Path)))
 
 
 def _resolve(
@@ -177,6 +178,7 @@ def _resolve(
         return *_from_hub(model, dtype), model
     from transformers import PreTrainedModel
 
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"load_model takes a name, a folder or a Hugging Face model, not a {type(model).__name__}.")
     return model, None, str(model.config.name_or_path or type(model).__name__)
