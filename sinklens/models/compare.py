@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sinklens.errors import InputError
-from sinklens.models.given import private_copy, text_config
+from sinklens.models.given import blocks_name, private_copy, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,9 +102,13 @@ def probe(hf_model: PreTrainedModel) -> Probe:
 
 def prompt(hf_model: PreTrainedModel, length: int) -> Int[Tensor, "1 pos"]:
     """Random tokens from the whole vocabulary, the same ones every time."""
-    size = hf_model.get_input_embeddings().weight.shape[0]
+    size = _rows(hf_model.get_input_embeddings())
     generator = torch.Generator(device="cpu").manual_seed(0)
     return torch.randint(min(3, size - 1), size, (1, length), generator=generator, device="cpu")
+
+
+def _rows(embedding: Any) -> int:
+    return int(embedding.weight.shape[0])
 
 
 def context_of(hf_model: PreTrainedModel) -> int | None:
@@ -147,7 +151,10 @@ def _first_blocks(hf_model: PreTrainedModel) -> PreTrainedModel:
     """
     copied = private_copy(hf_model)
     config = text_config(copied)
-    name, blocks = blocks_of(copied)
+    name = blocks_name(copied)
+    if not name:
+        raise InputError(f"{type(hf_model).__name__} has no list of blocks, so a part of it cannot be compared.")
+    blocks: Any = copied.get_submodule(name)
     kinds = [_kind(block, config, index) for index, block in enumerate(blocks)]
     keep = max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
     sizes = [4 * sum(p.numel() for p in block.parameters()) for block in blocks]
@@ -162,19 +169,6 @@ def _first_blocks(hf_model: PreTrainedModel) -> PreTrainedModel:
     return _with_floats(copied)
 
 
-def blocks_of(hf_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of the model's blocks, and its name.
-
-    Raises:
-        InputError: it has none that could be told.
-    """
-    count = getattr(text_config(hf_model), "num_hidden_layers", None)
-    for name, module in hf_model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise InputError(f"{type(hf_model).__name__} has no list of {count} blocks, so a part of it cannot be compared.")
-
-
 def _kind(block: nn.Module, config: Any, index: int) -> tuple[Any, ...]:
     types = getattr(config, "layer_types", None) or ()
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
@@ -183,13 +177,14 @@ def _kind(block: nn.Module, config: Any, index: int) -> tuple[Any, ...]:
 
 def _fewer_tokens(copied: PreTrainedModel) -> None:
     """Cut the embedding of a private copy, and the unembedding with it."""
-    embedding, head = copied.get_input_embeddings(), copied.get_output_embeddings()
-    size = embedding.weight.shape[0]
-    if size <= _VOCABULARY or (head is not None and getattr(head, "weight", None) is None):
+    embedding: Any = copied.get_input_embeddings()
+    head: Any = copied.get_output_embeddings()
+    size = _rows(embedding)
+    if size <= _VOCABULARY or head is None or getattr(head, "weight", None) is None:
         return
     cut: dict[int, nn.Parameter] = {}
     for module in (embedding, head):
-        for name, parameter in list(module.named_parameters(recurse=False)) if module is not None else []:
+        for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.shape[0] == size:
                 shorter = nn.Parameter(parameter.detach()[:_VOCABULARY], requires_grad=False)
                 module._parameters[name] = cut.setdefault(id(parameter), shorter)
@@ -228,13 +223,16 @@ def look_loaded(model: Any, tokens: Int[Tensor, "1 pos"], layers: list[int]) -> 
     """What a HookedTransformer or TransformerBridge computes: what its hooks of the pattern show, in ``layers``.
 
     Raises:
-        DifferenceError: a hook of the pattern acts more than once or not at all in a pass.
+        DifferenceError: it does not run, or a hook of the pattern acts more than once or not at all in a pass.
     """
     shown: dict[int, list[Tensor]] = {layer: [] for layer in layers if _pattern(layer) in model.hook_dict}
     hooks = [(_pattern(layer), _keeps(seen)) for layer, seen in shown.items()]
     at = next(model.parameters()).device
-    with model.hooks(fwd_hooks=hooks):
-        logits = model(tokens.to(at), return_type="logits")
+    try:
+        with model.hooks(fwd_hooks=hooks):
+            logits = model(tokens.to(at), return_type="logits")
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+        raise DifferenceError(f"it does not run: {_reason(error)}") from error
     for layer, seen in shown.items():
         if len(seen) != 1:
             raise DifferenceError(f"block {layer} shows {len(seen)} attention patterns in one pass instead of one")
@@ -362,10 +360,9 @@ def check_same_weights(model: Any, reference: Any) -> None:
     known = dict(reference.named_parameters())
     for name, weight in model.named_parameters():
         if (other := known.get(name)) is not None and other.shape == weight.shape:
-            other = other.to(weight.device)
-            scale = other.float().abs().max().clamp_min(1e-30)
-            off = ((weight.float() - other.to(weight.dtype).float()).abs().max() / scale).item()
-            if not off <= 2 * torch.finfo(weight.dtype).eps:
+            rounded = other.to(model.cfg.dtype).float()  # experts stay float32, with rounded values in them
+            off = ((weight.float() - rounded).abs().max() / rounded.abs().max().clamp_min(1e-30)).item()
+            if not off <= 2 * torch.finfo(model.cfg.dtype).eps:
                 raise DifferenceError(f"its weight {name} is not the one that was given")
 
 

@@ -134,6 +134,13 @@ def text_config(hf_model: PreTrainedModel) -> Any:
     return hf_model.config.get_text_config()
 
 
+def blocks_name(hf_model: PreTrainedModel) -> str:
+    """Name of the list of the model's blocks; empty where it has none that could be told."""
+    count = getattr(text_config(hf_model), "num_hidden_layers", None)
+    lists = ((name, module) for name, module in hf_model.named_modules() if isinstance(module, nn.ModuleList))
+    return next((name for name, module in lists if len(module) == count), "")
+
+
 def private_copy(
     hf_model: PreTrainedModel,
     *,
@@ -172,7 +179,7 @@ def private_copy(
     _unwrap_inside(copied)
     copied.eval()
     if getattr(copied.config, "quantization_config", None) is not None:
-        del copied.config.quantization_config  # the weights are plain floats; left in, loaders refuse them
+        delattr(copied.config, "quantization_config")  # noqa: B043 -- weights are plain floats; it is declared nowhere
     copied.set_attn_implementation("eager")  # the only one that computes the pattern which the hooks stand on
     return copied
 
