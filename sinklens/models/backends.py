@@ -62,8 +62,8 @@ def to_hooked(
     with _quiet_transformer_lens(), _says_wrong("HookedTransformer", name, 'use backend="bridge" for this model.'):
         compare.check_no_switch(probe.model)
         checked = _convert(probe.model, torch.float32)
-        compare.check_same(checked, theirs, probe.tokens)
         compare.check_rotary(checked, probe.model)
+        compare.check_same(checked, theirs, probe.tokens)
         if dtype == torch.float32 and probe.as_given:
             model = checked
         else:
@@ -171,7 +171,7 @@ def _build_bridge(hf_model: PreTrainedModel, name: str) -> Any:
         return build_bridge_from_module(hf_model, architecture, post_adapter_hook=adapt, **options).eval()
     except (
         ValueError,
-        KeyError,
+        LookupError,
         NotImplementedError,
         AttributeError,
         RuntimeError,
@@ -253,7 +253,7 @@ def _convert(hf_model: PreTrainedModel, dtype: torch.dtype) -> Any:
     except (
         NotImplementedError,
         ValueError,
-        KeyError,
+        LookupError,
         AttributeError,
         RuntimeError,
         TypeError,

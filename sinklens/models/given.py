@@ -69,6 +69,7 @@ def check_as_it_stands(hf_model: PreTrainedModel) -> None:
         InputError: they are not; the message says what to do.
     """
     name = type(hf_model).__name__
+    architecture_of(hf_model)
     if getattr(hf_model, "_hf_peft_config_loaded", False):
         raise InputError(f"{name} is {_ADAPTED}")
     for place, module in hf_model.named_modules():
@@ -82,6 +83,12 @@ def check_as_it_stands(hf_model: PreTrainedModel) -> None:
             raise InputError(
                 f"{name} carries a torch hook ({hook} on {place or 'the model'}), which no conversion keeps; remove it "
                 "(weight_norm, pruning: make them permanent), and add it to the loaded model as a TransformerLens one."
+            )
+        replaced = _own_forward(module)
+        if replaced is not None and getattr(replaced, "__self__", None) is not module:
+            raise InputError(
+                f"the forward of {place or name} was replaced on the object by a function that may belong to another "
+                "one, which no copy keeps; make it a method of a class of its own."
             )
     for place, parameter in hf_model.named_parameters():
         if parameter.is_meta:
@@ -97,6 +104,15 @@ def check_as_it_stands(hf_model: PreTrainedModel) -> None:
                 f"{place} of {name} is a {kind}, not a plain tensor; dequantise or gather the weights (for a quantised "
                 "model: model.dequantize()) and give the result."
             )
+
+
+def _own_forward(module: nn.Module) -> Any:
+    """A forward that was set on the object and not on its class, without what accelerate and torch.compile add."""
+    own = vars(module)
+    if "_orig_mod" in module._modules:
+        return None
+    forward = own.get("_old_forward") if "_hf_hook" in own else own.get("forward")
+    return getattr(forward, "_torchdynamo_orig_callable", forward)
 
 
 def _quantised(name: str, why: str) -> str:
@@ -163,11 +179,13 @@ def private_copy(
     with torch.no_grad():
         for parameter in hf_model.parameters():
             own = parameter.detach().to(dtype=dtype or parameter.dtype, device=device or parameter.device)
-            own = own if shared or own.data_ptr() != parameter.data_ptr() else own.clone()
+            if parameter.is_inference() or (not shared and own.data_ptr() == parameter.data_ptr()):
+                own = own.clone()  # tensors that inference mode made stay without a gradient for ever
             memo[id(parameter)] = nn.Parameter(own, requires_grad=parameter.requires_grad)
         for buffer in hf_model.buffers():
             moved = buffer.detach().to(device=device or buffer.device)
-            memo[id(buffer)] = moved if shared or moved is not buffer else moved.clone()
+            same = moved.data_ptr() == buffer.data_ptr()
+            memo[id(buffer)] = moved.clone() if buffer.is_inference() or (same and not shared) else moved
     kept = list(memo.values())  # a memo's entries are looked up by id, so what they stand for must stay alive
     try:
         copied = copy.deepcopy(hf_model, memo)
@@ -187,12 +205,13 @@ def private_copy(
 def _unwrap_inside(model: nn.Module) -> None:
     """Take accelerate's and torch.compile's wrappers off the submodules of a private copy."""
     for module in model.modules():
-        own = vars(module)
-        if own.pop("_hf_hook", None) is not None:
-            own.pop("forward", None)
-            before = own.pop("_old_forward", None)
-            if before is not None and getattr(before, "__func__", None) is not type(module).forward:
-                own["forward"] = before
+        own, forward = vars(module), _own_forward(module)
+        if "_orig_mod" in module._modules:
+            continue
+        for name in ("_hf_hook", "_old_forward", "forward"):
+            own.pop(name, None)
+        if forward is not None and forward.__func__ is not type(module).forward:
+            own["forward"] = forward.__func__.__get__(module)
         own.pop("_compiled_call_impl", None)
         for name, child in list(module._modules.items()):
             if child is not None and "_orig_mod" in child._modules:

@@ -149,7 +149,7 @@ def load_model(
         raise InputError(f'unknown backend {backend!r}; choose "auto", "hooked" or "bridge".')
     if backend == "hooked" and not has_hooked_transformer():
         raise InputError('this TransformerLens has no HookedTransformer (it ended with 3.x); use backend="bridge".')
-    with _quiet_loading():
+    with _quiet_loading(), _plain_torch():
         hf_model, own_tokenizer, name = _resolve(model, precision)
         check_as_it_stands(hf_model)
         chosen = own_tokenizer if tokenizer is None else _tokenizer(tokenizer)
@@ -374,6 +374,28 @@ def _sentence(error: BaseException) -> str:
     """The first sentence of somebody else's long error message."""
     text = " ".join(str(error).split())
     return text.split(". ")[0].rstrip(".")[:200] or type(error).__name__
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Torch as it is when nothing is set: a model is made and compared in float32, on the CPU, with full precision.
+
+    Inference mode is left, or the model could never be differentiated; nor is it loaded in what autocast makes of it.
+    """
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
 
 
 @contextmanager
