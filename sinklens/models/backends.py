@@ -2,9 +2,8 @@
 
 `HookedTransformer.from_pretrained` knows its models by name and refuses a local folder or an unknown id, although its
 converters only need an architecture. So the config is translated from a scratch copy of the model's own `config.json`,
-the weights go through TransformerLens' converter, and nothing is folded or centred. What came out is then compared with
-the Hugging Face model on a few tokens: a converter that drops a feature of the architecture gives plausible numbers,
-and nothing else would notice.
+the weights go through TransformerLens' converter, and nothing is folded or centred. What came out, of this and of a
+bridge alike, is compared with the Hugging Face model (`sinklens.models.compare`) before anybody gets it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import copy
 import importlib.util
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinklens.errors import InputError
+from sinklens.models import compare
+from sinklens.models.given import architecture_of, private_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Every block of a HookedTransformer holds rotary tables of n_ctx rows: 128k of them would be gigabytes.
-_LONGEST_CONTEXT = 8192
-# Largest allowed difference from Hugging Face's logits, in standard deviations of the logits.
-_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
 def has_hooked_transformer() -> bool:
@@ -60,21 +56,50 @@ def to_hooked(
     Raises:
         InputError: TransformerLens has no HookedTransformer for this architecture, or its conversion is wrong.
     """
-    # Checked in the dtype that the weights came in: rounding to 16 bits moves a model that has outlier dimensions by
-    # more than many a wrong conversion would.
-    with _quiet_transformer_lens():
-        model = _convert(hf_model, hf_model.dtype)
-        _compare(hf_model, model, name)
-        if dtype != hf_model.dtype:
-            model = _convert(hf_model, dtype)
-    model.cfg.model_name = name
-    _attach_tokenizer(model, tokenizer)
-    model.eval()
-    if devices > 1:
-        return _spread(model, device, devices)
-    return model.to(
-        str(device), print_details=False
-    )  # as a string: given a torch.device, TransformerLens drops its index
+    probe = compare.probe(hf_model)
+    theirs = compare.look(probe.model, probe.tokens)
+    reference = _reference(hf_model, probe, theirs, device, dtype)
+    with _quiet_transformer_lens(), _says_wrong("HookedTransformer", name, 'use backend="bridge" for this model.'):
+        compare.check_no_switch(probe.model)
+        checked = _convert(probe.model, torch.float32)
+        compare.check_rotary(checked, probe.model)
+        compare.check_same(checked, theirs, probe.tokens)
+        if dtype == torch.float32 and probe.as_given:
+            model = checked
+        else:
+            model = _convert(private_copy(hf_model, device=None if probe.whole else "cpu"), dtype)
+            compare.check_same_weights(model, checked)
+            compare.check_same_windows(model, checked, probe.windows)
+        model.eval()
+        model.cfg.model_name = name
+        _attach_tokenizer(model, tokenizer)
+        model = _spread(model, device, devices) if devices > 1 else _moved(model, device)
+        if model is not checked or device.type != "cpu":
+            compare.check_in_precision(model, reference, theirs if probe.as_given else None, probe.tokens)
+    return model
+
+
+def _moved(model: Any, device: torch.device) -> Any:
+    return model.to(str(device), print_details=False)  # given a torch.device, TransformerLens drops its index
+
+
+def _reference(
+    hf_model: PreTrainedModel, probe: compare.Probe, theirs: compare.Sight, device: torch.device, dtype: torch.dtype
+) -> compare.Sight:
+    """What the given model computes in the precision that was asked for; a large one in its own, where it is."""
+    if probe.as_given and dtype == torch.float32:
+        return theirs
+    copied = private_copy(hf_model, dtype=dtype, device=device) if probe.whole else private_copy(hf_model)
+    return compare.look(copied, probe.tokens)
+
+
+@contextmanager
+def _says_wrong(backend: str, name: str, cure: str) -> Iterator[None]:
+    """Makes a sentence of what a comparison found."""
+    try:
+        yield
+    except compare.DifferenceError as error:
+        raise InputError(f"{backend} computes {name} wrongly ({error}); {cure}") from error
 
 
 def _spread(model: Any, device: torch.device, devices: int) -> Any:
@@ -103,40 +128,89 @@ def to_bridge(
     name: str,
     device: torch.device,
     dtype: torch.dtype,
+    take: bool = False,
 ) -> Any:
-    """A TransformerBridge around `hf_model`, which the bridge takes over: its modules are replaced in place.
+    """A TransformerBridge around `hf_model`, or around a copy of it.
 
     Args:
-        hf_model: the Hugging Face model; give a copy to keep yours.
+        hf_model: the Hugging Face model.
         tokenizer: its tokenizer, or None to work with token tensors.
         name: what the model is called in reports.
         device: where the result lives.
         dtype: the result's dtype.
+        take: whether the result may use the memory of `hf_model`'s weights; without, `hf_model` stays independent.
 
     Raises:
-        InputError: TransformerLens has no adapter for this architecture.
+        InputError: TransformerLens has no adapter for this architecture, or its adapter is wrong.
     """
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-
-    hf_model.set_attn_implementation("eager")  # the only one that computes the pattern which the hooks stand on
-    torch.nn.Module.to(hf_model, device)
-    for parameter in hf_model.parameters():  # not the buffers: rotary frequencies in bfloat16 would shift positions
-        parameter.data = parameter.data.to(dtype)
-    hf_model.eval()
-    architecture = type(hf_model).__name__
-    try:
-        with _quiet_transformer_lens():
-            model = build_bridge_from_module(
-                hf_model, architecture, hf_config=hf_model.config, device=device, model_name=name
-            )
-    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
-        raise InputError(
-            f"TransformerLens cannot bridge the architecture {architecture} ({_reason(error)})."
-        ) from error
+    probe = compare.probe(hf_model)
+    theirs = compare.look(probe.model, probe.tokens)
+    reference = _reference(hf_model, probe, theirs, device, dtype)
+    cure = "give a model of another architecture, or look whether a newer transformer-lens has it right."
+    with _quiet_transformer_lens(), _says_wrong("TransformerBridge", name, cure):
+        checked = _build_bridge(probe.model, name)
+        compare.check_same(checked, theirs, probe.tokens)
+        del checked
+        model = _build_bridge(private_copy(hf_model, dtype=dtype, device=device, shared=take), name)
+        compare.check_in_precision(model, reference, theirs if probe.as_given else None, probe.tokens)
     _attach_tokenizer(model, tokenizer)
     _give_weights_to_norms(model)
     model.eval()
     return model
+
+
+def _build_bridge(hf_model: PreTrainedModel, name: str) -> Any:
+    """A bridge around a private copy, which it takes apart."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    architecture = architecture_of(hf_model)
+    device = next(hf_model.parameters()).device
+    options = {"hf_config": hf_model.config, "device": device, "model_name": name}
+    try:
+        adapt = _own_adapter(hf_model, architecture)
+        return build_bridge_from_module(hf_model, architecture, post_adapter_hook=adapt, **options).eval()
+    except (
+        ValueError,
+        LookupError,
+        NotImplementedError,
+        AttributeError,
+        RuntimeError,
+        TypeError,
+        AssertionError,
+    ) as error:
+        raise InputError(
+            f"TransformerLens cannot bridge the architecture {architecture} ({_reason(error)})."
+        ) from error
+
+
+def _own_adapter(hf_model: PreTrainedModel, architecture: str) -> Callable[[Any], None] | None:
+    """What puts TransformerLens' adapter of an architecture right, where a version of it is wrong; None elsewhere.
+
+    Cohere turns neighbouring dimensions together, and its tables of cosines have every entry twice in a row.
+    TransformerLens 3.9 takes them for tables of two equal halves. It can turn neighbours, from tables of halves, so
+    that is what it is given. (4.3 has an option of its own for this.)
+    """
+    if architecture not in ("CohereForCausalLM", "Cohere2ForCausalLM"):
+        return None
+
+    def adapt(adapter: Any) -> None:
+        if not getattr(adapter.cfg, "rotary_interleaved_cos_sin", False):
+            adapter.cfg.rotary_adjacent_pairs = True
+            inner: Any = hf_model.model
+            inner.rotary_emb = _InHalves(inner.rotary_emb)
+
+    return adapt
+
+
+class _InHalves(torch.nn.Module):
+    """Rotary tables with every entry twice in a row, as tables of two equal halves."""
+
+    def __init__(self, tables: torch.nn.Module) -> None:
+        super().__init__()
+        self.tables = tables
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.cat([table[..., ::2], table[..., ::2]], -1) for table in self.tables(*args, **kwargs))
 
 
 def _give_weights_to_norms(model: Any) -> None:
@@ -152,7 +226,7 @@ def _convert(hf_model: PreTrainedModel, dtype: torch.dtype) -> Any:
     import transformer_lens.loading_from_pretrained as loading
     from transformer_lens import HookedTransformer
 
-    architecture = type(hf_model).__name__
+    architecture = architecture_of(hf_model)
     config = _config_for_transformer_lens(hf_model)
     try:
         with tempfile.TemporaryDirectory(prefix="tl-") as folder, torch.no_grad():
@@ -172,12 +246,14 @@ def _convert(hf_model: PreTrainedModel, dtype: torch.dtype) -> Any:
             state = {key: value.to(device="cpu", dtype=dtype) for key, value in state.items()}
             # Not load_and_process_state_dict: with nothing to process, it is this call once per tensor, and slow.
             model.load_state_dict(model.fill_missing_keys(state), strict=False)
+            if cfg.positional_embedding_type == "alibi":
+                model.pos_embed.W_pos.zero_()  # unused and never written: what was in memory would be in the digest
     except InputError:
         raise
     except (
         NotImplementedError,
         ValueError,
-        KeyError,
+        LookupError,
         AttributeError,
         RuntimeError,
         TypeError,
@@ -196,37 +272,16 @@ def _correct_sizes(cfg: Any, config: Any) -> None:
         cfg.d_mlp = config.n_inner
     longest = getattr(config, "max_position_embeddings", None)
     if cfg.positional_embedding_type == "rotary" and longest:  # Mistral, Qwen3: taken to be 2048
-        cfg.n_ctx = min(longest, _LONGEST_CONTEXT)
+        cfg.n_ctx = longest  # the tables of rotary embeddings grow with the prompts
 
 
 def _config_for_transformer_lens(hf_model: PreTrainedModel) -> Any:
     """A copy of the model's config with the fields that TransformerLens reads where transformers used to keep them."""
     config = copy.deepcopy(hf_model.config)
-    config.architectures = [type(hf_model).__name__]
+    config.architectures = [architecture_of(hf_model)]
     if not hasattr(config, "n_ctx") and hasattr(config, "n_positions"):  # GPT-2
         config.n_ctx = config.n_positions
     return config
-
-
-@torch.no_grad()
-def _compare(hf_model: PreTrainedModel, model: Any, name: str) -> None:
-    """Refuse a conversion whose logits are not Hugging Face's."""
-    tokens = torch.arange(3, 3 + min(8, model.cfg.n_ctx)).remainder(model.cfg.d_vocab)[None]
-    was_training = hf_model.training
-    hf_model.eval()
-    try:
-        theirs = hf_model(tokens.to(hf_model.device)).logits.float().cpu()
-    finally:
-        hf_model.train(was_training)
-    if not theirs.isfinite().all():
-        return  # the weights are at fault, not their conversion; whoever runs the model will be told
-    ours = model(tokens, return_type="logits").float()
-    difference = ((ours - theirs).abs().max() / theirs.std()).item()
-    if not difference <= _TOLERANCE.get(hf_model.dtype, 0.5):  # written so that NaN fails too
-        raise InputError(
-            f"HookedTransformer computes {name} wrongly (its logits are {difference:.2g} standard deviations from "
-            'Hugging Face\'s); use backend="bridge" for this model.'
-        )
 
 
 def _attach_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -7,7 +7,7 @@ that the tokenizer would not prepend itself, because an extra first token is an 
 
 from __future__ import annotations
 
-import copy
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ import torch
 from sinklens.errors import InputError
 from sinklens.models import smollm2 as _smollm2
 from sinklens.models.backends import has_hooked_transformer, to_bridge, to_hooked
+from sinklens.models.given import blocks_name, check_as_it_stands, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 Backend = Literal["auto", "hooked", "bridge"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_INDEX = "model.safetensors.index.json"
+_OLD_BUFFERS = ("inv_freq", "masked_bias", ".attn.bias", ".attention.bias")
+"""Ends of names of masks and tables that old versions of transformers wrote into checkpoints."""
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -145,8 +149,9 @@ def load_model(
         raise InputError(f'unknown backend {backend!r}; choose "auto", "hooked" or "bridge".')
     if backend == "hooked" and not has_hooked_transformer():
         raise InputError('this TransformerLens has no HookedTransformer (it ended with 3.x); use backend="bridge".')
-    with _quiet_loading():
+    with _quiet_loading(), _plain_torch():
         hf_model, own_tokenizer, name = _resolve(model, precision)
+        check_as_it_stands(hf_model)
         chosen = own_tokenizer if tokenizer is None else _tokenizer(tokenizer)
         options: dict[str, Any] = {"name": name, "device": target, "dtype": precision}
         if devices != 1:
@@ -159,8 +164,8 @@ def load_model(
                 if backend == "hooked":
                     raise
                 logger.warning("using a TransformerBridge: %s", str(error).split(";")[0])
-        # A bridge takes its model apart. One that we loaded is ours to give; the user's object is not.
-        return to_bridge(hf_model if isinstance(model, (str, Path)) else copy.deepcopy(hf_model), chosen, **options)
+        # What we loaded is ours to give; the user's object is not.
+        return to_bridge(hf_model, chosen, **options, take=isinstance(model, (str, Path)))
 
 
 def _resolve(
@@ -177,6 +182,7 @@ def _resolve(
         return *_from_hub(model, dtype), model
     from transformers import PreTrainedModel
 
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"load_model takes a name, a folder or a Hugging Face model, not a {type(model).__name__}.")
     return model, None, str(model.config.name_or_path or type(model).__name__)
@@ -186,16 +192,51 @@ def _from_folder(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
     if not (path / "config.json").is_file():
         what = "has no config.json" if path.is_dir() else "is not a folder"
         raise InputError(f"{path} {what}; give a folder written by save_pretrained, or one of: {', '.join(REGISTRY)}.")
+    if (path / "adapter_config.json").exists():
+        raise InputError(
+            f"{path} holds adapters beside a model; merge them (peft: model.merge_and_unload()), save the result and "
+            "give its folder."
+        )
     if not any(path.glob("*.safetensors")):
         raise InputError(
             f"{path} has no .safetensors weights, and sinklens never unpickles others; save the model as safetensors."
         )
+    _check_index(path / _INDEX)
     loaded = _from_pretrained(str(path), dtype)
     has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
     return loaded, _tokenizer(path) if has_tokenizer else None
 
 
+def _check_index(index: Path, *, beside: bool = True) -> None:
+    """Make sure that an index of weights, where there is one, points to safetensors and to nothing else.
+
+    Args:
+        index: the file.
+        beside: whether the weights have to be there already, in the same folder.
+    """
+    if not index.is_file():
+        return
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is damaged ({_sentence(error)}); save the model again.") from error
+    for name in sorted(map(str, files)):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(
+                f"{index} points to {name!r}, which is no safetensors file beside it, and sinklens never unpickles; "
+                "save the model as safetensors."
+            )
+        if beside and not (index.parent / name).is_file():
+            raise InputError(f"{index} points to {name!r}, which is not there; fetch or save the model again.")
+
+
 def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    from transformers.utils.hub import cached_file
+
+    with _others_errors(f"cannot load the model {name!r}", _what_to_give()):
+        index = cached_file(name, _INDEX, _raise_exceptions_for_missing_entries=False)
+    if index:
+        _check_index(Path(index), beside=False)
     loaded = _from_pretrained(name, dtype)
     try:
         return loaded, _tokenizer(name)
@@ -205,19 +246,58 @@ def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTraine
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        known = ", ".join(REGISTRY)
-        raise InputError(
-            f"cannot load the model {name!r} ({_sentence(error)}); give a registered name ({known}), a local folder "
-            "with config.json and safetensors weights, or a Hugging Face id that is cached or reachable."
-        ) from error
+    with _others_errors(f"cannot load the model {name!r}", _what_to_give()):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        quantised = getattr(config, "quantization_config", None)
+        if quantised is not None:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+            raise InputError(
+                f"{name} holds quantised weights ({method or 'of an unknown method'}), whose scales a conversion would "
+                "lose; load it with transformers, call model.dequantize() and give the result."
+            )
+        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "eager"}
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # said in our own words below
+        both: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    loaded, said = both
+    _check_complete(name, loaded, said)
+    return loaded
+
+
+def _check_complete(name: str, loaded: PreTrainedModel, said: dict[str, Any]) -> None:
+    """Refuse weights that do not fit the config: transformers makes up what is missing, and drops what is left over.
+
+    What is left over is an error where it belongs to a part that the model has (a bias or a scale of a layer, an
+    adapter, a block), and is only mentioned where it is a part of its own (a value head).
+    """
+    for kind in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(str(key[0] if isinstance(key, (tuple, list)) else key) for key in said.get(kind) or ()):
+            what = "are missing in" if kind == "missing_keys" else "have other shapes in"
+            raise InputError(
+                f"{len(keys)} weights of the architecture {what} the checkpoint {name} ({keys[0]} is one), and "
+                "transformers would make them up; give the config that belongs to the weights."
+            )
+    left = sorted(map(str, said.get("unexpected_keys") or ()))
+    modules, inside = dict(loaded.named_modules()), blocks_name(loaded)
+    for key in left:
+        owner = next((part for part in _parts_of(key) if part in modules), "")
+        of_a_part = f"{owner}.".startswith(f"{inside}.") or not any(True for _ in modules[owner].children())
+        if of_a_part and not key.endswith(_OLD_BUFFERS):
+            raise InputError(
+                f"the checkpoint {name} has weights that its config leaves unused ({key} is one of {len(left)}), so "
+                "what is computed is not the model that was trained; give the config that belongs to the weights, or "
+                "for adapters and quantised weights the merged or dequantised model."
+            )
+    if left:
+        logger.warning("%d weights of %s are no part of the model and are left out (%s, ...)", len(left), name, left[0])
+
+
+def _parts_of(key: str) -> Iterator[str]:
+    """``a.b`` and ``a`` of ``a.b.weight``."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
 
 
 def _tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -225,10 +305,34 @@ def _tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTrainedTok
         return tokenizer
     from transformers import AutoTokenizer
 
-    try:
+    with _others_errors(f"cannot load a tokenizer from {str(tokenizer)!r}", "give another with tokenizer=."):
         return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"cannot load a tokenizer from {str(tokenizer)!r} ({_sentence(error)}).") from error
+
+
+def _what_to_give() -> str:
+    return (
+        f"give a registered name ({', '.join(REGISTRY)}), a local folder with config.json and safetensors weights, or "
+        "a Hugging Face id that is cached or reachable."
+    )
+
+
+@contextmanager
+def _others_errors(what: str, cure: str) -> Iterator[None]:
+    """One sentence for whatever other packages raise on files of which anything may be wrong.
+
+    All that is broken in a config or a tokenizer comes up as whatever Python raises where it is first noticed, and the
+    tokenizers package raises bare exceptions and a panic, so nothing narrower would do.
+    """
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{what} ({_sentence(error)}); {cure}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what} ({_sentence(error)}); {cure}") from error
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -270,6 +374,28 @@ def _sentence(error: BaseException) -> str:
     """The first sentence of somebody else's long error message."""
     text = " ".join(str(error).split())
     return text.split(". ")[0].rstrip(".")[:200] or type(error).__name__
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Torch as it is when nothing is set: a model is made and compared in float32, on the CPU, with full precision.
+
+    Inference mode is left, or the model could never be differentiated; nor is it loaded in what autocast makes of it.
+    """
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
 
 
 @contextmanager
