@@ -93,7 +93,9 @@ class ActivationStore:
     def _lookup(self, kept: tuple[int, ...], device: torch.device) -> Int[Tensor, " pos"]:
         """Position to its index among the kept ones."""
         if (kept, device) not in self._lookups:
-            lookup = torch.full((self.length,), self.length, device="cpu")  # out of range: not kept must not pass for the last one
+            lookup = torch.full(
+                (self.length,), self.length, device="cpu"
+            )  # out of range: not kept must not pass for the last one
             lookup[list(kept)] = torch.arange(len(kept), device="cpu")
             self._lookups[kept, device] = lookup.to(device)
         return self._lookups[kept, device]

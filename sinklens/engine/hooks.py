@@ -88,7 +88,14 @@ class HookPoint:
         edited = act.clone() if self.ops else act
         for op in self.ops:
             live = self._live(op)
-            apply_edit(op.site.to_canonical(edited), op, live, self.program.source_of, self.program.changed, self.program.broken)
+            apply_edit(
+                op.site.to_canonical(edited),
+                op,
+                live,
+                self.program.source_of,
+                self.program.changed,
+                self.program.broken,
+            )
         for op, key, site in self.reads:
             here = op.on(act.device)
             self.live[id(op), key] = gather(site.to_canonical(edited), here.address, None)

@@ -177,6 +177,10 @@ class PatchRunner:
     @in_usual_state
     def run_values(self) -> Mapping[str, Mapping[str, Float[Tensor, " prompt"]]]:
         """Run name to readout name to the unpatched run's values, on the CPU, float64."""
+        self._refresh()
+        return self._read_runs()
+
+    def _read_runs(self) -> dict[str, dict[str, Tensor]]:
         store = self._captured([])
         values = {run: {r.name: _of_run(store, run, r).double().cpu() for r in self.readouts} for run in self.runs}
         for run, readings in values.items():
@@ -195,7 +199,9 @@ class PatchRunner:
             validate(self.model, self.tokens, patches, (), self.runs)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            stats = EngineStats(n_patches=len(patches), n_rows=len(patches) * len(self.tokens), max_rows=self.pace.limit)
+            stats = EngineStats(
+                n_patches=len(patches), n_rows=len(patches) * len(self.tokens), max_rows=self.pace.limit
+            )
             captured = self._store.n_forwards if self._store is not None else 0
             job: PackedJob | PlainJob | None = self._packed_job(patches)
             try:
@@ -210,10 +216,10 @@ class PatchRunner:
                 job = self._plain_job(patches)
                 self._batches(job, stats, progress)
             stats.n_forwards += self._captured([]).n_forwards - captured
-            values = self._values(job, patches)
+            values, runs = self._values(job, patches), self._read_runs()
             stats.seconds = time.perf_counter() - began
             stats.peak_bytes = peak_bytes(self.device)
-            return PatchResult(values, self.run_values, stats)
+            return PatchResult(values, runs, stats)
 
     def _values(self, job: PackedJob | PlainJob, patches: Sequence[Patch]) -> dict[str, Tensor]:
         """What a finished job has read, if it can be trusted."""
@@ -333,6 +339,4 @@ def _check_finite(job: PackedJob | PlainJob, patches: Sequence[Patch], values: M
     for name, value in values.items():
         bad = (~torch.isfinite(value)).any(-1).nonzero().flatten().tolist()
         if bad:
-            raise EditError(
-                f"readout {name!r} is not finite under {len(bad)} patch(es): {patches[bad[0]].describe()}"
-            )
+            raise EditError(f"readout {name!r} is not finite under {len(bad)} patch(es): {patches[bad[0]].describe()}")

@@ -1,9 +1,10 @@
 """What callers' edits and readouts give, held to what the engine takes for granted of them.
 
-An edit is given gathered activations, a readout a batch, and both may hold any rows of any patches: so each has to treat
-every row by itself, give what it was asked for, and leave what it was given as it is. The package's own do; a caller's
-function is called once more, on a part of what it was given, the first time that it is met in a place. A result that
-depends on which rows happen to lie together is refused there, and not found in a table later.
+An edit is given gathered activations, a readout a batch, and both may hold any rows of any patches: so each has to
+treat every row by itself, give what it was asked for, and leave what it was given as it is. The package's own do; a
+caller's function is called twice more, on a part of what it was given and beside other numbers, the first time that it
+is met in a place. A result that depends on which rows happen to lie together is refused there, and not found in a table
+later.
 """
 
 from __future__ import annotations
@@ -116,13 +117,12 @@ def checked_combined(readout: Readout, stack: Tensor) -> Tensor:
     if value.shape != stack.shape[1:2]:
         raise EditError(f"{what} returned shape {tuple(value.shape)}: one number for each of {stack.shape[1]} rows")
     if len(value) and first_time(readout, "combine"):
-        compare(what, value, lambda rows, other: readout.combine(beside(stack[:, rows].movedim(1, 0), other).movedim(0, 1)))
+        by_row = stack.movedim(1, 0)
+        compare(what, value, lambda rows, other: readout.combine(beside(by_row[rows], other).movedim(0, 1)))
     return value
 
 
-def read(
-    readout: Readout, place: Hashable, act: Tensor, function: Callable[[Tensor, Any], Any]
-) -> Tensor:
+def read(readout: Readout, place: Hashable, act: Tensor, function: Callable[[Tensor, Any], Any]) -> Tensor:
     """What a readout makes of an activation ``[row, ...]``.
 
     Args:
@@ -166,13 +166,14 @@ def compare(what: str, whole: Tensor, again: Again) -> None:
     Raises:
         EditError: it does not.
     """
-    n = len(whole)
+    n, tolerance = len(whole), 1e-4 if whole.element_size() >= 4 else 0.05
     for rows, other in ((range(n // 2, n), False), ((0, 0), True)):
         chosen = torch.tensor(tuple(rows), dtype=torch.long, device=whole.device)
         expected = whole[chosen]
         try:
             part = checked_tensor(what, again(chosen, other))
-            alike = part.shape == expected.shape and _close(part[:1] if other else part, expected[: 1 if other else n])
+            same = slice(0, 1) if other else slice(None)
+            alike = part.shape == expected.shape and _close(part[same], expected[same], tolerance)
         except (RuntimeError, ValueError, IndexError):
             alike = False
         if not alike:
@@ -182,10 +183,7 @@ def compare(what: str, whole: Tensor, again: Again) -> None:
             )
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    if not other.is_floating_point():
-        return torch.equal(one, other)
-    tolerance = 1e-4 if other.element_size() >= 4 else 0.05
-    size = other.detach().abs().nan_to_num(0, 0, 0).flatten(1).amax(-1) if other.ndim > 1 else other.detach().abs()
-    size = size.nan_to_num(0, 0, 0).amax() if size.numel() else size.sum()
-    return torch.allclose(one.to(other).float(), other.float(), rtol=tolerance, atol=float(tolerance * size), equal_nan=True)
+def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    one, other = one.to(other).float(), other.float()
+    size = other.nan_to_num(0, 0, 0).abs().amax() if other.numel() else 0.0
+    return torch.allclose(one, other, rtol=tolerance, atol=float(tolerance * size), equal_nan=True)

@@ -131,6 +131,25 @@ def one_pass(model: object) -> Iterator[None]:
         turn.passing = False
 
 
+@contextmanager
+def without_inference(model: object) -> Iterator[None]:
+    """Copies in place of weights and buffers that were made in inference mode, through which no gradient is passed."""
+    copies: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for module in modules_of(model):
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is None or not tensor.is_inference():
+                        continue
+                    if id(tensor) not in copies:
+                        plain = tensor.clone()
+                        frozen = isinstance(tensor, torch.nn.Parameter)
+                        copies[id(tensor)] = torch.nn.Parameter(plain, requires_grad=False) if frozen else plain
+                    stack.callback(held.__setitem__, name, tensor)
+                    held[name] = copies[id(tensor)]  # type: ignore[assignment]
+        yield
+
+
 class _Process:
     """Settings of the whole process, which all threads share: the first call in pins them, the last one out restores
     them.

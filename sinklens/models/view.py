@@ -374,7 +374,8 @@ def eval_mode(model: Model) -> Iterator[None]:
 
 def weights_stamp(model: Model) -> tuple[tuple[int, int], ...]:
     """Changes when a parameter is replaced, moved, or written to by anything that autograd sees."""
-    return tuple((parameter.data_ptr(), parameter._version) for parameter in _inside(model).parameters())
+    parameters = list(_inside(model).parameters())
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
 
 
 def parameters_of(model: Model) -> Iterator[torch.nn.Parameter]:

@@ -1,4 +1,4 @@
-"""Whole numbers as people write them: ints of Python, NumPy and torch, lists, ranges, arrays, tensors, boolean masks."""
+"""Whole numbers as people write them: ints of Python, NumPy and torch, lists, ranges, arrays, tensors, masks."""
 
 from __future__ import annotations
 
