@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["EngineError", "InputError", "NoSinkError", "NotApplicableError", "need"]
+__all__ = ["EditError", "EngineError", "InputError", "NoSinkError", "NotApplicableError", "need"]
 
 
 class InputError(ValueError):
@@ -26,6 +26,10 @@ class NotApplicableError(InputError):
 
 class EngineError(RuntimeError):
     """A run broke a promise of the engine: an unknown hook name, a hook that never fired, a value not finite."""
+
+
+class EditError(EngineError, InputError):
+    """An edit or a readout of the caller's does what none may; the message names it and says what."""
 
 
 def need(name: str, extra: str = "viz") -> ModuleType:

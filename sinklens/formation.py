@@ -35,6 +35,7 @@ from sinklens.engine.capture import ActivationStore, Want, capture_runs
 from sinklens.engine.memory import row_budget
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
 from sinklens.models.identities import identities, require
+from sinklens.models.state import in_usual_state
 from sinklens.models.view import BlockWeights, Model, model_shape
 from sinklens.patches import CLEAN
 from sinklens.prompts import PromptBatch
@@ -152,6 +153,7 @@ class Formation:
         return tuple(dim.index for dim in self.outlier_dims)
 
 
+@in_usual_state
 def find_formation(
     model: Model,
     batch: PromptBatch,

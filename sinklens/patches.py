@@ -13,11 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.edits import Edit
+from sinklens.errors import InputError
+from sinklens.records.integers import as_plain, is_several, whole_number, whole_numbers
 from sinklens.sites import HookSite
 
 
@@ -34,21 +37,30 @@ class Positions:
     def of(where: Where) -> Positions:
         """From ``(3, 5)``, which all prompts share, or ``((3,), (5,))``, one tuple for each prompt.
 
+        A number, lists, ranges, arrays and tensors will do, and masks of booleans, ``[pos]`` or ``[prompt, pos]``.
+
         Raises:
-            ValueError: numbers and tuples side by side.
+            InputError: what is no whole number, or numbers and tuples side by side.
         """
         if isinstance(where, Positions):
             return where
-        own = tuple(entry for entry in where if isinstance(entry, tuple))
-        alone = tuple(entry for entry in where if not isinstance(entry, tuple))
-        if own and alone:
-            raise ValueError(f"positions {where}: give numbers for all prompts, or a tuple for each")
-        return Positions(own, shared=False) if own else Positions((alone,), shared=True)
+        if type(where) is tuple and all(type(entry) is int for entry in where):
+            return Positions((where,), shared=True)  # pyright: ignore[reportArgumentType]
+        entries = as_plain(where)
+        if not is_several(entries):
+            return Positions((whole_numbers(entries, "position"),), shared=True)
+        entries = [as_plain(entry) for entry in entries]
+        several = [is_several(entry) for entry in entries]
+        if not any(several):
+            return Positions((whole_numbers(entries, "position"),), shared=True)
+        if not all(several):
+            raise InputError(f"positions {where}: give numbers for all prompts, or a tuple for each")
+        return Positions(tuple(whole_numbers(entry, "position") for entry in entries), shared=False)
 
     @staticmethod
     def one_each(positions: Iterable[int]) -> Positions:
         """One position for each prompt."""
-        return Positions(tuple((int(position),) for position in positions), shared=False)
+        return Positions(tuple((whole_number(position, "position"),) for position in positions), shared=False)
 
     def at(self, prompt: int) -> tuple[int, ...]:
         """The positions of ``prompt``."""
@@ -62,19 +74,34 @@ class Positions:
         """One position for each prompt, as a tensor.
 
         Raises:
-            ValueError: when a prompt has none or several.
+            InputError: when a prompt has none or several, or a negative one; or there are not as many prompts.
         """
+        if not self.shared and len(self.rows) != n_prompts:
+            raise InputError(f"positions are given for {len(self.rows)} prompts, but there are {n_prompts}")
         chosen = [self.at(prompt) for prompt in range(n_prompts)]
         if any(len(positions) != 1 for positions in chosen):
-            raise ValueError("exactly one position for each prompt is needed here")
-        return torch.tensor([positions[0] for positions in chosen])
+            raise InputError("exactly one position for each prompt is needed here")
+        if any(positions[0] < 0 for positions in chosen):
+            raise InputError(f"positions {self} must not be negative: they count from the first token")
+        return torch.tensor([positions[0] for positions in chosen], dtype=torch.long, device="cpu")
 
     def __repr__(self) -> str:
         return repr(self.rows[0] if self.shared else self.rows)
 
 
-Where: TypeAlias = Positions | tuple[int, ...] | tuple[tuple[int, ...], ...]
-"""Positions as they may be written: ``(3, 5)`` for all prompts, ``((3,), (5,))`` for each its own."""
+Where: TypeAlias = (
+    Positions | int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor | tuple[tuple[int, ...], ...]
+)
+"""Positions as they may be written: ``(3, 5)`` for all prompts, ``((3,), (5,))`` for each its own; see
+:meth:`Positions.of`."""
+
+
+def _written(where: Where) -> Positions | tuple[int, ...] | tuple[tuple[int, ...], ...]:
+    """The same, in one way of writing it: so that equal places are equal, and can be looked up."""
+    if isinstance(where, Positions):
+        return where
+    positions = Positions.of(where)
+    return positions.rows[0] if positions.shared else positions.rows
 
 
 @dataclass(frozen=True)
@@ -84,7 +111,12 @@ class Source:
     run: str
     """Name of the run."""
     positions: Where | None = None
-    """Positions in that run, matched one to one with the patch's; ``None``: the same positions."""
+    """Positions in that run, matched one to one with the patch's, or one for all of them; ``None``: the same
+    positions."""
+
+    def __post_init__(self) -> None:
+        if self.positions is not None:
+            object.__setattr__(self, "positions", _written(self.positions))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +143,35 @@ class Patch:
     """Accept that the edit changes nothing, as when a run's own activation is put back."""
     also: tuple[Patch, ...] = ()
     """Further interventions in the same run at the same time: all together are one patch, one row of a table."""
+
+    def __post_init__(self) -> None:
+        """Write places in one way, whichever the caller has chosen.
+
+        Raises:
+            InputError: what is no place, or a source of another number of positions.
+        """
+        object.__setattr__(self, "layers", whole_numbers(self.layers, "block"))
+        object.__setattr__(self, "positions", _written(self.positions))
+        if self.units is not None:
+            object.__setattr__(self, "units", whole_numbers(self.units, "unit"))
+        if self.also and type(self.also) is not tuple:
+            object.__setattr__(self, "also", (self.also,) if isinstance(self.also, Patch) else tuple(self.also))
+        if self.source is not None and self.source.positions is not None:
+            self._check_source()
+
+    def _check_source(self) -> None:
+        where, source = self.where, self.source_where
+        n = max(len(where.rows), len(source.rows))
+        if not where.shared and not source.shared and len(where.rows) != len(source.rows):
+            raise InputError(
+                f"positions are given for {len(where.rows)} prompts, and those of the source for {len(source.rows)}"
+            )
+        for prompt in range(n):
+            if len(source.at(prompt)) not in (1, len(where.at(prompt))):
+                raise InputError(
+                    f"give one source position for each of the positions {where}, or one for all, not {source}: "
+                    f"{self.describe()}"
+                )
 
     @property
     def where(self) -> Positions:

@@ -30,6 +30,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.errors import InputError
+from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model, bos_token, context_length, tokenizer_of, vocabulary_size
 
 __all__ = ["PromptBatch", "from_dataset", "from_file", "from_texts", "from_tokens", "natural", "random_tokens"]
@@ -90,6 +91,7 @@ class PromptBatch:
         return PromptBatch(self.tokens[chosen.tolist()], rows, self.source, self.n_skipped)
 
 
+@in_usual_state
 def natural(
     model: Model, n: int = 16, length: int = 64, *, prepend_bos: bool = False, seed: int | None = None
 ) -> PromptBatch:
@@ -114,6 +116,7 @@ def natural(
     return from_texts(model, texts, length=length, n=n, prepend_bos=prepend_bos, source=source)
 
 
+@in_usual_state
 def random_tokens(
     model: Model, n: int = 16, length: int = 64, *, seed: int = 0, prepend_bos: bool = False
 ) -> PromptBatch:
@@ -195,6 +198,7 @@ def from_dataset(
     return from_texts(model, texts, length=length, n=n, prepend_bos=prepend_bos, source=f"dataset:{name}[{split}]")
 
 
+@in_usual_state
 def from_texts(
     model: Model,
     texts: Iterable[str],
@@ -236,6 +240,7 @@ def from_texts(
     return PromptBatch(tokens, _labels(model, tokens), source, len(short))
 
 
+@in_usual_state
 def from_tokens(
     model: Model, tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]], *, source: str = "tokens"
 ) -> PromptBatch:

@@ -137,7 +137,7 @@ def resampled_variance(
     difference = ((square[:, :, None] + square[:, None] - 2 * inner) / wide.shape[-1]).cpu()  # [pos, prompt, prompt]
 
     def variance(drawn: Int[np.ndarray, " draw"]) -> Float[Tensor, " pos"]:
-        times = torch.bincount(torch.as_tensor(drawn), minlength=len(x)).double()
+        times = torch.bincount(torch.as_tensor(drawn, device="cpu"), minlength=len(x)).double()
         return (difference @ times @ times / (2 * len(drawn) * (len(drawn) - 1))).float()
 
     return variance
@@ -153,7 +153,7 @@ def resampled_curves(
 
 def random_orders(shape: Sequence[int], rng: torch.Generator) -> Int[Tensor, "*shape"]:
     """Random orders of ``shape[-1]`` things, one for every entry of the other axes: for permutation nulls."""
-    return torch.rand(*shape, generator=rng).argsort(-1)
+    return torch.rand(*shape, generator=rng, dtype=torch.float32, device="cpu").argsort(-1)
 
 
 def null_estimate(draws: Values) -> Estimate:

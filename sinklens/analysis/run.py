@@ -15,6 +15,7 @@ import pandas as pd
 from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict
 from sinklens.analysis.discovery import folder, list_analyses
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
+from sinklens.models.state import usual_state
 from sinklens.records.plain import to_plain
 from sinklens.records.provenance import code_digest
 from sinklens.study import Study
@@ -35,7 +36,8 @@ def run_analysis(analysis: Analysis, study: Study, **options: Any) -> AnalysisRe
     began = time.perf_counter()
     figure = None
     try:
-        findings = analysis.run(study, **options)
+        with usual_state(study.model, gradients=True):
+            findings = analysis.run(study, **options)
     except (NoSinkError, NotApplicableError) as error:
         findings = Findings(Verdict("not measurable", analysis.claim, reason=str(error)), pd.DataFrame())
     else:

@@ -28,6 +28,7 @@ from sinklens.attribution.trace import Trace, without
 from sinklens.edits import Edit, Transplant
 from sinklens.engine.places import group_parts, parts_of
 from sinklens.errors import InputError
+from sinklens.models.state import Snapshot, in_usual_state, snapshot, usual_state
 from sinklens.models.view import Model
 from sinklens.patches import CLEAN, Patch, Runs, Source
 from sinklens.prompts import PromptBatch
@@ -49,6 +50,7 @@ class Attribution:
     """Backward passes that this took."""
 
 
+@in_usual_state
 def estimate(
     model: Model,
     prompts: PromptBatch | Int[Tensor, "prompt pos"],
@@ -84,6 +86,8 @@ def estimate(
 class Attributor:
     """Estimates many lists of patches on the same prompts; what it traced of the runs is kept between calls.
 
+    It traces anew when the model has changed since.
+
     It holds the activations and gradients of the sites that it was last asked for, in all blocks, for all prompts; the
     arguments are those of :func:`estimate`.
     """
@@ -99,15 +103,20 @@ class Attributor:
         memory_budget: int | None = None,
         max_rows: int | None = None,
     ) -> None:
-        self._job = _job(model, prompts, readouts, runs, qk_fix)
+        self.model = model
+        with usual_state(model):
+            self._job = _job(model, prompts, readouts, runs, qk_fix)
         self._limits = (memory_budget, max_rows)
+        self._seen: Snapshot | None = None
         self._needs: Needs | None = None
         self._held: list[tuple[Tensor, dict[str, Trace]]] = []
 
+    @in_usual_state
     def estimate(self, patches: Sequence[Patch]) -> Attribution:
         """As :func:`estimate`; the passes counted are those of all calls so far."""
         job, needs = self._job, self._job.needs(patches)
-        if self._needs is None or not self._needs.cover(needs):
+        before, self._seen = self._seen, snapshot(self.model)
+        if self._needs is None or not self._needs.cover(needs) or before != self._seen:
             self._held.clear()  # must go before the next is traced
             job.readings.clear()
             self._needs = needs.in_all_blocks(job.last)
@@ -115,6 +124,7 @@ class Attributor:
         return _collect(job, self._held, patches)
 
 
+@in_usual_state
 def grad_drop(
     model: Model,
     prompts: PromptBatch | Int[Tensor, "prompt pos"],
@@ -173,6 +183,7 @@ def _collect(
     )
 
 
+@in_usual_state
 def attribution_map(
     model: Model,
     prompts: PromptBatch | Int[Tensor, "prompt pos"],

@@ -14,10 +14,12 @@ from torch import Tensor
 from sinklens.attribution.qk import Attention, attention, nodes_for_fix
 from sinklens.attribution.trace import Node, Trace, trace_run, without
 from sinklens.engine.apply import Op, edited, gather
+from sinklens.engine.capture import warn_of_split
 from sinklens.engine.memory import is_out_of_memory, release_cached, row_budget
 from sinklens.engine.places import NOWHERE, PlaceGroup, group_parts, pairs_of, parts_of
 from sinklens.engine.validation import validate
 from sinklens.errors import EngineError, InputError
+from sinklens.models.state import foreign_hooks
 from sinklens.models.view import Model, ModelShape, device_of, model_shape
 from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import Readout
@@ -136,6 +138,8 @@ class Estimation:
         """Traces of every run over one batch of prompts after the other, as many as fit."""
         rows = max_rows or self._rows(needs, memory_budget)
         begin = 0
+        if foreign_hooks(self.model):
+            warn_of_split(len(self.tokens), rows)
         while begin < len(self.tokens):
             prompts = torch.arange(begin, min(begin + rows, len(self.tokens)), device=self.device)
             try:
@@ -277,7 +281,13 @@ def check_places(group: PlaceGroup, shape: ModelShape, n_prompts: int, length: i
             raise InputError(f"positions are given for {places.shape[1]} prompts, but there are {n_prompts}")
         if (places >= length).any() or (places < NOWHERE).any() or (places == NOWHERE).all(-1).any():
             raise InputError(f"positions are not all in 0..{length - 1}: {group.like.describe()}")
+    own = group.positions.sort(-1).values
+    if ((own[..., 1:] == own[..., :-1]) & (own[..., 1:] != NOWHERE)).any():
+        raise InputError(f"positions repeat: {group.like.describe()}")
     if group.units is not None:
+        own = group.units.sort(-1).values
+        if (own[..., 1:] == own[..., :-1]).any():
+            raise InputError(f"units repeat: {group.like.describe()}")
         size = unit_count(group.like.site, shape)
         if size is None:
             raise InputError(f"{group.like.site.template} has no units to select: {group.like.describe()}")

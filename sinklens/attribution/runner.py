@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from sinklens.attribution.estimation import Attributor
 from sinklens.engine.run import EngineStats, PatchResult, PatchRunner, Progress
+from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model
 from sinklens.patches import CLEAN, Patch, Runs
 from sinklens.prompts import PromptBatch
@@ -36,13 +36,11 @@ class AttributionRunner:
         max_rows: int | None = None,
     ) -> None:
         limits: dict[str, Any] = {"memory_budget": memory_budget, "max_rows": max_rows}
+        self.model = model
         self._exact = PatchRunner(model, prompts, readouts, runs=runs, **limits)
         self._attributor = Attributor(model, prompts, readouts, runs=runs, **limits)
 
-    @cached_property
-    def _runs(self) -> dict[str, dict[str, Tensor]]:
-        return {run: dict(values) for run, values in self._exact.run_values.items()}
-
+    @in_usual_state
     def run(self, patches: Sequence[Patch], progress: Progress | None = None) -> PatchResult:
         """The estimated readouts of every patch on every prompt.
 
@@ -53,10 +51,11 @@ class AttributionRunner:
         began = time.perf_counter()
         found = self._attributor.estimate(patches)
         values = {name: change.cpu() for name, change in found.changes.items()}
-        names = list(self._runs)
+        runs = self._exact.run_values
+        names = list(runs)
         which = torch.tensor([names.index(patch.run) for patch in patches], dtype=torch.long)
         for name, value in values.items():
-            value += torch.stack([self._runs[run][name] for run in names])[which]
+            value += torch.stack([runs[run][name] for run in names])[which]
         stats = EngineStats(
             n_patches=len(patches),
             n_rows=next(iter(values.values())).numel(),
@@ -66,4 +65,4 @@ class AttributionRunner:
         )
         if progress is not None:
             progress(stats.n_rows, stats.n_rows)
-        return PatchResult(values, self._runs, stats)
+        return PatchResult(values, runs, stats)

@@ -22,6 +22,7 @@ from torch import Tensor
 from sinklens.attribution.estimation import estimate, grad_drop
 from sinklens.engine.run import Progress, run_patches
 from sinklens.errors import InputError
+from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model
 from sinklens.patches import CLEAN, Patch, Runs
 from sinklens.prompts import PromptBatch
@@ -124,6 +125,7 @@ class Screen:
         )
 
 
+@in_usual_state
 def screen(
     model: Model,
     prompts: PromptBatch | Int[Tensor, "prompt pos"],

@@ -19,7 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens.engine.hooks import Program, check_fired, hook_points, readouts_in, root_ops
+from sinklens.engine.trust import checked_combined, read
 from sinklens.errors import EngineError, InputError
+from sinklens.models.state import one_pass, without_inference
 from sinklens.models.view import Model, check_hook_name, device_of, forward, model_shape, parameters_of
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout, Rows
@@ -169,7 +171,9 @@ class _Pass:
 
 def _passes_gradients(readout: Readout) -> Callable[[Tensor, Rows], Tensor]:
     def reduce(act: Tensor, rows: Rows) -> Tensor:
-        value = readout.reduce(act, rows)
+        value = read(
+            readout, rows.layer, act, lambda act, some: readout.reduce(act, Rows(rows.prompts[some], rows.layer))
+        )
         _require_gradient(readout, act, value)
         return value
 
@@ -179,7 +183,7 @@ def _passes_gradients(readout: Readout) -> Callable[[Tensor, Rows], Tensor]:
 def _combined(readout: Readout, program: Program) -> Float[Tensor, " row"]:
     device = program.prompts.device  # the blocks of one model may lie on several
     stack = torch.stack([program.readings[readout.name, layer].to(device) for layer in readout.layers])
-    value = readout.combine(stack)
+    value = checked_combined(readout, stack)
     _require_gradient(readout, stack, value)
     return value
 
@@ -195,7 +199,8 @@ def _run(model: Model, tokens: Tensor, program: Program, pass_: _Pass, last: int
         check_hook_name(model, name)
     n_layers = model_shape(model).n_layers
     logits = last >= n_layers
-    with frozen(model), warnings.catch_warnings(), model.hooks(fwd_hooks=hooks):
+    alone = (one_pass(model), without_inference(model), frozen(model))
+    with alone[0], alone[1], alone[2], warnings.catch_warnings(), model.hooks(fwd_hooks=hooks):
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale/hook_normalized")
         stop = None if logits else last + 1
         out = forward(model, tokens.to(pass_.prompts.device), stop_at=stop, return_type="logits" if logits else None)

@@ -26,17 +26,20 @@ from sinklens.engine.run import PatchResult, Progress
 from sinklens.engine.validation import check_needs
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation
+from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model, dtype_of
 from sinklens.pairs import InducedKind, PairChoice, make_pair
 from sinklens.pairs.choice import Target
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.named import NamedReadout
+from sinklens.records.integers import whole_numbers
 from sinklens.stages import CHAIN, Stage
 from sinklens.stages.base import Setting
 from sinklens.study import Study
 
 
+@in_usual_state
 def run_chain(
     model: Model,
     batch: PromptBatch,
@@ -82,7 +85,7 @@ def run_chain(
         InputError: a target or option that does not fit the model and prompts.
         EngineError: an identity failed, or a patch did nothing: the numbers would not be trustworthy.
     """
-    choice = PairChoice(target, pair, strength, None if pair_layers is None else tuple(pair_layers))
+    choice = PairChoice(target, pair, strength, None if pair_layers is None else whole_numbers(pair_layers, "block"))
     options: dict[str, Any] = {"seed": seed, "memory_budget": memory_budget, "rows": max_rows, "progress": progress}
     return score_chain(
         Study.of(model, batch, formation, **options),
@@ -95,6 +98,7 @@ def run_chain(
     )
 
 
+@in_usual_state
 def score_chain(
     study: Study,
     choice: PairChoice,

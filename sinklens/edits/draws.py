@@ -11,7 +11,7 @@ from sinklens.errors import InputError
 
 def random_orthonormal(d: int, rank: int, generator: torch.Generator) -> Float[Tensor, "d rank"]:
     """Orthonormal columns of a Gaussian matrix: a uniformly random subspace of R^d, on the CPU, in float32."""
-    return torch.linalg.qr(torch.randn(d, rank, generator=generator)).Q
+    return torch.linalg.qr(torch.randn(d, rank, generator=generator, dtype=torch.float32, device="cpu")).Q
 
 
 def rotate_rows(rows: Float[Tensor, "neuron d_model"], generator: torch.Generator) -> Float[Tensor, "neuron d_model"]:
@@ -22,7 +22,7 @@ def rotate_rows(rows: Float[Tensor, "neuron d_model"], generator: torch.Generato
 
 def random_permutations(n: int, size: int, generator: torch.Generator) -> Int[Tensor, "n size"]:
     """``n`` independent random permutations of ``size`` entries."""
-    return torch.stack([torch.randperm(size, generator=generator) for _ in range(n)])
+    return torch.stack([torch.randperm(size, generator=generator, device="cpu") for _ in range(n)])
 
 
 def others(n: int, chosen: tuple[int, ...], generator: Generator, size: int | None = None) -> tuple[int, ...]:
@@ -31,9 +31,9 @@ def others(n: int, chosen: tuple[int, ...], generator: Generator, size: int | No
     Raises:
         InputError: when there are not as many.
     """
-    left = torch.tensor([i for i in range(n) if i not in set(chosen)])
+    left = torch.tensor([i for i in range(n) if i not in set(chosen)], device="cpu")
     if size is None:
         return tuple(left.tolist())
     if size > len(left):
         raise InputError(f"a control of {size} other units was asked for, but only {len(left)} of {n} are left")
-    return tuple(sorted(left[torch.randperm(len(left), generator=generator)[:size]].tolist()))
+    return tuple(sorted(left[torch.randperm(len(left), generator=generator, device="cpu")[:size]].tolist()))

@@ -35,7 +35,11 @@ def amplification(
             all prompts and positions.
     """
     mean = {layer: _mean(values.detach().float(), position, axis) for layer, values in z.items()}
-    return Rescale("amplify_variance", mean, {layer: torch.tensor(float(strength)) for layer in z})
+    return Rescale(
+        "amplify_variance",
+        mean,
+        {layer: torch.tensor(float(strength), dtype=torch.float32, device="cpu") for layer in z},
+    )
 
 
 def _mean(z: Tensor, position: int, axis: MeanAxis) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sinklens.edits import Edit, EditSite
 from sinklens.edits.base import Gathered
-from sinklens.errors import EngineError
+from sinklens.engine import trust
+from sinklens.errors import EditError, EngineError
 from sinklens.sites import HookSite
 
 
@@ -101,17 +102,48 @@ def edited(op: Op, old: Gathered, live: Mapping[str, Tensor], source_of: SourceO
         source_of: looks up the source run's activations; ``None`` where there are none.
 
     Raises:
-        EngineError: the edit returns another shape than it was given.
+        EditError: a caller's edit returns another shape than it was given, or no tensor, or depends on what else lies
+            in the batch.
     """
     source, source_live = None, {}
+    own = trust.is_trusted(op.edit)
     if op.edit.uses_source and source_of is not None:
         source = source_of(op, op.site, op.layer)
         source_live = {place.key: source_of(op, place.site, place.layer) for place in op.edit.reads_in(op.layer)}
     at = EditSite(op.layer, op.prompts, op.positions, op.units, live, source_live)
-    new = op.edit(old, source, at)
-    if new.shape != old.shape:
-        raise EngineError(f"the edit {op.edit.name!r} returned shape {tuple(new.shape)} for {tuple(old.shape)}")
-    return new.to(old.dtype)
+    x = old if own else old.clone()  # a caller's edit may work in place
+    new = _checked(op, op.edit(x, source, at), x)
+    if not own and len(new) and trust.first_time(op.edit, (op.site.template, op.layer)):
+        trust.compare(f"the edit {op.edit.name!r}", new, lambda rows, other: _again(op, old, source, at, rows, other))
+    return new
+
+
+def _checked(op: Op, new: object, x: Tensor) -> Tensor:
+    """What an edit returned, in the dtype of ``x``; what it has written into ``x`` where it returned nothing.
+
+    Raises:
+        EditError: it is no tensor of the shape of ``x``.
+    """
+    what = f"the edit {op.edit.name!r}"
+    written = new is None and not x.is_inference() and x._version > 0
+    new = trust.checked_tensor(what, x if written else new)
+    if new.shape != x.shape:
+        raise EditError(f"{what} returned shape {tuple(new.shape)} for {tuple(x.shape)}")
+    return new.to(x)
+
+
+def _again(op: Op, old: Tensor, source: Tensor | None, at: EditSite, rows: Tensor, other: bool) -> Tensor:
+    """The edit on some of its places."""
+    here = replace(
+        at,
+        prompts=at.prompts[rows],
+        positions=at.positions[rows],
+        units=None if at.units is None else at.units[rows],
+        live={key: act[rows] for key, act in at.live.items()},
+        source_live={key: act[rows] for key, act in at.source_live.items()},
+    )
+    x = trust.beside(old[rows].clone(), other)
+    return _checked(op, op.edit(x, None if source is None else source[rows], here), x)
 
 
 def apply_edit(
@@ -120,10 +152,11 @@ def apply_edit(
     live: Mapping[str, Tensor],
     source_of: SourceOf | None,
     changed: Int[Tensor, " intervention"] | None,
+    broken: Int[Tensor, " intervention"] | None = None,
 ) -> None:
     """Write one edit into ``laid_out`` (``[*address, unit, ...]``), which must be the caller's own copy.
 
-    Places that moved are counted in ``changed``, at the number of their intervention.
+    Places that moved are counted in ``changed``, and those with NaN in ``broken``, at the number of their intervention.
     """
     op = op.on(laid_out.device)
     index = _index(op.address, op.units)
@@ -132,6 +165,10 @@ def apply_edit(
     if changed is not None and op.owners is not None:
         # An index_add_ of integers is exact in any order.
         changed.index_add_(0, op.owners, has_moved(old, new).to(changed))
+    if broken is not None and (op.owners is not None or changed is None):
+        lost = new.isnan().flatten(1).any(-1).to(broken)
+        # Root edits have no number of their own: in a pass over runs alone all are counted together.
+        broken.index_add_(0, torch.zeros_like(op.prompts) if op.owners is None else op.owners, lost)
     laid_out[index] = new
 
 

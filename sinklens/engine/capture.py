@@ -6,6 +6,7 @@ activations that edits transplant (only at the positions that are used), and the
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ from torch import Tensor
 from sinklens.engine.apply import gather
 from sinklens.engine.hooks import Program, execute, readouts_in, root_ops
 from sinklens.engine.memory import is_out_of_memory, release_cached
-from sinklens.errors import EngineError, InputError
+from sinklens.engine.trust import read
+from sinklens.errors import EditError, EngineError, InputError
+from sinklens.models.state import foreign_hooks, in_usual_state
 from sinklens.models.view import Model, device_of
 from sinklens.patches import Runs
 from sinklens.readouts.base import PositionReadout, Readout, Rows
@@ -90,8 +93,10 @@ class ActivationStore:
     def _lookup(self, kept: tuple[int, ...], device: torch.device) -> Int[Tensor, " pos"]:
         """Position to its index among the kept ones."""
         if (kept, device) not in self._lookups:
-            lookup = torch.full((self.length,), self.length)  # out of range: not kept must not pass for the last one
-            lookup[list(kept)] = torch.arange(len(kept))
+            lookup = torch.full(
+                (self.length,), self.length, device="cpu"
+            )  # out of range: not kept must not pass for the last one
+            lookup[list(kept)] = torch.arange(len(kept), device="cpu")
             self._lookups[kept, device] = lookup.to(device)
         return self._lookups[kept, device]
 
@@ -145,6 +150,7 @@ class ActivationStore:
         return self.gather(run, site, layer, torch.arange(len(positions), device=positions.device), positions)
 
 
+@in_usual_state
 def capture_runs(
     model: Model,
     tokens: Int[Tensor, "prompt pos"],
@@ -178,12 +184,20 @@ def _capture(model, tokens, runs, wanted, readouts, stop_at, store, max_rows) ->
     device = device_of(model)
     collected: dict[tuple[str, str, int], list[Tensor]] = defaultdict(list)
     rows = [(run, prompt) for run in runs for prompt in range(len(tokens))]
-    begin = 0
+    begin, hooked = 0, bool(foreign_hooks(model))
+    if hooked:
+        warn_of_split(len(tokens), max_rows)
     while begin < len(rows):
         chunk = rows[begin : begin + max_rows]
+        if hooked:  # somebody's hook may act on a row by its number: it sees the prompts, all and in their order
+            chunk = chunk[: len(tokens) - begin % len(tokens)]
         prompts = torch.tensor([prompt for _, prompt in chunk])
         spans = {run: slice(*_span(chunk, run)) for run in dict.fromkeys(run for run, _ in chunk)}
-        program = Program(prompts.to(device), readouts=[(_running(r), layer) for r, layer in readouts_in(readouts, 0)])
+        program = Program(
+            prompts.to(device),
+            readouts=[(_running(r), layer) for r, layer in readouts_in(readouts, 0)],
+            broken=torch.zeros(1, dtype=torch.int32, device=device),
+        )
         for run, span in spans.items():
             pairs = [(row, chunk[row][1]) for row in range(span.start, span.stop)]
             for root in (part for patch in runs[run] for part in patch.parts):
@@ -200,7 +214,9 @@ def _capture(model, tokens, runs, wanted, readouts, stop_at, store, max_rows) ->
             max_rows = max(1, max_rows // 2)
             release_cached(device)
             continue
-        assert program.finite is not None
+        assert program.finite is not None and program.broken is not None
+        if program.broken.any():
+            raise EditError(f"a root edit of the runs {', '.join(map(repr, spans))} gives NaN")
         if not program.finite.all():
             run = chunk[int((~program.finite).nonzero()[0])][0]
             raise InputError(
@@ -223,6 +239,16 @@ def _capture(model, tokens, runs, wanted, readouts, stop_at, store, max_rows) ->
         store.readings[run, name, layer] = found
 
 
+def warn_of_split(n_prompts: int, max_rows: int) -> None:
+    """Say that hooks on the model do not see all prompts in one batch."""
+    if max_rows < n_prompts:
+        warnings.warn(
+            f"hooks on the model see {max_rows} of the {n_prompts} prompts at a time: one that acts on a row by its "
+            "number acts on other prompts than in a batch of them all (give a larger max_rows or memory_budget)",
+            stacklevel=2,
+        )
+
+
 def _span(chunk: Sequence[tuple[str, int]], run: str) -> tuple[int, int]:
     """First and one past the last row of ``run``; the rows of a run stand together."""
     rows = [row for row, (name, _) in enumerate(chunk) if name == run]
@@ -234,9 +260,12 @@ def _running(readout: Readout) -> Readout:
     if not isinstance(readout, PositionReadout):
         return readout
 
-    def reduce(act: Tensor, rows: Rows) -> Tensor:
+    def sums(act: Tensor, rows: Rows) -> Tensor:
         sums = readout.terms(readout.site.to_canonical(act), rows).cumsum(1)
         return torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)
+
+    def reduce(act: Tensor, rows: Rows) -> Tensor:
+        return read(readout, rows.layer, act, lambda act, some: sums(act, Rows(rows.prompts[some], rows.layer)))
 
     return Readout(readout.name, readout.site, readout.layers, reduce)
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from sinklens.engine.apply import Op, SourceOf, apply_edit, gather, not_computed
 from sinklens.engine.places import group_of, pairs_of
+from sinklens.engine.trust import read
 from sinklens.errors import EngineError
+from sinklens.models.state import one_pass
 from sinklens.models.view import Model, check_hook_name, forward, model_shape
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout, Rows
@@ -48,6 +50,9 @@ class Program:
     """The first block that is run."""
     changed: Tensor | None = None
     """``[intervention]``: how many of its places each intervention has changed."""
+    broken: Tensor | None = None
+    """``[intervention]``: at how many of its places each has given NaN; of runs alone one number for all of it.
+    HookedTransformer turns a NaN attention pattern into zeros, so that nothing later would show it."""
     readings: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """``(readout, block) -> [row, ...]``, filled by the pass."""
     finite: Tensor | None = None
@@ -83,15 +88,21 @@ class HookPoint:
         edited = act.clone() if self.ops else act
         for op in self.ops:
             live = self._live(op)
-            apply_edit(op.site.to_canonical(edited), op, live, self.program.source_of, self.program.changed)
+            apply_edit(
+                op.site.to_canonical(edited),
+                op,
+                live,
+                self.program.source_of,
+                self.program.changed,
+                self.program.broken,
+            )
         for op, key, site in self.reads:
             here = op.on(act.device)
             self.live[id(op), key] = gather(site.to_canonical(edited), here.address, None)
         if self.capture is not None:
             self.capture(edited)
         for readout, layer in self.readouts:
-            value = readout.reduce(edited, Rows(self.program.prompts.to(edited.device), layer))
-            self.program.readings[readout.name, layer] = value
+            self.program.readings[readout.name, layer] = _reading(readout, layer, edited, self.program)
         return edited if self.ops else None
 
     def _live(self, op: Op) -> dict[str, Tensor]:
@@ -140,7 +151,7 @@ def execute(model: Model, x: Tensor, program: Program, *, stop_at: int) -> dict[
     n_layers = model_shape(model).n_layers
     wants_logits = stop_at > n_layers
     stop = None if wants_logits else stop_at
-    with torch.no_grad(), warnings.catch_warnings(), model.hooks(fwd_hooks=list(points.items())):
+    with one_pass(model), torch.no_grad(), warnings.catch_warnings(), model.hooks(fwd_hooks=list(points.items())):
         # A bridge warns that editing a normalised activation takes another path than the unhooked forward: it is meant.
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale/hook_normalized")
         out = forward(model, x, start_at=program.first, stop_at=stop, return_type="logits" if wants_logits else None)
@@ -149,8 +160,15 @@ def execute(model: Model, x: Tensor, program: Program, *, stop_at: int) -> dict[
     program.finite = torch.isfinite(out).flatten(1).all(-1)
     for readout, layer in program.readouts:
         if readout.site == LOGITS:
-            program.readings[readout.name, layer] = readout.reduce(out, Rows(program.prompts.to(out.device), layer))
+            program.readings[readout.name, layer] = _reading(readout, layer, out, program)
     return program.readings
+
+
+def _reading(readout: Readout, layer: int, act: Tensor, program: Program) -> Tensor:
+    prompts = program.prompts.to(act.device)
+    value = read(readout, layer, act, lambda act, rows: readout.reduce(act, Rows(prompts[rows], layer)))
+    # A view of the activation would hold all of it, and change with it.
+    return value.clone() if value.untyped_storage().data_ptr() == act.untyped_storage().data_ptr() else value
 
 
 def check_fired(points: Mapping[str, HookPoint]) -> None:

@@ -15,9 +15,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.engine.apply import Op, source_at
-from sinklens.engine.capture import ActivationStore, Want
+from sinklens.engine.capture import ActivationStore, Want, warn_of_split
 from sinklens.engine.hooks import Program, execute, readouts_in, root_ops
 from sinklens.engine.places import group_parts, pairs_of, parts_of
+from sinklens.engine.trust import checked_combined
+from sinklens.models.state import foreign_hooks
 from sinklens.models.view import Model, can_resume
 from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import Readout
@@ -43,9 +45,12 @@ class PlainJob:
         self.model, self.tokens, self.patches, self.readouts = model, tokens, patches, readouts
         self.runs, self.store, self.out, self.device = runs, store, out, out.device
         self.names = list(dict.fromkeys(patch.run for patch in patches))
-        self.resume = can_resume(model)
+        self.hooked = bool(foreign_hooks(model))
+        self.resume = resumes(model)
         self.parts = parts_of(patches)
+        self.patch_of_part = torch.tensor([part.patch for part in self.parts], dtype=torch.long, device=self.device)
         self.changed = torch.zeros(len(self.parts), dtype=torch.int32, device=self.device)
+        self.broken = torch.zeros_like(self.changed)
         self.finite = torch.ones(len(patches), dtype=torch.bool, device=self.device)
         last = max(layer for readout in readouts for layer in readout.layers) if readouts else -1
         self.ran = torch.tensor([part.edit.start <= last for part in self.parts], dtype=torch.bool)
@@ -54,8 +59,13 @@ class PlainJob:
 
     def end(self, begin: int, max_rows: int) -> int:
         """Where the batch that begins at row ``begin`` ends: rows of one forward pass start at the same block."""
-        start = self.patches[self.rows[begin][0]].start
-        same = takewhile(lambda row: self.patches[row[0]].start == start, self.rows[begin : begin + max_rows])
+        patch, _ = self.rows[begin]
+        if self.hooked:  # somebody's hook may act on a row by its number: it sees the prompts, all and in their order
+            warn_of_split(len(self.tokens), max_rows)
+            same = takewhile(lambda row: row[0] == patch, self.rows[begin : begin + max_rows])
+        else:
+            start = self.patches[patch].start
+            same = takewhile(lambda row: self.patches[row[0]].start == start, self.rows[begin : begin + max_rows])
         return begin + sum(1 for _ in same)
 
     def work(self, begin: int, end: int) -> float:
@@ -77,6 +87,7 @@ class PlainJob:
             before_of=lambda op, site, layer: self._before(op, site, layer, contexts),
             first=first,
             changed=self.changed,
+            broken=self.broken,
         )
         last = max(layer for _, layer in program.readouts)
         program.ops = [op for op in program.ops if op.layer <= last]
@@ -84,9 +95,10 @@ class PlainJob:
         execute(self.model, x, program, stop_at=last + 1)
         assert program.finite is not None
         self.finite[owners[~program.finite.to(self.device)]] = False
+        self.finite[self.patch_of_part[self.broken > 0]] = False
         for i, readout in enumerate(self.readouts):
             parts = [self._reading(program, readout, layer, contexts) for layer in readout.layers]
-            self.out[i, owners, prompts] = readout.combine(torch.stack(parts)).to(self.out)
+            self.out[i, owners, prompts] = checked_combined(readout, torch.stack(parts)).to(self.out)
 
     def _contexts(self, chunk: Sequence[Row]) -> Int[Tensor, " row"]:
         """The (run, prompt) pair of every row, as one index into what was captured of all runs."""
@@ -153,12 +165,17 @@ class PlainJob:
         return ops
 
 
+def resumes(model: Model) -> bool:
+    """Whether rows start from a run's residual stream: not under somebody's hooks, which would act on it again."""
+    return can_resume(model) and not foreign_hooks(model)
+
+
 def plain_wants(model: Model, patches: Sequence[Patch], runs: Runs, n_prompts: int) -> list[Want]:
     """What the patches need of the runs: residuals to resume from, what edits read before, source activations."""
     wants: dict[Want, None] = {}
     names = list(dict.fromkeys(patch.run for patch in patches))
     for patch in patches:
-        if can_resume(model):
+        if resumes(model):
             # Of every run that is patched: they are looked up together.
             for run in names:
                 wants[Want(run, RESID_PRE, patch.start)] = None

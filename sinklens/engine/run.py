@@ -28,8 +28,10 @@ from sinklens.engine.memory import is_out_of_memory, peak_bytes, release_cached,
 from sinklens.engine.pace import Pace
 from sinklens.engine.packed import DifferentModelError, PackedJob, PackedModel, unpackable
 from sinklens.engine.plain import PlainJob, plain_wants
+from sinklens.engine.trust import checked_combined
 from sinklens.engine.validation import validate
-from sinklens.errors import EngineError, InputError
+from sinklens.errors import EditError, EngineError, InputError
+from sinklens.models.state import Snapshot, in_usual_state, snapshot, usual_state
 from sinklens.models.view import Model, check_hook_name, device_of
 from sinklens.patches import CLEAN, Patch, Runs
 from sinklens.prompts import PromptBatch
@@ -113,7 +115,7 @@ def run_patches(
 class PatchRunner:
     """:func:`run_patches` for many calls: what it captured of the unpatched runs is kept from one to the next.
 
-    The model's weights must not change while a runner is in use.
+    Where the model's weights, modules or hooks have changed since the last call, the runs are captured anew.
 
     Args:
         model: as in :func:`run_patches`.
@@ -140,10 +142,21 @@ class PatchRunner:
         allow_nonfinite: bool = False,
     ) -> None:
         self.model, self.readouts, self.runs, self.keep = model, list(readouts), runs, keep
+        with usual_state(model):
+            self._prepare(prompts, memory_budget, max_rows)
         self.allow_nonfinite = allow_nonfinite
+        self._store: ActivationStore | None = None
+        self._packed: PackedModel | None = None
+        self._checked = False
+        self._seen: Snapshot | None = None
+
+    def _prepare(
+        self, prompts: PromptBatch | Int[Tensor, "prompt pos"], memory_budget: int | None, max_rows: int | None
+    ) -> None:
+        model = self.model
         self.tokens = prompts.tokens if isinstance(prompts, PromptBatch) else prompts
         self.device = device_of(model)
-        validate(model, self.tokens, (), self.readouts, runs)
+        validate(model, self.tokens, (), self.readouts, self.runs)
         for readout in self.readouts:
             if readout.site != LOGITS:
                 check_hook_name(model, readout.site.at(readout.layers[0]))
@@ -151,13 +164,23 @@ class PatchRunner:
         limit = max_rows or row_budget(model, self.tokens.shape[1], memory_budget, logits)
         # On a CPU the default budget is what was measured to be best; sizes found on the way would change the rounding.
         self.pace = Pace(limit, measured=max_rows is None and self.device.type == "cuda")
-        self._store: ActivationStore | None = None
-        self._packed: PackedModel | None = None
-        self._checked = False
+
+    def _refresh(self) -> None:
+        """Let go of what was captured if the model is another since: its weights, its modules, hooks on it."""
+        now = snapshot(self.model)
+        if self._seen is not None and now != self._seen:
+            self._store, self._packed, self._checked = None, None, False
+            self.device = device_of(self.model)
+        self._seen = now
 
     @property
+    @in_usual_state
     def run_values(self) -> Mapping[str, Mapping[str, Float[Tensor, " prompt"]]]:
         """Run name to readout name to the unpatched run's values, on the CPU, float64."""
+        self._refresh()
+        return self._read_runs()
+
+    def _read_runs(self) -> dict[str, dict[str, Tensor]]:
         store = self._captured([])
         values = {run: {r.name: _of_run(store, run, r).double().cpu() for r in self.readouts} for run in self.runs}
         for run, readings in values.items():
@@ -171,33 +194,41 @@ class PatchRunner:
     def run(self, patches: Sequence[Patch], progress: Progress | None = None) -> PatchResult:
         """Readouts of every patch on every prompt; see :func:`run_patches` for what is raised."""
         began = time.perf_counter()
-        validate(self.model, self.tokens, patches, (), self.runs)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        stats = EngineStats(n_patches=len(patches), n_rows=len(patches) * len(self.tokens), max_rows=self.pace.limit)
-        captured = self._store.n_forwards if self._store is not None else 0
-        job: PackedJob | PlainJob | None = self._packed_job(patches)
-        try:
-            if job is not None:
+        with usual_state(self.model):
+            self._refresh()
+            validate(self.model, self.tokens, patches, (), self.runs)
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            stats = EngineStats(
+                n_patches=len(patches), n_rows=len(patches) * len(self.tokens), max_rows=self.pace.limit
+            )
+            captured = self._store.n_forwards if self._store is not None else 0
+            job: PackedJob | PlainJob | None = self._packed_job(patches)
+            try:
+                if job is not None:
+                    self._batches(job, stats, progress)
+                    self._checked = self._checked or not job.unchecked
+            except DifferentModelError as error:
+                logger.warning("patches run through TransformerLens: the fast pass differs on this model (%s)", error)
+                self._packed, self._checked, job = None, True, None
+            if job is None:
+                stats.path, stats.n_forwards = "model", 0
+                job = self._plain_job(patches)
                 self._batches(job, stats, progress)
-                self._checked = self._checked or not job.unchecked
-        except DifferentModelError as error:
-            logger.warning("patches run through TransformerLens: the fast pass differs on this model (%s)", error)
-            self._packed, self._checked, job = None, True, None
-        if job is None:
-            stats.path, stats.n_forwards = "model", 0
-            job = self._plain_job(patches)
-            self._batches(job, stats, progress)
-        stats.n_forwards += self._captured([]).n_forwards - captured
+            stats.n_forwards += self._captured([]).n_forwards - captured
+            values, runs = self._values(job, patches), self._read_runs()
+            stats.seconds = time.perf_counter() - began
+            stats.peak_bytes = peak_bytes(self.device)
+            return PatchResult(values, runs, stats)
+
+    def _values(self, job: PackedJob | PlainJob, patches: Sequence[Patch]) -> dict[str, Tensor]:
+        """What a finished job has read, if it can be trusted."""
         values = {readout.name: job.out[i].double().cpu() for i, readout in enumerate(self.readouts)}
         _check_changed(job)
         if self.allow_nonfinite:
-            values = {name: _only_finite(value, job.finite.cpu()) for name, value in values.items()}
-        else:
-            _check_finite(job, patches, values)
-        stats.seconds = time.perf_counter() - began
-        stats.peak_bytes = peak_bytes(self.device)
-        return PatchResult(values, self.run_values, stats)
+            return {name: _only_finite(value, job.finite.cpu()) for name, value in values.items()}
+        _check_finite(job, patches, values)
+        return values
 
     def _packed_job(self, patches: Sequence[Patch]) -> PackedJob | None:
         if self._checked and self._packed is None:
@@ -237,7 +268,7 @@ class PatchRunner:
         """Room for the results, holding what an unpatched run reads."""
         store = self._captured([])
         names = list(self.runs)
-        run = torch.tensor([names.index(patch.run) for patch in patches], dtype=torch.long)
+        run = torch.tensor([names.index(patch.run) for patch in patches], dtype=torch.long, device="cpu")
         rows = [torch.stack([_of_run(store, name, readout).float() for name in names]) for readout in self.readouts]
         return torch.stack(rows)[:, run.to(self.device)]
 
@@ -279,7 +310,9 @@ class PatchRunner:
 
 
 def _of_run(store: ActivationStore, run: str, readout: Readout) -> Tensor:
-    return readout.combine(torch.stack([store.readings[run, readout.name, layer] for layer in readout.layers]))
+    return checked_combined(
+        readout, torch.stack([store.readings[run, readout.name, layer] for layer in readout.layers])
+    )
 
 
 def _only_finite(value: Float[Tensor, "patch prompt"], finite: Bool[Tensor, " patch"]) -> Tensor:
@@ -290,7 +323,7 @@ def _check_changed(job: PackedJob | PlainJob) -> None:
     still = (job.ran & (job.changed == 0).cpu()).nonzero().flatten().tolist()
     idle = [job.parts[number].edit for number in still if not job.parts[number].edit.allow_unchanged]
     if idle:
-        raise EngineError(
+        raise EditError(
             f"{len(idle)} patch(es) changed nothing, the first is: {idle[0].describe()}. "
             "The activation already had that value; set allow_unchanged=True where that is meant"
         )
@@ -300,12 +333,10 @@ def _check_finite(job: PackedJob | PlainJob, patches: Sequence[Patch], values: M
     """Refuse numbers that do not mean anything."""
     bad = (~job.finite).nonzero().flatten().tolist()
     if bad:
-        raise EngineError(
+        raise EditError(
             f"the activations are not finite under {len(bad)} patch(es), the first is: {patches[bad[0]].describe()}"
         )
     for name, value in values.items():
         bad = (~torch.isfinite(value)).any(-1).nonzero().flatten().tolist()
         if bad:
-            raise EngineError(
-                f"readout {name!r} is not finite under {len(bad)} patch(es): {patches[bad[0]].describe()}"
-            )
+            raise EditError(f"readout {name!r} is not finite under {len(bad)} patch(es): {patches[bad[0]].describe()}")

@@ -85,8 +85,12 @@ def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int
         if not where.shared and len(where.rows) != n_prompts:
             raise InputError(f"positions are given for {len(where.rows)} prompts, but there are {n_prompts}")
         for positions in where.rows:
-            if not positions or not all(0 <= p < length for p in positions):
+            if not positions:
+                raise InputError(f"there is a prompt without positions: {patch.describe()}")
+            if not all(0 <= p < length for p in positions):
                 raise InputError(f"positions {positions} are not all in 0..{length - 1}: {patch.describe()}")
+    if any(len(set(positions)) != len(positions) for positions in patch.where.rows):
+        raise InputError(f"positions {patch.where} repeat: {patch.describe()}")
     matched = [(len(patch.where.at(i)), len(patch.source_where.at(i))) for i in range(n_prompts)]
     if any(n_sources != n for n, n_sources in matched) and any(n_sources != 1 for _, n_sources in matched):
         raise InputError(
@@ -98,8 +102,12 @@ def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int
         size = unit_count(patch.site, shape)
         if size is None:
             raise InputError(f"{patch.site.template} has no units to select: {patch.describe()}")
-        if not patch.units or not all(0 <= unit < size for unit in patch.units):
-            name = patch.site.unit_name
+        name = patch.site.unit_name
+        if not patch.units:
+            raise InputError(f"no units are given; leave units out for all {size} ({name}): {patch.describe()}")
+        if len(set(patch.units)) != len(patch.units):
+            raise InputError(f"units {patch.units} repeat: {patch.describe()}")
+        if not all(0 <= unit < size for unit in patch.units):
             raise InputError(f"units {patch.units} are not all in 0..{size - 1} ({name}): {patch.describe()}")
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sinklens.models.state import in_usual_state
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -86,6 +88,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+@in_usual_state
 def random_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A small random Hugging Face model in eval mode; the same seed gives the same weights.
 

@@ -37,6 +37,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.errors import NotApplicableError
+from sinklens.models.state import in_usual_state
 from sinklens.models.view import (
     BlockWeights,
     Model,
@@ -190,7 +191,7 @@ def check_writes_directly(model: Model, layer: int) -> None:
 # --- The measurement -------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@in_usual_state
 def _measure(model: Model) -> Identities:
     n_layers = model_shape(model).n_layers
     errors: dict[str, list[float]] = {name: [] for name in IDENTITIES}

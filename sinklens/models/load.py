@@ -22,6 +22,7 @@ from sinklens.errors import InputError
 from sinklens.models import smollm2 as _smollm2
 from sinklens.models.backends import has_hooked_transformer, to_bridge, to_hooked
 from sinklens.models.given import blocks_name, check_as_it_stands, unwrapped
+from sinklens.models.state import in_usual_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,6 +113,7 @@ def list_models() -> list[ModelListing]:
     return [ModelListing(s.name, s.description, s.source, s.licence, s.find()) for s in REGISTRY.values()]
 
 
+@in_usual_state
 def load_model(
     model: str | Path | PreTrainedModel = "smollm2",
     *,

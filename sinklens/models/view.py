@@ -375,8 +375,8 @@ def eval_mode(model: Model) -> Iterator[None]:
 def weights_stamp(model: Model) -> tuple[tuple[int, ...], ...]:
     """Changes when a parameter is replaced, moved, or written to by anything that autograd sees; or a flag is set."""
     flags = tuple(int(value) for value in vars(_inside(model).cfg).values() if isinstance(value, bool))
-    weights = ((parameter.data_ptr(), parameter._version) for parameter in _inside(model).parameters())
-    return (flags, *weights)
+    parameters = list(_inside(model).parameters())
+    return (flags, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
 
 
 def parameters_of(model: Model) -> Iterator[torch.nn.Parameter]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 from sinklens.edits import MeanAxis
 from sinklens.errors import InputError
+from sinklens.records.integers import whole_number, whole_numbers
 
 NATURAL = "natural"
 """The target that stands for the sink that the data has; also how such a pair is called."""
@@ -40,10 +41,25 @@ class PairChoice:
     """What the mean that ``amplify_variance`` leaves in place is taken over (see
     :func:`sinklens.edits.amplification`)."""
 
+    def __post_init__(self) -> None:
+        """Numbers of NumPy and torch, and any kind of sequence of blocks, as Python's own.
+
+        Raises:
+            InputError: blocks that are no whole numbers, a strength that is no number.
+        """
+        if not isinstance(self.target, str):
+            object.__setattr__(self, "target", _position(self.target))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", whole_numbers(self.layers, "block"))
+        try:
+            object.__setattr__(self, "strength", float(self.strength))
+        except (TypeError, ValueError):
+            raise InputError(f"strength {self.strength!r} must be a finite number") from None
+
     @property
     def is_natural(self) -> bool:
         """Whether the sink is the one that the data has."""
-        return self.target == NATURAL
+        return isinstance(self.target, str) and self.target == NATURAL
 
     @property
     def position(self) -> int:
@@ -96,6 +112,14 @@ class PairChoice:
         )
 
 
+def _position(target: Any) -> Any:
+    """A whole number as Python's own; all else as it is, for :meth:`PairChoice.check` to refuse."""
+    try:
+        return whole_number(target, "target")
+    except InputError:
+        return target
+
+
 def is_natural(record: Mapping[str, Any]) -> bool:
     """Whether a record of a chain or sweep (its ``config``) is of the sink that the data has."""
     return record["pair"] == NATURAL
@@ -120,7 +144,7 @@ def check_target(target: object, length: int | None = None) -> None:
     Raises:
         InputError: it is no position, lies outside the sequence, or has no earlier or no later tokens.
     """
-    if not isinstance(target, int):
+    if not isinstance(target, int) or isinstance(target, bool):
         raise InputError(f"target {target!r} must be a position such as 10, or {NATURAL}")
     if target == 0:
         raise InputError(f"target 0 has no earlier tokens to aggregate: choose a later position, or target {NATURAL}")

@@ -23,6 +23,7 @@ from sinklens import edits
 from sinklens.engine.capture import Want, capture_runs
 from sinklens.errors import InputError
 from sinklens.formation import Formation
+from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model
 from sinklens.pairs.choice import NATURAL, InducedKind, PairChoice, PairKind
 from sinklens.patches import CLEAN, Patch, Positions, Runs, Source
@@ -79,6 +80,7 @@ class SinkPair:
         return self.with_sink.run, self.without
 
 
+@in_usual_state
 def make_pair(
     choice: PairChoice,
     model: Model,
@@ -141,6 +143,7 @@ def induced_pair(
     return make_pair(choice, model, batch, formation, seed=seed, max_rows=max_rows)
 
 
+@in_usual_state
 def natural_pair(batch: PromptBatch, formation: Formation, seed: int = 0) -> SinkPair:
     """The sink that the data has, against ordinary positions of the same run."""
     ordinary, reference = _ordinary(batch, formation.sink_positions, formation.sink_positions, seed)
@@ -177,10 +180,22 @@ def _amplify(choice: PairChoice, model: Model, batch: PromptBatch, layers: tuple
     wants = [Want("base", Z, layer, kept) for layer in layers]
     store = capture_runs(model, batch.tokens, CLEAN, wants, max_rows=max_rows)
     z = {layer: store.tensor("base", Z, layer) for layer in layers}
+    if kept and not any(_varies(values) for values in z.values()):
+        raise InputError(
+            f"amplify_variance has nothing to amplify: these prompts are the same up to position {target}; choose a "
+            "target behind what they share, or block_aggregation"
+        )
     edit = edits.amplification(z, 0 if kept else target, choice.strength, choice.axis)
     return Patch(Z, layers, (target,), edit, run="anchored", label=choice.kind)
 
 
+def _varies(z: Float[Tensor, "prompt *rest"]) -> bool:
+    """Whether it differs between prompts by more than rounding."""
+    z = z.float()
+    return bool((z - z.mean(0)).abs().max() > 1e-5 * z.abs().max())
+
+
+@in_usual_state
 def ordinary_positions(batch: PromptBatch, *kinds: tuple[int, ...]) -> Bool[Tensor, "prompt pos"]:
     """Marks the positions that are none of ``kinds`` (one for every prompt each), and that enough later queries see."""
     length = batch.length

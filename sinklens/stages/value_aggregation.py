@@ -8,6 +8,7 @@ import torch
 from torch import Generator
 
 from sinklens import edits, readouts
+from sinklens.errors import NotApplicableError
 from sinklens.pairs.pair import Direction
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout
@@ -30,8 +31,14 @@ def _moment_match(setting: Setting, stage: Stage, direction: Direction) -> edits
     scale = {}
     for layer in layers:
         sigma = now[layer][1]
-        # A dimension that does not vary over prompts has no deviation to rescale: leave it.
-        scale[layer] = torch.where(sigma > 1e-6 * sigma.mean(), goal[layer][1] / sigma.clamp_min(1e-30), 1.0)
+        # What does not vary over prompts has no deviation to rescale, nor has what varies by rounding alone: leave it.
+        varies = (sigma > 1e-6 * sigma.mean()) & (sigma.mean() > 1e-5 * mean[layer].abs().mean())
+        scale[layer] = torch.where(varies, goal[layer][1] / sigma.clamp_min(1e-30), 1.0)
+    if all((factor == 1).all() for factor in scale.values()):
+        raise NotApplicableError(
+            "the aggregated value at the target does not vary over these prompts, which are the same up to there, so "
+            "there are no moments to match: choose a target behind what the prompts share"
+        )
     return edits.Rescale("moment_match", mean, scale)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from sinklens.engine.run import Progress
 from sinklens.errors import InputError
 from sinklens.formation import Formation
+from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model
 from sinklens.pairs import InducedKind
 from sinklens.pairs.ablations import EditLike
@@ -142,6 +143,7 @@ def sweep(
     return run_sweep(model, batch, Request.of(arguments), Execution.of(arguments))
 
 
+@in_usual_state
 def run_sweep(model: Model, batch: PromptBatch, request: Request, execution: Execution) -> SweepResult:
     """:func:`sinklens.sweep`, of arguments that were read."""
     cluster, sink = prepare(execution)

@@ -18,6 +18,8 @@ class Watching(edits.Edit):
     calls: Sequence[str] = ()
 
     def __call__(self, x: Tensor, source: Tensor | None, at: edits.EditSite) -> Tensor:  # noqa: ARG002
+        if self.calls:  # only the first call writes: the others try it on fewer rows
+            return x + 1
         frames = [frame for frame in inspect.stack() if frame.filename.startswith(sl.__path__[0])]
         object.__setattr__(self, "calls", [frame.function for frame in reversed(frames)])
         return x + 1

@@ -17,6 +17,7 @@ from sinklens.engine.packed.points import Points, is_known, reach
 from sinklens.engine.packed.rows import Plan, Rows
 from sinklens.engine.packed.weights import PackedModel, unsupported
 from sinklens.engine.places import NOWHERE
+from sinklens.engine.trust import checked_combined
 from sinklens.models.view import Model, model_shape
 from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import PositionReadout, Readout
@@ -159,7 +160,7 @@ class PackedJob:
             if isinstance(readout, PositionReadout):
                 value = value + self._prefix(readout, layer, rows[slice(0, n)])
             stack[i, :n] = value
-        return readout.combine(stack)
+        return checked_combined(readout, stack)
 
     def _before(self, readout: Readout, rows: Rows) -> Tensor:
         """``[layer, row, ...]``: the runs' own readings, which stand where a row is not patched yet."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sinklens.engine.apply import Op, SourceOf, apply_edit, not_computed
 from sinklens.engine.packed.layout import Layout
+from sinklens.engine.trust import read
 from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens
 from sinklens.sites import LOGITS, RESID_POST, HookSite
 
@@ -126,12 +127,12 @@ class Points:
         self.layout = self.layout.on(x.device)
         for readout in self._at[LOGITS.template, self.n_layers].readouts:
             if isinstance(readout, PositionReadout):
-                read = self._sum(readout, self.n_layers, lambda chosen: unembed(x if chosen is None else x[chosen]))
+                value = self._sum(readout, self.n_layers, lambda chosen: unembed(x if chosen is None else x[chosen]))
             else:
                 full = self._whole(RESID_POST, self.n_layers - 1, x)
                 logits = unembed(full.flatten(0, 1)).view(*full.shape[:2], -1)
-                read = readout.reduce(logits, Rows(self.layout.prompts[: len(full)], self.n_layers))
-            self.readings[readout.name, self.n_layers] = read
+                value = self._reduced(readout, self.n_layers, logits)
+            self.readings[readout.name, self.n_layers] = value
 
     def _reads(self, op: Op) -> dict[str, Tensor]:
         """What the edit reads: as this pass has computed it, and the run's own for rows that were not under way yet."""
@@ -157,7 +158,11 @@ class Points:
         if isinstance(readout, PositionReadout):
             return self._sum(readout, layer, lambda chosen: act if chosen is None else act[chosen])
         full = self._whole(readout.site, layer, act)
-        return readout.reduce(readout.site.from_canonical(full), Rows(self.layout.prompts[: len(full)], layer))
+        return self._reduced(readout, layer, readout.site.from_canonical(full))
+
+    def _reduced(self, readout: Readout, layer: int, full: Tensor) -> Tensor:
+        prompts = self.layout.prompts[: len(full)]
+        return read(readout, layer, full, lambda act, rows: readout.reduce(act, Rows(prompts[rows], layer)))
 
     def _whole(self, site: HookSite, layer: int, act: Tensor) -> Float[Tensor, "row pos *unit"]:
         """The activation at all positions: the unpatched run's, with the packed tokens in their places."""
@@ -175,7 +180,10 @@ class Points:
             chosen, weight = chosen[under_way], weight[under_way]
         every = len(chosen) == n_tokens
         act = take(None if every else chosen)
-        found = readout.at(act, Tokens(layout.prompt[chosen], layout.position[chosen], layer))
+        prompt, position = layout.prompt[chosen], layout.position[chosen]
+        found = read(
+            readout, layer, act, lambda act, some: readout.at(act, Tokens(prompt[some], position[some], layer))
+        )
         found = found.float() * weight.view(-1, *[1] * (found.ndim - 1))
         counts = torch.bincount(layout.row[chosen], minlength=n_rows)
         # Not index_add_: on a GPU its order of summation differs from run to run.

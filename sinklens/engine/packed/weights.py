@@ -23,7 +23,8 @@ from sinklens.models.hooked import (
     unembedding,
 )
 from sinklens.models.identities import IDENTITIES, identities
-from sinklens.models.view import Model, backend_name, carries_hooks, model_shape
+from sinklens.models.state import foreign_hooks, foreign_part
+from sinklens.models.view import Model, backend_name, model_shape
 
 _NORMS = ("RMS", "RMSPre", "LN", "LNPre")
 _STANDS_ON = (
@@ -60,6 +61,10 @@ def unsupported(model: Model, length: int) -> str | None:
         return f"a {backend_name(model)}"
     if (name := next((name for name in _OPTIONS if has_option(model, name)), None)) is not None:
         return name
+    if foreign_hooks(model):
+        return "hooks that are installed on the model"
+    if (part := foreign_part(model)) is not None:
+        return part
     if (failing := next((name for name in _STANDS_ON if not identities(model).holds(name)), None)) is not None:
         return f"a model without {IDENTITIES[failing].formula}"
     has = options(model)
@@ -73,8 +78,6 @@ def unsupported(model: Model, length: int) -> str | None:
         return "a soft cap on attention scores"
     if has.window is not None and has.window < length:
         return f"a sliding window of {has.window} tokens"
-    if carries_hooks(model):
-        return "hooks that are installed on the model"
     return None
 
 

@@ -1,0 +1,334 @@
+"""The state of the process and of the model: numbers are computed in one, whatever a caller has left behind.
+
+A notebook may have changed the default dtype or device, entered autocast, inference mode or TF32, left the model in
+training mode or with ungrouped key heads. :func:`usual_state` puts all of that as it is in a fresh process for the
+length of a call, and back as it was afterwards, also after an exception; nested calls change nothing. Two threads take
+turns on one model.
+
+What a caller *means* to have on the model counts: hooks of TransformerLens and of torch, replaced and parametrised
+modules. :func:`foreign_hooks` and :func:`foreign_part` say what there is, and :func:`snapshot` whether it, or a weight,
+has changed between two calls.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from sinklens.errors import InputError
+from sinklens.models.view import Model, is_bridge
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+# The flags of TransformerLens that add hook points, or give some another shape; numbers do not depend on them.
+_FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in", "ungroup_grouped_query_attention")
+# Modules that TransformerLens itself makes use of.
+_PLAIN = (torch.nn.ModuleList, torch.nn.Identity)
+
+
+# --- One state for all numbers ---------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Turn:
+    """Who is at work with a model."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)  # type: ignore[valid-type]
+    """Held by the thread that is."""
+    depth: int = 0
+    """Calls inside one another."""
+    passing: bool = False
+    """Whether a forward pass with hooks is under way."""
+
+
+_TURNS: weakref.WeakKeyDictionary[Any, _Turn] = weakref.WeakKeyDictionary()
+_GUARD = threading.RLock()
+
+
+def _turn(model: object) -> _Turn:
+    with _GUARD:
+        return _TURNS.setdefault(model, _Turn())
+
+
+@contextmanager
+def usual_state(model: object = None, *, gradients: bool = False) -> Iterator[None]:
+    """Inside, everything is as in a fresh process: default dtype float32 and device cpu, IEEE float32 products, no
+    autocast, no inference mode; ``model`` in evaluation mode, with its key heads grouped.
+
+    Args:
+        model: what is computed with, if it is a model.
+        gradients: leave it to the caller whether gradients are recorded; otherwise none are.
+
+    Raises:
+        InputError: the model's key heads are ungrouped and somebody's hooks count on that.
+    """
+    with ExitStack() as stack:
+        if isinstance(model, torch.nn.Module):
+            turn = _turn(model)
+            stack.enter_context(turn.lock)
+            if turn.depth == 0:
+                stack.enter_context(_usual_model(model))
+            turn.depth += 1
+            stack.callback(_leave, turn)
+        stack.enter_context(_PROCESS.pinned())
+        recorded = gradients and torch.is_grad_enabled()
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(recorded))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _leave(turn: _Turn) -> None:
+    turn.depth -= 1
+
+
+def in_usual_state(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, run in :func:`usual_state` of its first argument: a model, or a thing with a ``model``."""
+
+    @wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> R:
+        first = args[0] if args else options.get("model")
+        model = first if isinstance(first, torch.nn.Module) else getattr(first, "model", None)
+        with usual_state(model):
+            return function(*args, **options)
+
+    return run
+
+
+@contextmanager
+def one_pass(model: object) -> Iterator[None]:
+    """A forward pass with hooks of ours: there can be but one of a model.
+
+    Raises:
+        InputError: an edit, a readout or a hook has called sinklens on the model that it is called from.
+    """
+    turn = _turn(model)
+    if turn.passing:
+        raise InputError(
+            "an edit, readout or hook runs the model that it is called from: compute what it needs before, and give it "
+            "the numbers"
+        )
+    turn.passing = True
+    try:
+        yield
+    finally:
+        turn.passing = False
+
+
+@contextmanager
+def without_inference(model: object) -> Iterator[None]:
+    """Copies in place of weights and buffers that were made in inference mode, through which no gradient is passed."""
+    copies: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for module in modules_of(model):
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is None or not tensor.is_inference():
+                        continue
+                    if id(tensor) not in copies:
+                        plain = tensor.clone()
+                        frozen = isinstance(tensor, torch.nn.Parameter)
+                        copies[id(tensor)] = torch.nn.Parameter(plain, requires_grad=False) if frozen else plain
+                    stack.callback(held.__setitem__, name, tensor)
+                    held[name] = copies[id(tensor)]  # type: ignore[assignment]
+        yield
+
+
+class _Process:
+    """Settings of the whole process, which all threads share: the first call in pins them, the last one out restores
+    them.
+    """
+
+    def __init__(self) -> None:
+        self.n, self.stack = 0, ExitStack()
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        with _GUARD:
+            self.n += 1
+            if self.n == 1:
+                self._pin()
+        try:
+            yield
+        finally:
+            with _GUARD:
+                self.n -= 1
+                if self.n == 0:
+                    self.stack.close()
+
+    def _pin(self) -> None:
+        dtype = torch.get_default_dtype()
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            self.stack.callback(torch.set_default_dtype, dtype)
+        _pin_products(self.stack)
+
+
+_PROCESS = _Process()
+
+
+def _pin_products(stack: ExitStack) -> None:
+    """Products of float32 in float32, not in TF32 or bfloat16; in the words (old or new) that the caller has used."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set in the new words: the old ones must not be used any more
+        for place in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            if (value := getattr(place, "fp32_precision", "ieee")) not in ("ieee", "none"):
+                setattr(place, "fp32_precision", "ieee")  # noqa: B010
+                stack.callback(setattr, place, "fp32_precision", value)
+        return
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+        stack.callback(torch.set_float32_matmul_precision, precision)
+
+
+@contextmanager
+def _usual_model(model: torch.nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in modules_of(model):
+            if module.training:
+                # Not .eval(), which would also change the modules below: each is put back as it was.
+                module.__dict__["training"] = False
+                stack.callback(module.__dict__.__setitem__, "training", True)
+        cfg = getattr(model, "cfg", None)
+        if cfg is not None and hasattr(cfg, "n_devices"):
+            for name, value in _usual_config(model, cfg).items():
+                stack.callback(setattr, cfg, name, getattr(cfg, name))
+                setattr(cfg, name, value)
+        yield
+
+
+def _usual_config(model: torch.nn.Module, cfg: Any) -> dict[str, object]:
+    """What a config should say: where the weights are, and in which dtype, since somebody may have moved or cast them
+    without telling it; and key heads in groups.
+    """
+    usual: dict[str, object] = {}
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if weight is None or is_bridge(model):  # type: ignore[arg-type]
+        return usual
+    if cfg.dtype != weight.dtype:
+        usual["dtype"] = weight.dtype
+    if cfg.n_devices == 1 and cfg.device is not None and torch.device(cfg.device).type != weight.device.type:
+        usual["device"] = str(weight.device)
+    if getattr(cfg, "ungroup_grouped_query_attention", False) and cfg.n_key_value_heads is not None:
+        if foreign_hooks(model):  # type: ignore[arg-type]
+            raise InputError(
+                "the model has ungrouped key heads (set_ungroup_grouped_query_attention) and hooks that may count on "
+                "them, while key heads are grouped here: take the hooks off, or group the heads"
+            )
+        usual["ungroup_grouped_query_attention"] = False
+    return usual
+
+
+# --- What somebody has on the model ----------------------------------------------------------------------------------
+
+
+def modules_of(model: object) -> list[torch.nn.Module]:
+    """All modules that a forward pass can come by; those that a bridge wraps, too."""
+    assert isinstance(model, torch.nn.Module)
+    found = dict.fromkeys(model.modules())
+    wrapped = vars(model).get("original_model")
+    if isinstance(wrapped, torch.nn.Module):
+        found.update(dict.fromkeys(wrapped.modules()))
+    return list(found)
+
+
+def foreign_hooks(model: Model) -> tuple[object, ...]:
+    """Somebody's hooks on the model at the moment: TransformerLens's, torch's on any module, torch's on all modules."""
+    found: list[object] = []
+    for module in modules_of(model):
+        found += getattr(module, "fwd_hooks", ())
+        for name in _HOOKS:
+            found += [hook for hook in getattr(module, name).values() if not _is_theirs(hook)]
+    shared = torch.nn.modules.module
+    for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
+        found += list(getattr(shared, name).values())
+    return tuple(found)
+
+
+def _is_theirs(hook: object) -> bool:
+    """Whether the libraries have put a hook there themselves (a TransformerLens hook is listed as such besides)."""
+    return _library(getattr(hook, "__module__", None))
+
+
+def _library(name: str | None) -> bool:
+    return name is not None and name.partition(".")[0] in ("transformer_lens", "transformers")
+
+
+def foreign_part(model: Model) -> str | None:
+    """What of a HookedTransformer is not as TransformerLens made it, so that its weights alone do not say what it
+    computes: a module in place of another, a parametrised one, one with a forward of its own; None where there is none.
+    """
+    for name, module in _named_modules(model):
+        kind = type(module)
+        if getattr(module, "parametrizations", None):
+            return f"a parametrised module ({name})"
+        if "forward" in vars(module):
+            return f"a module with another forward ({name})"
+        if not _library(kind.__module__) and kind not in _PLAIN:
+            return f"a module of another kind ({name or 'the model'}: {kind.__name__})"
+    return None
+
+
+def _named_modules(model: object) -> Iterator[tuple[str, torch.nn.Module]]:
+    assert isinstance(model, torch.nn.Module)
+    return model.named_modules()
+
+
+Snapshot = tuple[Any, ...]
+"""What a model's numbers follow from, to be compared with another one: by ``==``."""
+
+
+def snapshot(model: Model) -> Snapshot:
+    """The weights (by what an in-place change leaves behind, and by a sum that changes with any of them), the modules,
+    somebody's hooks, and the flags.
+
+    It reads every weight once: a twentieth of a second for 135M parameters on one core.
+    """
+    assert isinstance(model, torch.nn.Module)
+    weights = [weight.detach() for weight in model.parameters()]
+    versions = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+    cfg = getattr(model, "cfg", None)
+    return (
+        versions,
+        _sums(weights),
+        tuple(id(module) for module in modules_of(model)),
+        tuple(id(hook) for hook in foreign_hooks(model)),  # type: ignore[arg-type]
+        tuple(bool(getattr(cfg, flag, False)) for flag in _FLAGS),
+    )
+
+
+def _sums(weights: Sequence[Tensor]) -> tuple[float, ...]:
+    """A sum over each weight in which every entry has another factor, so that entries that change places count.
+
+    ``.data.mul_(2)`` and NumPy views leave no other trace.
+    """
+    factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    sums = []
+    for weight in weights:
+        if weight.device.type == "meta" or not weight.is_floating_point() or not weight.numel():
+            continue
+        table = weight.reshape(weight.shape[0], -1) if weight.ndim > 1 else weight[None]
+        key, longest = (weight.device, weight.dtype), max(table.shape)
+        if key not in factors or len(factors[key]) < longest:
+            factors[key] = torch.linspace(0.5, 1.5, longest, device="cpu").cos().to(weight)
+        rows = table @ factors[key][: table.shape[1]]
+        sums.append((rows.float() * factors[key][: table.shape[0]].float()).sum())
+    together = torch.stack([value.to(sums[0].device) for value in sums]) if sums else torch.zeros(0)
+    return tuple(together.tolist())
