@@ -69,7 +69,10 @@ ModelOption = Annotated[str, typer.Option(help="A name from `sinklens models`, a
 LengthOption = Annotated[int, typer.Option(help="Tokens in every prompt.")]
 PromptsOption = Annotated[
     str,
-    typer.Option(help="`passages` (in the package), `random` (random tokens), or a file: one text a line, or .jsonl."),
+    typer.Option(
+        help="`passages` (in the package), `random` (random tokens), or a file: every line is a prompt of its own, or "
+        "every object of a .jsonl file, whose text may have several lines."
+    ),
 ]
 CountOption = Annotated[int, typer.Option("--n", help="Number of prompts.")]
 BosOption = Annotated[bool, typer.Option("--bos/--no-bos", help="Put the tokenizer's BOS in front of every prompt.")]

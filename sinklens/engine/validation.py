@@ -14,6 +14,7 @@ from sinklens.errors import InputError
 from sinklens.models.identities import require
 from sinklens.models.view import Model, ModelShape, device_of, model_shape
 from sinklens.patches import Patch, Runs
+from sinklens.prompts import check_ids
 from sinklens.readouts.base import Readout
 from sinklens.sites import LOGITS, unit_count
 
@@ -30,6 +31,7 @@ def validate(
     Raises:
         InputError: with what is wrong, and which patch or readout it is in.
     """
+    check_ids(model, tokens)
     shape, (n_prompts, length) = model_shape(model), tokens.shape
     if device_of(model).type == "mps":
         raise InputError("PyTorch's MPS backend gives silently wrong results here: use --device cpu or cuda")

@@ -24,6 +24,34 @@ class AtLeast:
     """That value."""
 
 
+MOST_SEED = 2**63 - 1
+"""The largest seed: every generator takes it."""
+
+
+def check_seed(seed: int) -> int:
+    """A seed that every generator takes.
+
+    Raises:
+        InputError: not a whole number from 0 to :data:`MOST_SEED`.
+    """
+    try:
+        found = operator.index(seed)
+    except TypeError:
+        raise InputError(f"seed {seed!r} must be a whole number") from None
+    if not 0 <= found <= MOST_SEED:
+        raise InputError(f"seed {shown(seed)} must be a whole number from 0 to {MOST_SEED}")
+    return found
+
+
+def shown(given: object, most: int = 40) -> str:
+    """A value as a message shows it: the beginning, where it is long."""
+    try:
+        text = given if isinstance(given, str) else repr(given)
+    except ValueError:  # Python does not write integers of more than 4,300 digits
+        return "with thousands of digits"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 _PART = re.compile(r"\s*(\d+)(?:\s*-\s*(\d+)(?:\s*:\s*(\d+))?)?\s*")
 _FORMS = "write whole numbers such as 0-29 or 1-63:4 or 3,5,7-9, or all"
 
