@@ -32,7 +32,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.errors import InputError
-from sinklens.models.view import Model, bos_token, context_length, tokenizer_of, vocabulary_size
+from sinklens.models.view import (
+    Model,
+    bos_token,
+    context_length,
+    prepends_bos,
+    tokenizer_of,
+    vocabulary_size,
+)
 from sinklens.records.ranges import check_seed
 
 __all__ = [
@@ -409,20 +416,13 @@ def _warn_of_bos(model: Model, tokens: Int[Tensor, "batch pos"]) -> None:
         said = "some prompts begin with the beginning-of-sequence token twice; ask for it, or write it, but not both."
     elif bool(led.any()) and not bool(led.all()):
         said = f"{int(led.sum())} of {len(led)} prompts begin with the beginning-of-sequence token, and the others not."
-    elif not bool(led.any()) and _prepends(model, bos):
+    elif not bool(led.any()) and prepends_bos(model):
         said = (
             "this tokenizer puts a beginning-of-sequence token in front of every text, and these prompts have none: "
             "the model may not know such input; prepend_bos=True (--bos) puts it there."
         )
     if said:
         warnings.warn(said, stacklevel=3)
-
-
-def _prepends(model: Model, bos: int) -> bool:
-    """Whether the tokenizer, left to itself, begins a text with BOS."""
-    tokenizer: Any = tokenizer_of(model)
-    bare = tokenizer.encode("a", add_special_tokens=False)
-    return list(tokenizer.encode("a"))[:1] == [bos] != list(bare)[:1]
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -519,8 +519,8 @@ def _read(path: Path) -> list[str]:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
     except UnicodeDecodeError as error:
         line = len(re.split(rb"\r\n|\r|\n", error.object[: error.start]))
-        where = f" (line {line})" if error.encoding.startswith("utf-8") else ""
-        raise InputError(f"{path} is not a UTF-8 text file{where}; save it as plain text in UTF-8.") from error
+        where = f" (line {line} is not)" if error.encoding.startswith("utf-8") else ""
+        raise InputError(f"{path} is not a UTF-8 text file; save it as plain text in UTF-8{where}.") from error
     lines = re.split(r"\r\n|\r|\n", text)
     damaged = next((number for number, line in enumerate(lines, 1) if "\0" in line), None)
     if damaged is not None:

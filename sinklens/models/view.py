@@ -458,3 +458,8 @@ def bos_token(model: Model) -> int | None:
     stand_ins = (getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "unk_token_id", None))
     own = getattr(tokenizer, "init_kwargs", {"bos_token": True}).get("bos_token")
     return bos if bos not in stand_ins or own else None
+
+
+def prepends_bos(model: Model) -> bool:
+    """Whether the tokenizer, left to itself, puts a beginning-of-sequence token in front of a text."""
+    return bool(getattr(_inside(model).cfg, "tokenizer_prepends_bos", False))
