@@ -36,8 +36,8 @@ Disparity = Float[Tensor, "layer prompt token quantity"]
 def run(
     study: sl.Study,
     *,
-    blocks: Annotated[int, "how many blocks after formation the verdict is about"] = 4,
-    k: Annotated[int, "how many of the largest dimensions to take the energy share of"] = 5,
+    blocks: Annotated[int, "how many blocks after formation the verdict is about", sl.Between(1)] = 4,
+    k: Annotated[int, "how many of the largest dimensions to take the energy share of", sl.Between(1)] = 5,
     weighted: Annotated[bool, "count the norm's weight, as attention does"] = True,
 ) -> sl.Findings:
     sl.analysis.check_k(study, k)

@@ -35,8 +35,8 @@ MEASURES = ("excess_kurtosis", "top_share", "gini")
 def run(
     study: sl.Study,
     *,
-    k: Annotated[int, "how many of a row's largest entries to take the energy share of"] = 5,
-    draws: Annotated[int, "sets of as many other neurons for the null"] = 1000,
+    k: Annotated[int, "how many of a row's largest entries to take the energy share of", sl.Between(1)] = 5,
+    draws: Annotated[int, "sets of as many other neurons for the null", sl.Between(1, 100_000)] = 1000,
 ) -> sl.Findings:
     for identity in ("neurons_write", "mlp_adds"):
         study.require(identity, (study.formation.layer,))

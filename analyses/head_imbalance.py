@@ -45,7 +45,7 @@ def run(
     study: sl.Study,
     *,
     span: Annotated[Literal["up_to_formation", "after_formation", "all"], "blocks to ask it of"] = "up_to_formation",
-    permutations: Annotated[int, "draws of permuted heads"] = 2000,
+    permutations: Annotated[int, "draws of permuted heads", sl.Between(1, 100_000)] = 2000,
 ) -> sl.Findings:
     if study.shape.n_heads < 2:
         raise sl.NotApplicableError("the model has one head in every block: there is nothing to order")

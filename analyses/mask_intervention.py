@@ -43,7 +43,7 @@ def run(
     positions: Annotated[tuple[int, ...], "tokens to mask, one at a time"] = (5, 10, 20, 40),
     lengths: Annotated[tuple[int, ...], "prompt lengths to read attention at; a quarter, half and all by default"] = (),
     blocks: Annotated[Literal["up_to_formation", "onset", "formation"], "blocks to mask in"] = "up_to_formation",
-    breakdown_prompts: Annotated[int, "prompts for the breakdown by block"] = 8,
+    breakdown_prompts: Annotated[int, "prompts for the breakdown by block", sl.Between(1)] = 8,
 ) -> sl.Findings:
     targets, lengths = study.targets(positions), study.lengths((*lengths, study.batch.length) if lengths else ())
     layers = {"up_to_formation": study.up_to_formation, "onset": study.onset}.get(blocks, (study.formation.layer,))

@@ -48,7 +48,7 @@ Queries = Float[Tensor, "layer prompt pos kv_head group d_head"]
 def run(
     study: sl.Study,
     *,
-    blocks: Annotated[int, "how many blocks after formation"] = 4,
+    blocks: Annotated[int, "how many blocks after formation", sl.Between(1)] = 4,
     rope: Annotated[Literal["before", "after"], "queries and keys before or after rotary embedding"] = "before",
     pool: Annotated[Literal["head", "group"], "one u1 for each query head, or for all that share a key head"] = "head",
     centred: Annotated[bool, "subtract the mean query before taking u1"] = False,

@@ -43,8 +43,8 @@ Inputs = Float[Tensor, "layer prompt d_model"]
 def run(
     study: sl.Study,
     *,
-    blocks: Annotated[int, "how many blocks after formation"] = 4,
-    draws: Annotated[int, "how many sets of as many other dimensions to keep instead"] = 5,
+    blocks: Annotated[int, "how many blocks after formation", sl.Between(1)] = 4,
+    draws: Annotated[int, "sets of as many other dimensions to keep instead", sl.Between(1, 1000)] = 5,
 ) -> sl.Findings:
     layers, dims, pairs = study.after_formation(blocks), study.formation.dims, distinct_pairs(study)
     study.require("norm_before_attention", layers)

@@ -31,7 +31,9 @@ Factor = Float[Tensor, "prompt pos neuron"]
 
 
 def run(
-    study: sl.Study, *, draws: Annotated[int, "how many sets of as many other neurons to compare with"] = 5
+    study: sl.Study,
+    *,
+    draws: Annotated[int, "sets of as many other neurons to compare with", sl.Between(1, 100_000)] = 5,
 ) -> sl.Findings:
     study.require("neurons_read", (study.formation.layer,))
     own = len(study.neurons)

@@ -58,10 +58,10 @@ def run(
     study: sl.Study,
     *,
     scales: Annotated[tuple[float, ...], "factors on the super neurons' activations"] = (0, 0.25, 0.5, 0.75),
-    rotations: Annotated[int, "random rotations of the super neurons' rows"] = 10,
-    draws: Annotated[int, "sets of random neurons"] = 3,
+    rotations: Annotated[int, "random rotations of the super neurons' rows", sl.Between(1, 1000)] = 10,
+    draws: Annotated[int, "sets of random neurons", sl.Between(1, 1000)] = 3,
     positions: Annotated[tuple[int, ...], "positions for the induced sink: the last that fits is taken"] = (5, 10),
-    few_prompts: Annotated[int, "prompts for the induced sink, and for all later blocks"] = 8,
+    few_prompts: Annotated[int, "prompts for the induced sink, and for all later blocks", sl.Between(1)] = 8,
 ) -> sl.Findings:
     study.require("dense_mlp", (study.formation.layer,))
     kinds, note = edits_that_apply(study)

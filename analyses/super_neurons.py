@@ -45,9 +45,9 @@ Magnitude = Float[Tensor, "token neuron"]
 def run(
     study: sl.Study,
     *,
-    top: Annotated[int, "how many neurons to pick by activation; 0: as many as there are super neurons"] = 0,
+    top: Annotated[int, "neurons to pick by activation; 0: as many as there are super neurons", sl.Between(0)] = 0,
     score: Annotated[Literal["robust_z", "percentile"], "how far a weight norm outlies its block's"] = "robust_z",
-    draws: Annotated[int, "random sets of neurons for the null"] = 2000,
+    draws: Annotated[int, "random sets of neurons for the null", sl.Between(1, 100_000)] = 2000,
 ) -> sl.Findings:
     study.require("neurons_read", (study.formation.layer,))
     d_mlp, top = study.shape.d_mlp, top or len(study.neurons)

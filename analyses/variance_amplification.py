@@ -45,7 +45,7 @@ def run(
     strengths: Annotated[tuple[float, ...], "lambdas, above 1; the verdict is at the largest"] = (1.5, 2, 4, 8, 16),
     axis: Annotated[edits.MeanAxis, "mean over prompts at k, over each prompt's positions, or over both"] = "prompts",
     layers: Annotated[tuple[int, ...], "blocks; those in which the outlier sets in by default"] = (),
-    sweep_prompts: Annotated[int, "prompts for the dose-response, as many of random tokens"] = 8,
+    sweep_prompts: Annotated[int, "prompts for the dose-response, as many of random tokens", sl.Between(1)] = 8,
 ) -> sl.Findings:
     targets, layers, top = study.targets(positions), study.blocks(layers), max(strengths)
     check_options(study, layers, strengths, axis, sweep_prompts)

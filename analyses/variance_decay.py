@@ -59,7 +59,7 @@ def run(
     *,
     layers: Annotated[tuple[int, ...], "blocks to look at; those up to the first formation blocks by default"] = (),
     average: Annotated[Literal["mean", "median"], "how the variances of all dimensions are brought together"] = "mean",
-    permutations: Annotated[int, "draws of shuffled positions"] = 2000,
+    permutations: Annotated[int, "draws of shuffled positions", sl.Between(1, 100_000)] = 2000,
 ) -> sl.Findings:
     sl.analysis.check_first_varies(study)
     blocks, rng = study.blocks(layers), study.generator("variance_decay/shuffled")

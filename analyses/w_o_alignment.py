@@ -41,8 +41,8 @@ def run(
     *,
     layers: Annotated[tuple[int, ...], "blocks to look at; those up to the first formation blocks by default"] = (),
     weights: Annotated[Literal["absolute", "signed"], "the weights to rank against variances"] = "absolute",
-    outputs: Annotated[int, "how many output neurons to draw, where there are more"] = 512,
-    permutations: Annotated[int, "draws of permuted variances"] = 200,
+    outputs: Annotated[int, "how many output neurons to draw, where there are more", sl.Between(1)] = 512,
+    permutations: Annotated[int, "draws of permuted variances", sl.Between(1, 100_000)] = 200,
 ) -> sl.Findings:
     if min(outputs, permutations) < 1:
         raise sl.InputError(f"outputs={outputs} and permutations={permutations} must be at least 1")

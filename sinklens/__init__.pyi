@@ -47,6 +47,7 @@ from .patches import Source as Source
 from .prompts import PromptBatch as PromptBatch
 from .readouts import Readout as Readout
 from .readouts import Rows as Rows
+from .records.ranges import Between as Between
 from .sites import HookSite as HookSite
 from .stages import CHAIN as CHAIN
 from .stages import Experiment as Experiment

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["EditError", "EngineError", "InputError", "NoSinkError", "NotApplicableError", "need"]
+__all__ = ["EditError", "EngineError", "InputError", "NoSinkError", "NotApplicableError", "WriteError", "need"]
 
 
 class InputError(ValueError):
@@ -22,6 +22,10 @@ class NoSinkError(InputError):
 
 class NotApplicableError(InputError):
     """The question cannot be asked of this model; the message says in one sentence why not."""
+
+
+class WriteError(InputError):
+    """Results cannot be written: no room, no permission; the message names the place and says what to do."""
 
 
 class EngineError(RuntimeError):

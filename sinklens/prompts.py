@@ -12,12 +12,14 @@ model trained with a beginning-of-sequence token may form a stronger sink on tha
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import operator
 import os
+import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import chain
@@ -31,11 +33,30 @@ from torch import Tensor
 
 from sinklens.errors import InputError
 from sinklens.models.state import in_usual_state
-from sinklens.models.view import Model, bos_token, context_length, tokenizer_of, vocabulary_size
+from sinklens.models.view import (
+    Model,
+    bos_token,
+    context_length,
+    prepends_bos,
+    tokenizer_of,
+    vocabulary_size,
+)
+from sinklens.records.ranges import check_seed
 
-__all__ = ["PromptBatch", "from_dataset", "from_file", "from_texts", "from_tokens", "natural", "random_tokens"]
+__all__ = [
+    "PromptBatch",
+    "check_ids",
+    "from_dataset",
+    "from_file",
+    "from_texts",
+    "from_tokens",
+    "natural",
+    "random_tokens",
+]
 
 N_PASSAGES = 32
+MOST_TOKENS = 2**27
+"""The most random tokens that are drawn at once (their labels take a gigabyte)."""
 DATASETS = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
 
 
@@ -57,7 +78,7 @@ class PromptBatch:
         _check_tokens(self.tokens)
         if [len(row) for row in self.labels] != [self.length] * self.n:
             raise InputError(f"labels must hold one string for each token, {self.n} rows of {self.length}.")
-        object.__setattr__(self, "tokens", self.tokens.cpu())
+        object.__setattr__(self, "tokens", self.tokens.cpu().long())
 
     @property
     def n(self) -> int:
@@ -111,7 +132,7 @@ def natural(
     lines = resources.files("sinklens").joinpath("data/passages.jsonl").read_text(encoding="utf-8").splitlines()
     texts, source = [json.loads(line)["text"] for line in lines], "passages"
     if seed is not None:
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(texts), generator=_generator(seed), device="cpu")
         texts, source = [texts[i] for i in order.tolist()], f"passages(seed={seed})"
     return from_texts(model, texts, length=length, n=n, prepend_bos=prepend_bos, source=source)
 
@@ -129,34 +150,37 @@ def random_tokens(
         InputError: `n` or `length` is out of range, or `prepend_bos` is asked of a model that has no such token.
     """
     _check_size(model, length, n)
-    allowed = torch.arange(vocabulary_size(model))
-    tokenizer = tokenizer_of(model)
+    if n * length > MOST_TOKENS:
+        raise InputError(f"{n} prompts of {length} tokens are more than can be held; ask for fewer.")
+    size, tokenizer = vocabulary_size(model), tokenizer_of(model)
+    allowed = list(range(size))
     if tokenizer is not None:
-        special = set(tokenizer.all_special_ids)
-        special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        allowed = torch.tensor(sorted(i for i in set(tokenizer.get_vocab().values()) - special if i < len(allowed)))
-    if len(allowed) == 0:
+        allowed = sorted(i for i in set(tokenizer.get_vocab().values()) - _special_ids(tokenizer) if i < size)
+    if not allowed:
         raise InputError("The model's vocabulary has no token to draw from besides the special ones.")
-    draws = torch.randint(len(allowed), (n, length), generator=torch.Generator().manual_seed(seed))
-    tokens = allowed[draws]
+    draws = torch.randint(len(allowed), (n, length), generator=_generator(seed), device="cpu")
+    tokens = torch.tensor(allowed, device="cpu")[draws]
     if prepend_bos:
         tokens[:, 0] = _bos(model)
-    return PromptBatch(tokens, _labels(model, tokens), f"random_tokens(seed={seed})")
+    _warn_of_bos(model, tokens)
+    return _batch(model, tokens, f"random_tokens(seed={seed})")
 
 
 def from_file(
     model: Model, path: str | os.PathLike[str], *, length: int = 64, n: int | None = None, prepend_bos: bool = False
 ) -> PromptBatch:
-    """Prompts from a UTF-8 text file, one a line, or from a .jsonl file whose objects have a "text" field.
+    r"""Prompts from a text file, one a line, or from a .jsonl file whose objects have a "text" field.
 
-    Blank lines are ignored. Lines with fewer than `length` tokens are skipped and counted in `n_skipped`.
+    The file is in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Lines end at `\n`, `\r\n` or `\r`, and at
+    nothing else (U+2028 and form feeds are characters of a text): a passage of several lines is a prompt of its own
+    for each, unless it is written as JSON. Blank lines are ignored. Lines with fewer than `length` tokens are skipped
+    and counted in `n_skipped`.
 
     Raises:
         InputError: the file is missing, unreadable, empty, not text or not JSON lines, or as for `from_texts`.
     """
-    path = Path(path).expanduser()
-    lines = _read(path).split("\n")
-    rows = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    path = Path(os.path.expanduser(path))
+    rows = [(number, line) for number, line in enumerate(_read(path), 1) if line.strip()]
     if path.suffix.lower() == ".jsonl":
         texts = [_json_text(path, number, line) for number, line in rows]
     else:
@@ -210,11 +234,14 @@ def from_texts(
 ) -> PromptBatch:
     """The first `length` tokens of each text, up to `n` prompts; shorter texts are skipped and counted.
 
-    Blank texts are ignored. A warning says so when fewer than `n` prompts are long enough. With `prepend_bos` the
-    beginning-of-sequence token counts as one of the `length` tokens.
+    Blank texts are ignored. With `prepend_bos` the beginning-of-sequence token counts as one of the `length` tokens.
+    Warnings say when fewer than `n` prompts are long enough, when special tokens are written in the texts (they are
+    taken as such), and when a beginning-of-sequence token is missing that the tokenizer would put there, or is there
+    twice.
 
     Raises:
-        InputError: no tokenizer, `n` or `length` out of range, a text that is no string, or no text long enough.
+        InputError: no tokenizer, `n` or `length` out of range, a text that is no string, no text long enough, or a
+            tokenizer that does not fit the model's vocabulary.
     """
     if isinstance(texts, str):
         raise InputError("texts must be a list of strings, and it is a single string; put it in a list.")
@@ -225,7 +252,7 @@ def from_texts(
     first = [_bos(model)] if prepend_bos else []
     kept, short = list[list[int]](), list[int]()
     for text in _texts(texts):
-        ids = first + list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = first + _encode(tokenizer, text)
         if len(ids) < length:
             short.append(len(ids))
             continue
@@ -236,31 +263,176 @@ def from_texts(
         raise InputError(_none_left(source, length, short))
     if n is not None and len(kept) < n:
         warnings.warn(f"{source}: {len(kept)} of {n} prompts have {length} tokens or more.", stacklevel=2)
-    tokens = torch.tensor(kept)
-    return PromptBatch(tokens, _labels(model, tokens), source, len(short))
+    tokens = torch.tensor(kept, device="cpu")
+    batch = _batch(model, tokens, source, len(short))
+    _warn_of_special(model, tokens[:, len(first) :], source)
+    _warn_of_bos(model, tokens)
+    return batch
 
 
 @in_usual_state
 def from_tokens(
-    model: Model, tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]], *, source: str = "tokens"
+    model: Model,
+    tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]] | np.ndarray | Mapping[str, Any] | PromptBatch,
+    *,
+    source: str = "tokens",
 ) -> PromptBatch:
     """A batch of your own token ids, copied to the CPU.
 
+    Args:
+        model: the model that will read them.
+        tokens: integers [batch pos] as a tensor on any device, an array, nested lists, or rows of either; or what a
+            tokenizer returns, with `input_ids` and an `attention_mask` that is 1 everywhere.
+        source: what the batch is called in reports.
+
     Raises:
-        InputError: the ids are not a [batch, pos] array of integers, do not fit the vocabulary, or the prompts do not
-            fit the model's context.
+        InputError: the ids are not a [batch, pos] array of integers, are padded, do not fit the vocabulary, or the
+            prompts do not fit the model's context.
     """
-    try:
-        ids = torch.as_tensor(tokens).detach().to("cpu", copy=True)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError("tokens must be integers in equally long rows, of shape [batch, pos].") from error
+    ids = _integers(_unpadded(tokens))
     _check_tokens(ids)
     ids = ids.long()
     _check_size(model, length=ids.shape[1])
-    low, high, size = int(ids.min()), int(ids.max()), vocabulary_size(model)
+    batch = _batch(model, ids, source)
+    _check_padding(model, ids)
+    _warn_of_bos(model, ids)
+    return batch
+
+
+def check_ids(model: Model, tokens: Any) -> None:
+    """Make sure that the model has these tokens: one beyond the embedding would end the process on a GPU.
+
+    Raises:
+        InputError: they are not a non-empty tensor [batch pos] of integers, or some are not in the vocabulary.
+    """
+    _check_tokens(tokens)
+    # Unsigned types of more than 8 bits know no minimum.
+    low, high, size = int(tokens.long().min()), int(tokens.long().max()), vocabulary_size(model)
     if low < 0 or high >= size:
-        raise InputError(f"Token ids must lie in 0..{size - 1}, and these lie in {low}..{high}.")
-    return PromptBatch(ids, _labels(model, ids), source)
+        theirs = "" if tokenizer_of(model) is None else "; the tokenizer must be the model's own"
+        raise InputError(f"Token ids must lie in 0..{size - 1}, and these lie in {low}..{high}{theirs}.")
+
+
+def _batch(model: Model, tokens: Int[Tensor, "batch pos"], source: str, n_skipped: int = 0) -> PromptBatch:
+    """The batch, of tokens that the model has."""
+    check_ids(model, tokens)
+    return PromptBatch(tokens, _labels(model, tokens), source, n_skipped)
+
+
+def _unpadded(tokens: Any) -> Any:
+    """The ids in what was given; raises InputError where its attention mask marks padding."""
+    if isinstance(tokens, PromptBatch):
+        return tokens.tokens
+    if not isinstance(tokens, Mapping):
+        return tokens
+    if "input_ids" not in tokens:
+        raise InputError('tokens has no "input_ids"; give what a tokenizer returns, or the ids themselves.')
+    ids, mask = _integers(tokens["input_ids"]), tokens.get("attention_mask")
+    if mask is None:
+        return ids
+    marked = _integers(mask)
+    if marked.shape != ids.shape:
+        raise InputError(f"The attention mask has the shape {list(marked.shape)}, and the ids {list(ids.shape)}.")
+    if not bool((marked == 1).all()):
+        raise InputError(f"The attention mask marks padding, {_NO_PADDING}.")
+    return ids
+
+
+def _integers(rows: Any) -> Tensor:
+    """A tensor of what was given, on the CPU, which shares nothing with it."""
+    try:
+        if isinstance(rows, (list, tuple)) and any(isinstance(row, (Tensor, np.ndarray)) for row in rows):
+            rows = torch.stack([_integers(row) for row in rows])
+        elif isinstance(rows, (list, tuple)) and any(isinstance(i, bool) for row in rows for i in _row(row)):
+            raise TypeError("booleans among the ids")
+        elif not isinstance(rows, (Tensor, list, tuple)):
+            rows = np.asarray(rows)
+        # Of a tensor the device is its own; of anything else the CPU, whatever the default is.
+        found = torch.as_tensor(rows, device=None if isinstance(rows, Tensor) else "cpu").detach()
+        found = found.to("cpu", copy=True)
+        return found.to_dense() if found.layout != torch.strided else found
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # NotImplementedError: a meta tensor
+        raise InputError("tokens must be integers in equally long rows, of shape [batch, pos].") from error
+
+
+def _row(row: Any) -> Sequence[Any]:
+    return row if isinstance(row, (list, tuple)) else ()
+
+
+_NO_PADDING = "which would be attended to like text: give prompts of equal length, or use from_texts, which cuts them"
+
+
+def _check_padding(model: Model, tokens: Int[Tensor, "batch pos"]) -> None:
+    """Refuse a padding token at an end of a row; where it has another use too, say that it may be padding.
+
+    A token with another use (end of text, unknown) stands alone, or in front of every row; padding comes in runs, and
+    in runs of different lengths.
+    """
+    tokenizer = tokenizer_of(model)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None:
+        return
+    ends = [(tokens == pad).long().cumprod(1).sum(1), (tokens == pad).flip(1).long().cumprod(1).sum(1)]
+    n_rows = int(((ends[0] + ends[1]) > 0).sum())
+    if not n_rows:
+        return
+    name = f"the padding token {tokenizer.convert_ids_to_tokens(pad)!r}"  # pyright: ignore[reportOptionalMemberAccess]
+    where = f"{n_rows} of {len(tokens)} rows begin or end with {name}"
+    others = {getattr(tokenizer, f"{use}_token_id", None) for use in ("eos", "bos", "unk")}
+    if pad not in others:
+        raise InputError(f"{where}, {_NO_PADDING}.")
+    if any(int(run.max()) > 1 or int(run.min()) != int(run.max()) for run in ends):
+        warnings.warn(f"{where}; if that is padding, it is attended to like text: cut the rows instead.", stacklevel=3)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return set(tokenizer.all_special_ids) | added
+
+
+def _warn_of_special(model: Model, tokens: Int[Tensor, "batch pos"], source: str) -> None:
+    """Say how many special tokens are written in texts: the model takes them as what they stand for."""
+    tokenizer: Any = tokenizer_of(model)
+    special = _special_ids(tokenizer)
+    unknown = tokenizer.unk_token_id
+    # An unknown word is no special token that somebody wrote, unless that token has another use as well.
+    special -= {unknown} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    found = tokens[torch.isin(tokens, torch.tensor(sorted(special), dtype=tokens.dtype, device="cpu"))]
+    if len(found):
+        names = ", ".join(str(name) for name in tokenizer.convert_ids_to_tokens(sorted(set(found.tolist()))))
+        warnings.warn(
+            f"{source}: {len(found)} special tokens are written in the texts ({names}), and are taken as such.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_bos(model: Model, tokens: Int[Tensor, "batch pos"]) -> None:
+    """Say where BOS is missing that the tokenizer itself would put in front, stands twice, or only before some."""
+    bos = bos_token(model)
+    if bos is None:
+        return
+    led = tokens[:, 0] == bos
+    said = ""
+    if bool((led & (tokens[:, 1] == bos)).any()):
+        said = "some prompts begin with the beginning-of-sequence token twice; ask for it, or write it, but not both."
+    elif bool(led.any()) and not bool(led.all()):
+        said = f"{int(led.sum())} of {len(led)} prompts begin with the beginning-of-sequence token, and the others not."
+    elif not bool(led.any()) and prepends_bos(model):
+        said = (
+            "this tokenizer puts a beginning-of-sequence token in front of every text, and these prompts have none: "
+            "the model may not know such input; prepend_bos=True (--bos) puts it there."
+        )
+    if said:
+        warnings.warn(said, stacklevel=3)
+
+
+def _generator(seed: int) -> torch.Generator:
+    """A generator on the CPU, whatever the default device is."""
+    return torch.Generator("cpu").manual_seed(check_seed(seed))
 
 
 def _check_size(model: Model, length: int, n: int | None = None) -> None:
@@ -329,22 +501,38 @@ def _none_left(source: str, length: int, short: list[int]) -> str:
     return f"No text in {source} has {length} tokens: the longest has {longest}; {shorter}."
 
 
-def _read(path: Path) -> str:
-    if path.is_dir():
+_MARKS = (  # UTF-32's marks begin like UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def _read(path: Path) -> list[str]:
+    """The lines of a text file, whichever of the three ways they end."""
+    # os.path and not Path: it says no to a name that is too long instead of raising.
+    if os.path.isdir(path):
         raise InputError(f"{path} is a folder; name a text file in it.")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"There is no file {path}; check the path.")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8-sig")
+        text = content.decode(encoding)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise InputError(f"{path} is not a UTF-8 text file; save it as plain text in UTF-8.")
+    except UnicodeDecodeError as error:
+        line = len(re.split(rb"\r\n|\r|\n", error.object[: error.start]))
+        where = f" (line {line} is not)" if error.encoding.startswith("utf-8") else ""
+        raise InputError(f"{path} is not a UTF-8 text file; save it as plain text in UTF-8{where}.") from error
+    lines = re.split(r"\r\n|\r|\n", text)
+    damaged = next((number for number, line in enumerate(lines, 1) if "\0" in line), None)
+    if damaged is not None:
+        raise InputError(f"{path}, line {damaged} has a NUL character; remove it, or save the file as text in UTF-8.")
     if not text.strip():
         raise InputError(f"{path} is empty; write one prompt on each line.")
-    return text
+    return lines
 
 
 def _json_text(path: Path, number: int, line: str) -> str:

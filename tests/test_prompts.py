@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from importlib import resources
 from types import SimpleNamespace
 from typing import Any
@@ -302,10 +303,208 @@ def test_from_tokens_errors(model, tokens, message):
         prompts.from_tokens(model, tokens)
 
 
+# --- what is in the tokens
+
+
+def chat_model(d_vocab: int = 40, **special: str) -> Any:
+    """The model above with the special tokens that are asked for, ids 32 and on."""
+    model = fake_model(bos=None)
+    vocab = {**model.tokenizer.get_vocab(), "<eos>": 32, "<pad>": 33, "<turn>": 34, "far": 41}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]: stub is read-only
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", **special)
+    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    model.cfg.d_vocab = d_vocab
+    return model
+
+
+def said(make: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_refused(side):
+    model = chat_model(pad_token="<pad>")
+    model.tokenizer.padding_side = side
+    padded = model.tokenizer(["w1 w2 w3", "w1 w2"], padding=True, return_tensors="pt", add_special_tokens=False)
+    with pytest.raises(InputError, match="1 of 2 rows begin or end with the padding token '<pad>'.*equal length"):
+        prompts.from_tokens(model, padded["input_ids"])
+    for given in (padded, dict(padded), {name: value.tolist() for name, value in padded.items()}):
+        with pytest.raises(InputError, match="The attention mask marks padding"):
+            prompts.from_tokens(model, given)
+    whole = model.tokenizer(["w1 w2 w3", "w4 w5 w6"], padding=True, add_special_tokens=False)
+    assert prompts.from_tokens(model, whole).tokens.tolist() == [[3, 4, 5], [6, 7, 8]]
+    with pytest.raises(InputError, match='has no "input_ids"'):
+        prompts.from_tokens(model, {"ids": [[1, 2]]})
+    assert prompts.from_tokens(model, [[3, 33, 4]]).n == 1  # inside a row it is whatever the user means by it
+
+
+@pytest.mark.parametrize(
+    "pad, rows, warns",
+    [
+        ("<eos>", [[3, 4, 5], [32, 3, 4]], True),
+        ("<eos>", [[3, 4, 32], [3, 32, 32]], True),
+        ("<unk>", [[1, 1, 5]], True),
+        ("<eos>", [[32, 4, 5], [32, 3, 4]], False),  # in front of every row: that is no padding
+        ("<eos>", [[3, 32, 5], [3, 4, 5]], False),
+    ],
+)
+def test_a_padding_token_with_another_use_is_told(pad, rows, warns):
+    model = chat_model(pad_token=pad)
+    messages = said(lambda: prompts.from_tokens(model, rows))
+    assert len(messages) == warns
+    assert all(f"begin or end with the padding token '{pad}'" in message for message in messages)
+
+
+def test_special_tokens_in_texts_are_counted_once():
+    model = chat_model()
+    texts = ["w1 <turn> w2 <eos>", "<turn> w1 w2 w3", "w1 w2 w3 what <turn>"]
+    messages = said(lambda: prompts.from_texts(model, texts, length=4))
+    assert messages == ["texts: 3 special tokens are written in the texts (<eos>, <turn>), and are taken as such."]
+    assert said(lambda: prompts.from_texts(model, ["w1 what w2"], length=3)) == []  # an unknown word is none
+
+
+def test_a_bos_that_the_tokenizer_does_not_have():
+    model = chat_model()
+    model.tokenizer.bos_token = model.tokenizer.eos_token  # as TransformerLens fills it in
+    with pytest.raises(InputError, match="no beginning-of-sequence token"):
+        prompts.from_texts(model, [LINE], length=4, prepend_bos=True)
+    with pytest.raises(InputError, match="no beginning-of-sequence token"):
+        prompts.random_tokens(model, length=4, prepend_bos=True)
+    gpt2 = chat_model(bos_token="<eos>")  # one token for both, by its own settings
+    assert prompts.from_texts(gpt2, [LINE], length=4, prepend_bos=True).tokens[0, 0] == 32
+
+
+def test_a_bos_that_the_tokenizer_adds():
+    model = fake_model()
+    assert said(lambda: prompts.from_texts(model, [LINE], length=4)) == []
+    model.cfg.tokenizer_prepends_bos = True  # as it is on every model that is loaded
+    makes = {
+        "texts": lambda bos: prompts.from_texts(model, [LINE], length=4, prepend_bos=bos),
+        "random": lambda bos: prompts.random_tokens(model, n=2, length=4, prepend_bos=bos),
+        "natural": lambda bos: prompts.natural(model, n=2, length=4, prepend_bos=bos),
+        "tokens": lambda bos: prompts.from_tokens(model, [[0, 3, 4]] if bos else [[3, 4, 5]]),
+    }
+    for name, make in makes.items():
+        assert said(lambda make=make: make(True)) == [], name
+        (message,) = said(lambda make=make: make(False))
+        assert "in front of every text, and these prompts have none" in message
+    (message,) = said(lambda: prompts.from_tokens(model, [[0, 3, 4], [3, 4, 5]]))
+    assert "1 of 2 prompts begin with" in message
+    assert any(
+        "twice" in m for m in said(lambda: prompts.from_texts(model, [f"<bos> {LINE}"], length=4, prepend_bos=True))
+    )
+
+
+def test_a_tokenizer_that_does_not_fit_the_vocabulary(tmp_path, monkeypatch):
+    model, line = chat_model(), "w1 w2 far w3"
+    fake_datasets(monkeypatch, lambda *_args, **_kwargs: {"text": [line]})
+    path = write(tmp_path / "texts.txt", line)
+    for make in (
+        lambda: prompts.from_texts(model, [line], length=4),
+        lambda: prompts.from_file(model, path, length=4),
+        lambda: prompts.from_dataset(model, n=1, length=4),
+    ):
+        with pytest.raises(InputError, match="must lie in 0..39, and these lie in 3..41; the tokenizer must be the mo"):
+            make()
+    assert prompts.from_texts(model, [line], length=2).n == 1  # what is cut off does no harm
+    small = chat_model(d_vocab=30, bos_token="<eos>")
+    assert prompts.random_tokens(small, n=20, length=20).tokens.max() < 30
+    for make in (prompts.random_tokens, prompts.natural):
+        with pytest.raises(InputError, match="must lie in 0..29"):
+            make(small, n=2, length=8, prepend_bos=True)
+
+
+IDS = [[2, 3, 4], [5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        *(np.array(IDS, dtype=kind) for kind in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "uint64")),
+        *(torch.tensor(IDS, dtype=kind) for kind in (torch.uint8, torch.int32, torch.uint16)),
+        [torch.tensor(row) for row in IDS],
+        tuple(np.array(row) for row in IDS),
+        tuple(map(tuple, IDS)),
+        [[np.int64(i) for i in row] for row in IDS],
+        torch.tensor(IDS).to_sparse(),
+        torch.tensor(IDS).T.contiguous().T,
+        {"input_ids": torch.tensor(IDS)},
+    ],
+    ids=lambda tokens: f"{type(tokens).__name__}-{getattr(tokens, 'dtype', '')}",
+)
+def test_tokens_in_every_form(model, tokens):
+    batch = prompts.from_tokens(model, tokens)
+    assert batch.tokens.tolist() == IDS and batch.tokens.dtype == torch.int64
+    assert prompts.from_tokens(model, batch).digest() == batch.digest()
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        np.array(IDS, dtype="float16"),
+        np.array(IDS, dtype=object),
+        np.array(IDS, dtype=bool),
+        torch.tensor(IDS, dtype=torch.bfloat16),
+        torch.tensor(IDS, device="meta"),
+        [[True, 4]],
+        [[None, 4]],
+        [["w1", "w2"]],
+        "w1 w2",
+        [[10**30, 4]],
+        [torch.tensor([2, 3]), torch.tensor([2])],
+        [[[2, 3]]],
+        torch.zeros(0, 4, dtype=torch.long),
+        [[]],
+        np.array([[2**64 - 1, 4]], dtype="uint64"),
+        None,
+        3,
+        {"input_ids": IDS, "attention_mask": [[1, 1], [1, 1]]},
+    ],
+    ids=lambda tokens: f"{type(tokens).__name__}-{getattr(tokens, 'dtype', str(tokens)[:12])}",
+)
+def test_tokens_in_no_form(model, tokens):
+    with pytest.raises(InputError) as error:
+        prompts.from_tokens(model, tokens)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**5000, 1.5, "one"], ids=["-1", "2**63", "10**5000", "1.5", "one"])
+def test_seeds_that_no_generator_takes(model, seed):
+    for make in (prompts.random_tokens, prompts.natural):
+        with pytest.raises(InputError, match="^seed .* must be a whole number"):
+            make(model, n=2, length=4, seed=seed)
+
+
+def test_more_random_tokens_than_can_be_held(model):
+    with pytest.raises(InputError, match="more than can be held"):
+        prompts.random_tokens(model, n=10**12, length=4)
+
+
+def test_the_default_device_does_not_matter(model):
+    expected = (
+        prompts.random_tokens(model, n=2, length=4).digest(),
+        prompts.natural(model, n=2, length=4, seed=1).digest(),
+    )
+    torch.set_default_device("meta")
+    try:
+        found = (
+            prompts.random_tokens(model, n=2, length=4).digest(),
+            prompts.natural(model, n=2, length=4, seed=1).digest(),
+        )
+        assert prompts.from_tokens(model, IDS).tokens.tolist() == IDS
+    finally:
+        torch.set_default_device(None)
+    assert found == expected
+
+
 # --- files
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_text_file(model, tmp_path, newline):
     path = write(tmp_path / "texts.txt", newline.join(["\ufeff" + LINE, "", "w1 w2", "  ", "w9 w8 w7"]))
     batch = prompts.from_file(model, path, length=3)
@@ -314,6 +513,14 @@ def test_text_file(model, tmp_path, newline):
     assert prompts.from_file(model, str(path), length=3, n=1).n == 1
     with pytest.warns(UserWarning, match="2 of 5 prompts have 3 tokens"):
         prompts.from_file(model, path, length=3, n=5)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_file_in_every_encoding(model, tmp_path, encoding):
+    mark = "\ufeff" if encoding.endswith(("le", "be")) else ""
+    path = write(tmp_path / "texts.txt", f"{mark}w1 w2\r\nw3\u2028w4\x0c\rw5\x85w6\n".encode(encoding))
+    # A line separator inside a text is a character of it, which is here as good as a space.
+    assert prompts.from_file(model, path, length=2).tokens.tolist() == [[3, 4], [5, 6], [7, 8]]
 
 
 def test_jsonl_file(model, tmp_path):
@@ -330,7 +537,11 @@ def test_jsonl_file(model, tmp_path):
         ("a.txt", "", "a.txt is empty; write one prompt on each line"),
         ("a.txt", " \n\n", "a.txt is empty"),
         ("a.txt", b"w1 \xff\xfe w2", "a.txt is not a UTF-8 text file"),
-        ("a.txt", b"w1 w2\x00w3", "a.txt is not a UTF-8 text file"),
+        ("a.txt", b"w1 w2\x00w3", "a.txt, line 1 has a NUL character"),
+        ("a.txt", b"w1 w2\r\nw1 w2\rw\x003", "a.txt, line 3 has a NUL character"),
+        ("a.txt", "w1\nna\xefve".encode("latin-1"), "a.txt is not a UTF-8 text file; .* \\(line 2 is not\\)"),
+        ("a.txt", b"\xff\xfew\x00\x31", "a.txt is not a UTF-8 text file; save it as"),
+        ("x" * 300, None, "There is no file x"),
         ("a.txt", "w1 w2\nw1 w2 w3", "No text in file:a.txt has 4 tokens: the longest has 3; use a length of 3"),
         ("a.jsonl", '{"text": "w1"}\n\n{"text": ', "a.jsonl, line 3 is not JSON"),
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1 is not JSON"),
@@ -340,8 +551,9 @@ def test_jsonl_file(model, tmp_path):
     ],
 )
 def test_file_errors(model, tmp_path, name, content, message):
+    path = name if content is None else write(tmp_path / name, content)
     with pytest.raises(InputError, match=message):
-        prompts.from_file(model, write(tmp_path / name, content), length=4)
+        prompts.from_file(model, path, length=4)
 
 
 def test_file_that_is_no_file(model, bare, tmp_path):

@@ -22,8 +22,7 @@ import numpy as np
 import pandas as pd
 
 from sinklens.errors import InputError
-from sinklens.records.files import atomic_folder
-from sinklens.records.plain import to_plain
+from sinklens.records.files import atomic_folder, write_json
 from sinklens.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -144,9 +143,8 @@ class AnalysisResult:
         with atomic_folder(out, force=force) as folder:
             self.findings.table.to_parquet(folder / "table.parquet", index=False)
             if self.figure is not None:
-                (folder / "figure.json").write_text(json.dumps(self.figure, ensure_ascii=False), encoding="utf-8")
-            text = json.dumps(to_plain(self.summary()), indent=1, ensure_ascii=False, allow_nan=False)
-            (folder / "summary.json").write_text(text, encoding="utf-8")
+                write_json(folder / "figure.json", self.figure, indent=None)
+            write_json(folder / "summary.json", self.summary())
         return Path(out)
 
     def summary(self) -> dict[str, Any]:

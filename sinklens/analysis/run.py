@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from sinklens.errors import InputError, NoSinkError, NotApplicableError
 from sinklens.models.state import usual_state
 from sinklens.records.plain import to_plain
 from sinklens.records.provenance import code_digest
+from sinklens.records.ranges import check_arguments, check_seed, shown
 from sinklens.study import Study
 
 
@@ -33,6 +35,8 @@ def run_analysis(analysis: Analysis, study: Study, **options: Any) -> AnalysisRe
         known = ", ".join(analysis.options) or "none"
         raise InputError(f"{analysis.name} has no option {', '.join(sorted(unknown))}: its options are {known}")
     options = analysis.options | options
+    check_arguments(analysis.run, options)
+    check_seed(study.seed)
     began = time.perf_counter()
     figure = None
     try:
@@ -100,15 +104,19 @@ def load_analysis(name: str | Path) -> Analysis:
     path = folder() / f"{name}.py"
     if str(name).endswith(".py"):
         path = Path(name).expanduser()
-        if not path.is_file():
+        if not os.path.isfile(path):  # not Path's, which raises where a name is too long
             raise InputError(f"there is no file {path}: check the path")
     elif str(name) not in list_analyses():
-        raise InputError(f"there is no analysis {str(name)!r}: the analyses are {', '.join(list_analyses())}")
+        raise InputError(f"there is no analysis {shown(str(name))!r}: the analyses are {', '.join(list_analyses())}")
     spec = importlib.util.spec_from_file_location(f"sinklens_analysis_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up the module that they are defined in
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever is wrong with a file of the user's
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be run ({type(error).__name__}: {reason}): correct it") from error
     found = getattr(module, "ANALYSIS", None)
     if not isinstance(found, Analysis):
         raise InputError(f"{path} has no ANALYSIS: name the sinklens.Analysis in it so")

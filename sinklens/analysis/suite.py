@@ -20,10 +20,10 @@ from sinklens.analysis.discovery import list_analyses
 from sinklens.analysis.run import config_of, load_analysis, run_analysis
 from sinklens.chain.result import ChainResult
 from sinklens.chain.run import score_chain
-from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableError
-from sinklens.formation import formation_from_json, formation_to_json
+from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableError, WriteError
+from sinklens.formation import _check_given, formation_from_json, formation_to_json
 from sinklens.pairs import PairChoice
-from sinklens.records.files import check_out, write_text
+from sinklens.records.files import FULL, cannot_write, check_out, holds_something, remove_leftovers, write_json
 from sinklens.records.plain import to_plain
 from sinklens.records.provenance import package_digest
 from sinklens.study import Study
@@ -96,7 +96,9 @@ def run_all(
         ends: called when a part ends.
 
     Raises:
-        InputError: a part that does not exist, or a folder that is not one of an earlier run.
+        InputError: a part that does not exist, a folder that is not one of an earlier run, or a target, block, neuron
+            or dimension that the prompts or the model do not have: nothing has been written then.
+        WriteError: there is no room; what was finished is kept, and taken up when there is.
     """
     out = Path(out)
     analyses = {name: load_analysis(name) for name in list_analyses()}
@@ -105,10 +107,13 @@ def run_all(
     if unknown:
         raise InputError(f"there is no part {', '.join(unknown)}: the parts are {', '.join(names)}")
     chosen = [name for name in names if not only or name in only]
+    _check(study, target)
     earlier = _earlier(out)
     keys = {name: _key(study, target, analyses.get(name)) for name in chosen}
     suite = _Suite(study, out, target, analyses)
-    parts = {name: part for name, part in earlier.items() if name in names and name not in chosen}
+    # What is there stays on record until it is done again: a run that is interrupted has lost nothing.
+    parts = {name: part for name, part in earlier.items() if name in names}
+    _record(out, study, parts, config or {})  # first of all: what has it can be taken up
     for number, name in enumerate(chosen, start=1):
         begins(name, number, len(chosen))
         part = suite.part(name, keys[name], earlier.get(name))
@@ -116,6 +121,14 @@ def run_all(
         _record(out, study, {name: parts[name] for name in names if name in parts}, config or {})
         ends(part)
     return SuiteResult(out, {name: parts[name] for name in names if name in parts})
+
+
+def _check(study: Study, target: int) -> None:
+    """Refuse, before any work, what would make parts fail."""
+    PairChoice(target).check(study.batch.length)
+    told = {name: study.given[name] for name in ("layer", "super_neurons", "outlier_dims") if name in study.given}
+    if told:
+        _check_given(study.shape, told.get("layer"), told.get("super_neurons"), told.get("outlier_dims"))
 
 
 class _Suite:
@@ -132,11 +145,15 @@ class _Suite:
         status, reason = "done", ""
         try:
             status, reason = self._run(name)
+        except WriteError:
+            raise  # the others could not be written either
         except (NoSinkError, NotApplicableError) as error:
             status, reason = "not measurable", str(error)
         except (InputError, EngineError) as error:
             status, reason = "failed", str(error)
         except Exception as error:  # whatever an analysis does wrong, the others still run
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise cannot_write(error.filename or self.out, error) from error
             logger.debug("%s failed", name, exc_info=True)
             status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
         return Part(name, status, reason, time.perf_counter() - began, key)
@@ -158,8 +175,7 @@ class _Suite:
     def _run(self, name: str) -> tuple[Status, str]:
         study = self.study
         if name == FORMATION:
-            data = to_plain(formation_to_json(study.formation))
-            write_text(self.out / "formation.json", json.dumps(data, indent=1, allow_nan=False))
+            write_json(self.out / "formation.json", formation_to_json(study.formation))
             return "done", ""
         if name == CHAIN:
             result = score_chain(study, PairChoice(self.target))
@@ -185,9 +201,11 @@ def check_folder(out: Path) -> None:
     Raises:
         InputError: it is a file, holds something else, or cannot be written.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / "run.json").is_file():
-        raise InputError(f"{out} is not the folder of an earlier run: choose another --out")
     check_out(out, force=True)
+    if out.is_dir():
+        remove_leftovers(out)
+        if holds_something(out) and not (out / "run.json").is_file():
+            raise InputError(f"{out} is not the folder of an earlier run: choose another --out")
 
 
 def _earlier(out: Path) -> dict[str, Part]:
@@ -213,4 +231,4 @@ def _record(out: Path, study: Study, parts: Mapping[str, Part], config: Mapping[
         "provenance": study.provenance,
         "parts": listed,
     }
-    write_text(out / "run.json", json.dumps(to_plain(data), indent=1, ensure_ascii=False, allow_nan=False))
+    write_json(out / "run.json", data)

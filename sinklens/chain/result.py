@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sinklens.errors import InputError
 from sinklens.formation import Formation, _frame, formation_from_json, formation_to_json
-from sinklens.records.files import atomic_folder
+from sinklens.records.files import atomic_folder, write_json
 from sinklens.records.plain import to_plain
 from sinklens.stages.base import experiment_kind
 from sinklens.statistics import bootstrap_interval
@@ -105,8 +105,7 @@ class ChainResult:
             InputError: when it exists and ``force`` is not set, or cannot be written.
         """
         with atomic_folder(out, force=force) as folder:
-            text = json.dumps(to_plain(self.to_json()), indent=1, ensure_ascii=False, allow_nan=False)
-            (folder / "chain.json").write_text(text, encoding="utf-8")
+            write_json(folder / "chain.json", self.to_json())
             self.scores.to_parquet(folder / "scores.parquet", index=False)
             self.effects.to_parquet(folder / "effects.parquet", index=False)
             _save_tensors(self.attention, folder / "attention.safetensors")
@@ -146,7 +145,10 @@ class ChainResult:
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # what it makes of an OSError
+        raise OSError(" ".join(str(error).split())) from error
     os.chmod(path, 0o644)  # safetensors makes it private
 
 

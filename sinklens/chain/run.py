@@ -34,6 +34,7 @@ from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.named import NamedReadout
 from sinklens.records.integers import whole_numbers
+from sinklens.records.ranges import MOST_REPEATS, Between, check_number, check_seed
 from sinklens.stages import CHAIN, Stage
 from sinklens.stages.base import Setting
 from sinklens.study import Study
@@ -110,7 +111,7 @@ def score_chain(
     min_gap: float = 0.01,
 ) -> ChainResult:
     """:func:`run_chain` where model, prompts and what is known of them are in a study; it raises the same."""
-    _check(choice, study, stages, readout_blocks, control_draws)
+    _check(choice, study, stages, readout_blocks, control_draws, min_gap)
     named = study.named_readout(metric)
     seed, model, batch = study.seed, study.model, study.batch
     pair = make_pair(choice, model, batch, study.formation, seed=seed, max_rows=study.max_rows)
@@ -146,11 +147,20 @@ def score_chain(
     )
 
 
-def _check(choice: PairChoice, study: Study, stages: Sequence[Stage], readout_blocks: int, control_draws: int) -> None:
+def _check(
+    choice: PairChoice,
+    study: Study,
+    stages: Sequence[Stage],
+    readout_blocks: int,
+    control_draws: int,
+    min_gap: float,
+) -> None:
     """Refuse what is wrong before any work."""
     choice.check(study.batch.length)
-    if control_draws < 1 or readout_blocks < 1:
-        raise InputError("control_draws and readout_blocks must be at least 1")
+    check_seed(study.seed)
+    check_number("control_draws", control_draws, Between(1, MOST_REPEATS), whole=True)
+    check_number("readout_blocks", readout_blocks, Between(1), whole=True)
+    check_number("min_gap", min_gap, Between(0))
     if not stages:
         raise InputError("give at least one stage")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -25,9 +25,29 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from sinklens import __version__
+    from sinklens.records.provenance import versions
+
+    known = {"sinklens": __version__, **versions()}
+    for name in ("sinklens", "transformer-lens", "torch", "transformers", "python"):
+        print(name, known.get(name, "is not installed"))  # noqa: T201  (the command's output)
+    raise typer.Exit
+
+
 @app.callback()
-def _app() -> None:
+def _app(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Versions of sinklens and of what it stands on."
+        ),
+    ] = False,
+) -> None:
     """Causal interpretability of attention sinks."""
+    del version  # answered before any command
 
 
 # Commands whose options are not known before the library is loaded: they read their arguments themselves.
@@ -49,8 +69,20 @@ app.command()(models.models)
 def main() -> None:
     """Entry point of the ``sinklens`` command."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a full disk under the output must be told here: at exit Python has its own words
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): not an error, but Python would say so at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         sys.exit(1)
+    except OSError as error:
+        _forget_output()
+        typer.echo(f"sinklens: the output cannot be written ({error.strerror}): choose another place", err=True)
+        sys.exit(2)
+
+
+def _forget_output() -> None:
+    """What is left in the buffer goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -36,6 +36,7 @@ from sinklens.cli.common import (
     load,
     write_report,
 )
+from sinklens.records.ranges import names
 
 
 def everything(
@@ -67,7 +68,7 @@ def everything(
         if n < 2:
             fail(TOO_FEW.format(f"--n is {n}"))
         given = given_formation(block, super_neurons, outlier_dims)
-        chosen = () if only is None else tuple(part.strip() for part in only.split(","))
+        chosen = () if only is None else names("--only", only)
         allowed = budget(memory_budget)
         run_everything(
             lambda step: load(

@@ -39,13 +39,16 @@ from sinklens.cli.common import (
     target_of,
     write_report,
 )
-from sinklens.records.ranges import integers
+from sinklens.records.ranges import MOST_REPEATS, integers
 
 
 def chain(
     model: ModelOption = "smollm2",
     target: Annotated[str, typer.Option(help="Position that is made a sink, or `natural` for the data's own.")] = "10",
     pair: Annotated[Pair, typer.Option(help="How the sink is made at the target.")] = Pair.block_aggregation,
+    metric: Annotated[
+        str, typer.Option(help="What is measured of the sink: attention_received, alpha, sink_rate, logit_diff, ...")
+    ] = "attention_received",
     strength: Annotated[float, typer.Option(help="Lambda of amplify_variance.")] = 8.0,
     pair_layers: Annotated[
         str | None, typer.Option(help="Blocks of that intervention, such as `0-2` or `0,3`; see the documentation.")
@@ -58,7 +61,7 @@ def chain(
     super_neurons: NeuronsOption = None,
     outlier_dims: DimsOption = None,
     readout_blocks: Annotated[int, typer.Option(min=1, help="Blocks after formation to measure attention in.")] = 4,
-    control_draws: Annotated[int, typer.Option(min=1, help="Repetitions of what is drawn at random.")] = 3,
+    control_draws: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Repetitions of random draws.")] = 3,
     min_gap: Annotated[float, typer.Option(help="Exclude prompts whose metric the pair moves by less.")] = 0.01,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.float32,
@@ -109,6 +112,7 @@ def chain(
                 formation=formation,
                 target=wanted,
                 pair=pair.value,
+                metric=metric,
                 strength=strength,
                 pair_layers=blocks,
                 readout_blocks=readout_blocks,

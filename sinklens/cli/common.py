@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 import typer.core
 
-from sinklens.records.ranges import integers
+from sinklens.records.ranges import SEEDS, integers, shown
 
 if TYPE_CHECKING:
     from sinklens.engine.run import Progress
@@ -69,14 +69,17 @@ ModelOption = Annotated[str, typer.Option(help="A name from `sinklens models`, a
 LengthOption = Annotated[int, typer.Option(help="Tokens in every prompt.")]
 PromptsOption = Annotated[
     str,
-    typer.Option(help="`passages` (in the package), `random` (random tokens), or a file: one text a line, or .jsonl."),
+    typer.Option(
+        help="`passages` (in the package), `random` (random tokens), or a file: every line is a prompt of its own, or "
+        "every object of a .jsonl file, whose text may have several lines."
+    ),
 ]
 CountOption = Annotated[int, typer.Option("--n", help="Number of prompts.")]
 BosOption = Annotated[bool, typer.Option("--bos/--no-bos", help="Put the tokenizer's BOS in front of every prompt.")]
 DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:1`.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Floating-point format of the model.")]
 BackendOption = Annotated[Backend, typer.Option(help="TransformerLens class to load the model as.")]
-SeedOption = Annotated[int, typer.Option(help="Fixes every random draw.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=int(SEEDS.most), help="Fixes every random draw.")]
 MemoryOption = Annotated[float | None, typer.Option(help="GiB for one forward pass's activations.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier run.")]
 BlockOption = Annotated[
@@ -87,6 +90,10 @@ DimsOption = Annotated[str | None, typer.Option(help="Take these outlier dimensi
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
+MOST_GIB = 2**20
+"""What no machine has; a larger budget is a slip."""
+
+
 def floats(option: str, text: str) -> tuple[float, ...]:
     """``1,2.5`` as ``(1.0, 2.5)``; anything else is the user's mistake."""
     try:
@@ -94,7 +101,7 @@ def floats(option: str, text: str) -> tuple[float, ...]:
     except ValueError:
         found = ()
     if not found or not all(map(math.isfinite, found)):
-        fail(f"{option} {text!r} must be numbers such as 1,2,4")
+        fail(f"{option} {shown(text)!r} must be numbers such as 1,2,4")
     return found
 
 
@@ -112,9 +119,9 @@ def budget(gib: float | None) -> int | None:
     """``--memory-budget`` in bytes."""
     if gib is None:
         return None
-    if not 0 < gib < math.inf:
-        fail(f"--memory-budget {gib} must be a number of GiB, more than 0")
-    return int(gib * 2**30)
+    if not 0 < gib <= MOST_GIB:
+        fail(f"--memory-budget {gib} must be a number of GiB, more than 0 and at most {MOST_GIB:,}")
+    return max(1, int(gib * 2**30))
 
 
 def load(
@@ -134,7 +141,7 @@ def load(
     """The model and the prompts that the options name."""
     # os.path and not Path: it says no to a name that is too long instead of raising.
     if prompts not in ("passages", "random") and not os.path.exists(os.path.expanduser(prompts)):
-        fail(f"--prompts {prompts!r} is neither passages nor random nor a file that exists: check the path")
+        fail(f"--prompts {shown(prompts, 80)!r} is neither passages nor random nor a file that exists: check the path")
     step("loading torch and the model")
     from sinklens import prompts as make
     from sinklens.models.load import load_model
@@ -187,12 +194,19 @@ def progress() -> Iterator[tuple[Any, Progress]]:
 def errors() -> Iterator[None]:
     """The user's mistakes as one sentence and exit code 2, the engine's refusals as one and exit code 1."""
     from sinklens.errors import EngineError, InputError
+    from sinklens.records.files import cannot_write
 
     try:
         with _remarks():
             yield
     except InputError as error:
         fail(str(error))
+    except BrokenPipeError:
+        raise  # the reader of the output has gone
+    except OSError as error:  # a full disk under the output, most of all
+        fail(str(cannot_write(error.filename or "the output", error, "choose another place")))
+    except MemoryError:
+        fail("there is not enough memory for this: ask for fewer or shorter prompts, or for less at once")
     except EngineError as error:
         typer.echo(f"sinklens: {error}", err=True)
         raise typer.Exit(1) from None
@@ -202,15 +216,20 @@ def errors() -> Iterator[None]:
 def _remarks() -> Iterator[None]:
     """Warnings and log records of sinklens as lines like our own; those of others as they come."""
     logger, show = logging.getLogger("sinklens"), warnings.showwarning
-    here = str(Path(__file__).parents[1])
+    here, said = str(Path(__file__).parents[1]), set[str]()
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            typer.echo(f"sinklens: note: {record.getMessage()}", err=True)
+            say(record.getMessage())
+
+    def say(message: str) -> None:
+        if message not in said:  # once, wherever it comes from
+            said.add(message)
+            typer.echo(f"sinklens: note: {message}", err=True)
 
     def ours(message: Any, category: Any, filename: str, *rest: Any) -> None:
         if filename.startswith(here):
-            typer.echo(f"sinklens: note: {message}", err=True)
+            say(str(message))
         else:
             show(message, category, filename, *rest)
 
@@ -237,6 +256,8 @@ def usage_errors() -> Iterator[None]:
             raise
         message = " ".join(error.format_message().split()).rstrip(".")  # pyright: ignore[reportAttributeAccessIssue]
         where = getattr(getattr(error, "ctx", None), "command_path", "sinklens")
+        if len(message) > 300:
+            message = f"{message[:200]} ... {message[-80:]}"
         fail(f"{message}; see {where} --help")
 
 
@@ -247,13 +268,18 @@ def fail(sentence: str) -> NoReturn:
 
 
 def write_report(out: Path) -> Path | None:
-    """Write the report of a run; None, and a remark, where what it needs is not installed."""
-    from sinklens.errors import InputError
+    """Write the report of a run; None, and a remark, where what it needs is not installed.
+
+    Ends the command with one sentence where there is no room for it.
+    """
+    from sinklens.errors import InputError, WriteError
 
     try:
         from sinklens.pages.page import report
 
         return report(out)
+    except WriteError as error:
+        fail(f"{error}; the numbers are saved in {out}: sinklens report {out} writes the page")
     except InputError as error:  # plotly or circuitsvis is missing, or of another version: the numbers are saved
         typer.echo(f"no report.html: {error}", err=True)
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,7 +43,7 @@ from sinklens.pairs.ablations import EditLike
 from sinklens.pairs.choice import Target, target_from_text
 from sinklens.readouts.named import ReadoutLike
 from sinklens.records.plain import to_plain
-from sinklens.records.ranges import Range, integers
+from sinklens.records.ranges import Range, integers, names, shown
 from sinklens.sweeps.companions import Companions
 from sinklens.sweeps.execution import Execution
 from sinklens.sweeps.places import Place
@@ -51,21 +52,14 @@ from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.run import prepare, run_sweep
 
 
-def _names(option: str, text: str) -> tuple[str, ...]:
-    found = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not found:
-        fail(f"{option} is empty: name at least one")
-    return found
-
-
 def _shard(option: str, text: str) -> tuple[int, int]:
-    first, _, of = text.partition("/")
-    if not (first.isdigit() and of.isdigit()):
-        fail(f"{option} {text!r} must be I/N, such as 1/4")
-    return int(first), int(of)
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if found is None:
+        fail(f"{option} {shown(text)!r} must be I/N, such as 1/4")
+    return int(found[1]), int(found[2])
 
 
-NAMES = Form(_names, ",".join)
+NAMES = Form(names, ",".join)
 FORMS = {
     Place | Sequence[Place]: NAMES,
     EditLike | Sequence[EditLike]: NAMES,

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sinklens.cli.common import errors, fail, usage_errors
-from sinklens.records.ranges import AtLeast
+from sinklens.cli.common import errors, usage_errors
+from sinklens.records.ranges import Between, check_number, limits_of
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Option:
     """Its type."""
     line: str
     """Its help."""
-    least: float | None
-    """The least value that it may have."""
+    limits: Between | None
+    """The values that it may have."""
     form: Form | None
     """How it is written; ``None``: as typer does."""
     flag: str | None
@@ -69,13 +69,15 @@ class Option:
         kind = self.hint if self.form is None else self.form.type
         if self.form is not None and _optional(self.hint):
             kind = kind | None
-        least = self.least if self.hint in (int, int | None) else None
+        whole = self.limits if self.hint in (int, int | None) else None
+        least, most = (None, math.inf) if whole is None else (whole.least, whole.most)
+        limits: dict[str, Any] = {"min": least, "max": None if most == math.inf else most}
         names = () if self.flag is None else (self.flag,)
         return inspect.Parameter(
             self.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=self._default(),
-            annotation=Annotated[kind, typer.Option(*names, help=self.line, min=least)],
+            annotation=Annotated[kind, typer.Option(*names, help=self.line, **limits)],
         )
 
     def value(self, written: Any) -> Any:
@@ -83,8 +85,8 @@ class Option:
         if written == self._default():
             return self.parameter.default
         value = written if self.form is None else self.form.read(self.written, written)
-        if self.least is not None and isinstance(value, float) and not self.least <= value < math.inf:
-            fail(f"{self.written} {value} must be a finite number, {self.least:g} or more")
+        if isinstance(value, float):
+            check_number(self.written, value, self.limits or Between(-math.inf))
         return value
 
     def _default(self) -> Any:
@@ -107,15 +109,15 @@ def options_of(
     for parameter in inspect.signature(function).parameters.values():
         if parameter.default is inspect.Parameter.empty:
             continue
-        hint, extra = hints[parameter.name], ()
-        if typing.get_origin(hint) is Annotated:
-            hint, *extra = typing.get_args(hint)
+        given = hints[parameter.name]
+        extra = typing.get_args(given) if typing.get_origin(given) is Annotated else ()
+        hint, limits = limits_of(given)
         options.append(
             Option(
                 parameter=parameter,
                 hint=hint,
                 line=next((item for item in extra if isinstance(item, str)), ""),
-                least=next((item.value for item in extra if isinstance(item, AtLeast)), None),
+                limits=limits,
                 form=_form(hint, forms),
                 flag=(flags or {}).get(parameter.name),
             )

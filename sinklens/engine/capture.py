@@ -23,6 +23,7 @@ from sinklens.errors import EditError, EngineError, InputError
 from sinklens.models.state import foreign_hooks, in_usual_state
 from sinklens.models.view import Model, device_of
 from sinklens.patches import Runs
+from sinklens.prompts import check_ids
 from sinklens.readouts.base import PositionReadout, Readout, Rows
 from sinklens.sites import HookSite
 
@@ -163,9 +164,10 @@ def capture_runs(
     """Run every run once over the prompts and keep what is wanted, with the run's own readouts.
 
     Raises:
-        InputError: when an activation that is kept is not finite.
+        InputError: when an activation that is kept is not finite, or the vocabulary does not have the tokens.
         EngineError: when a hook does not exist or never fires.
     """
+    check_ids(model, tokens)
     store = ActivationStore(tokens.shape[1])
     wanted: dict[str, dict[tuple[HookSite, int], tuple[int, ...] | None]] = {}
     for run in runs:

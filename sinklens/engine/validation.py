@@ -15,6 +15,7 @@ from sinklens.models.identities import identities, require
 from sinklens.models.view import Model, ModelShape, device_of, model_shape
 from sinklens.models.writes import check_writable
 from sinklens.patches import Patch, Runs
+from sinklens.prompts import check_ids
 from sinklens.readouts.base import Readout
 from sinklens.sites import LOGITS, unit_count
 
@@ -31,6 +32,7 @@ def validate(
     Raises:
         InputError: with what is wrong, and which patch or readout it is in.
     """
+    check_ids(model, tokens)
     shape, (n_prompts, length) = model_shape(model), tokens.shape
     if device_of(model).type == "mps":
         raise InputError("PyTorch's MPS backend gives silently wrong results here: use --device cpu or cuda")

@@ -450,5 +450,18 @@ def tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
 
 
 def bos_token(model: Model) -> int | None:
-    """Id of the beginning-of-sequence token; None where there is no such token or no tokenizer."""
-    return getattr(tokenizer_of(model), "bos_token_id", None)
+    """Id of the tokenizer's own beginning-of-sequence token; None where there is no such token or no tokenizer.
+
+    TransformerLens, and so loading here, puts the end-of-text (or unknown) token in the place of one that a tokenizer
+    does not have; what the tokenizer was made with still tells.
+    """
+    tokenizer = tokenizer_of(model)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    stand_ins = (getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "unk_token_id", None))
+    own = getattr(tokenizer, "init_kwargs", {"bos_token": True}).get("bos_token")
+    return bos if bos not in stand_ins or own else None
+
+
+def prepends_bos(model: Model) -> bool:
+    """Whether the tokenizer, left to itself, puts a beginning-of-sequence token in front of a text."""
+    return bool(getattr(_inside(model).cfg, "tokenizer_prepends_bos", False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import socket
@@ -11,8 +12,10 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from sinklens.errors import InputError
+from sinklens.errors import InputError, WriteError
+from sinklens.records.plain import to_plain
 
 RUN_FILES = ("chain.json", "summary.json", "run.json")
 """A folder that holds one of these was written by sinklens, and may be replaced when the user says so."""
@@ -80,11 +83,19 @@ def temporary_name() -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files in ``folder`` whose processes, of this machine, are no more."""
+    """Remove the temporary files and folders in ``folder`` whose processes, of this machine, are no more."""
     for path in folder.glob(f"{_HERE}*.tmp"):
         pid = path.name.removeprefix(_HERE).partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            path.unlink(missing_ok=True)
+        if pid.isdecimal() and not _alive(int(pid)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether there is anything in a folder but what a process that was killed while writing leaves."""
+    return any(not (path.name.startswith(".") and path.name.endswith(".tmp")) for path in folder.iterdir())
 
 
 def _alive(pid: int) -> bool:
@@ -104,22 +115,44 @@ def atomic_folder(out: str | Path, *, force: bool) -> Iterator[Path]:
     After an exception nothing is left of it, parents that were made for it included, and an earlier run is as it was.
 
     Raises:
-        InputError: when ``out`` exists and ``force`` is not set, or the place cannot be written.
+        InputError: when ``out`` exists and ``force`` is not set.
+        WriteError: the place cannot be written.
     """
     out = Path(out)
     check_out(out, force=force)
     place = out.resolve()  # a link is followed, so that it stays when what it points to is replaced
-    new_parents = [parent for parent in place.parents if not parent.exists()]
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out), _parents(place):
+        remove_leftovers(place.parent)
         with replaced(place, exclusive=not force) as folder:
             folder.mkdir()
             yield folder
-    except OSError as error:  # a full disk, for instance
-        raise _cannot_write(out, error) from error
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, instead: str = "choose another --out") -> Iterator[None]:
+    """Says in one sentence that ``path`` cannot be written: a full disk, for instance.
+
+    Raises:
+        WriteError: for any OSError inside, and for what was said of a file in a folder that has no name yet.
+    """
+    try:
+        yield
+    except WriteError as error:
+        raise cannot_write(path, error.__cause__ or error, instead) from error
+    except OSError as error:
+        raise cannot_write(path, error, instead) from error
+
+
+@contextlib.contextmanager
+def _parents(place: Path) -> Iterator[None]:
+    """The folders above ``place`` are made where they are missing, and removed again where it does not come about."""
+    missing = [parent for parent in place.parents if not parent.exists()]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
         if not place.exists():
-            for parent in new_parents:  # the innermost first
+            for parent in missing:  # the innermost first
                 with contextlib.suppress(OSError):
                     parent.rmdir()
 
@@ -128,7 +161,8 @@ def check_out(out: Path, *, force: bool) -> None:
     """Make sure, before any work is done, that a result folder can be written; leaves no trace.
 
     Raises:
-        InputError: when it exists and ``force`` is not set, is a file or not a run, or its parent cannot be written.
+        InputError: when it exists and ``force`` is not set, or is a file or not a run.
+        WriteError: its parent cannot be written.
     """
     parent = out.parent
     try:
@@ -137,7 +171,7 @@ def check_out(out: Path, *, force: bool) -> None:
                 raise InputError(f"{out} is a file: give a folder for the results")
             if not force:
                 raise InputError(f"{out} exists already: choose another --out, or replace it with --force")
-            if any(out.iterdir()) and not any((out / name).is_file() for name in RUN_FILES):
+            if holds_something(out) and not any((out / name).is_file() for name in RUN_FILES):
                 raise InputError(
                     f"{out} is not the folder of an earlier run, so --force will not replace it: choose another"
                 )
@@ -149,25 +183,35 @@ def check_out(out: Path, *, force: bool) -> None:
         for folder in missing:
             (parent / folder.name).exists()  # raises where a name is too long, which a missing parent hides
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise _cannot_write(parent, error) from error
+        raise cannot_write(parent, error) from error
 
 
-def _cannot_write(path: Path, error: Exception) -> InputError:
-    reason = getattr(error, "strerror", None) or error
-    return InputError(f"{path} cannot be written ({reason}): choose another --out")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where there is no room left."""
+
+
+def cannot_write(path: str | Path, error: BaseException, instead: str = "choose another --out") -> WriteError:
+    """The sentence for what the system says of writing to ``path``."""
+    number = getattr(error, "errno", None)
+    reason = os.strerror(number) if number else " ".join(str(error).split())
+    room = "make room or " if number in FULL or "No space left" in reason else ""
+    return WriteError(f"{path} cannot be written ({reason}): {room}{instead}")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all: a reader never sees half a page.
 
     Raises:
-        InputError: the place cannot be written.
+        WriteError: the place cannot be written.
     """
-    with replaced(path) as temporary:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(temporary, "w", encoding="utf-8", newline="\n")  # noqa: SIM115  (closed below)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
-        with file:
-            file.write(text)
+    with writing(path, "choose another place"), _parents(path), replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:
+    """Write what JSON can hold (see :func:`sinklens.records.plain.to_plain`) as a whole or not at all.
+
+    Raises:
+        WriteError: the place cannot be written.
+    """
+    write_text(path, json.dumps(to_plain(data), indent=indent, ensure_ascii=False, allow_nan=False))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
-from collections.abc import Iterable, Sequence
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from sinklens.errors import InputError
 
@@ -17,14 +20,95 @@ Numbers: TypeAlias = str | tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class AtLeast:
-    """In ``Annotated[int, "help", AtLeast(1)]``: the least value that an argument may have."""
+class Between:
+    """In ``Annotated[int, "help", Between(1, 1000)]``: the values that an argument may have."""
 
-    value: float
-    """That value."""
+    least: float
+    """The least."""
+    most: float = math.inf
+    """The greatest; infinity, the default, is not among them."""
+
+    def __str__(self) -> str:
+        return f"{self.least:g} or more" if self.most == math.inf else f"from {self.least:g} to {self.most:.10g}"
+
+
+AtLeast = Between
+"""``AtLeast(1)``, where nothing stands above."""
+
+
+def limits_of(hint: Any) -> tuple[Any, Between | None]:
+    """The type in an annotation, and its limits where it has some."""
+    if typing.get_origin(hint) is not Annotated:
+        return hint, None
+    kind, *extra = typing.get_args(hint)
+    return kind, next((item for item in extra if isinstance(item, Between)), None)
+
+
+def check_arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Make sure that arguments are what the function's annotations say, as far as these are numbers or choices.
+
+    Raises:
+        InputError: another type, a number that is not finite or out of its :class:`Between`, another choice.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    for name, value in values.items():
+        kind, limits = limits_of(hints.get(name))
+        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        if value is None and type(None) in kinds:
+            continue
+        if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+            raise InputError(f"{name} {shown(value)} must be one of {', '.join(map(str, typing.get_args(kind)))}")
+        if int in kinds or float in kinds:
+            check_number(name, value, limits or Between(-math.inf), whole=float not in kinds)
+
+
+def check_number(name: str, value: Any, limits: Between, *, whole: bool = False) -> None:
+    """Make sure that a number is finite, and within its limits.
+
+    Raises:
+        InputError: it is not, or is no number.
+    """
+    what = "a whole number" if whole else "a finite number"
+    try:
+        number = operator.index(value) if whole else float(value)
+        good = limits.least <= number <= limits.most and (whole or math.isfinite(number))
+    except (TypeError, ValueError, OverflowError):
+        good = False
+    if not good:
+        told = "" if limits == Between(-math.inf) else f", {limits}"
+        raise InputError(f"{name} {shown(value)} must be {what}{told}")
+
+
+SEEDS = Between(0, 2**63 - 1)
+"""The seeds that every generator takes."""
+MOST_DRAWS = 100_000
+"""The most random draws for a null: more would hardly change it, and take for ever."""
+MOST_REPEATS = 1000
+"""The same where every draw is patched into the model."""
+
+
+def check_seed(seed: int) -> int:
+    """A seed that every generator takes.
+
+    Raises:
+        InputError: not a whole number, or not one of :data:`SEEDS`.
+    """
+    check_number("seed", seed, SEEDS, whole=True)
+    return operator.index(seed)
+
+
+def shown(given: object, most: int = 40) -> str:
+    """A value as a message shows it: the beginning, where it is long."""
+    try:
+        text = given if isinstance(given, str) else repr(given)
+    except ValueError:  # Python does not write integers of more than 4,300 digits
+        return "with thousands of digits"
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 _PART = re.compile(r"\s*(\d+)(?:\s*-\s*(\d+)(?:\s*:\s*(\d+))?)?\s*")
+_DIGITS = 7
+"""The most digits of a number in a range: no model has ten million blocks, positions or units."""
 _FORMS = "write whole numbers such as 0-29 or 1-63:4 or 3,5,7-9, or all"
 
 
@@ -81,7 +165,9 @@ def parse(name: str, text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = _PART.fullmatch(part)
         if match is None:
-            raise InputError(f"{name} {text!r} is not a range: {_FORMS}")
+            raise InputError(f"{name} {shown(text)!r} is not a range: {_FORMS}")
+        if any(len(group) > _DIGITS for group in match.groups() if group):
+            raise InputError(f"{name} {shown(text)!r} goes beyond {10**_DIGITS - 1}: {_FORMS}")
         first, last, step = (None if group is None else int(group) for group in match.groups())
         assert first is not None
         last, step = first if last is None else last, 1 if step is None else step
@@ -114,7 +200,19 @@ def integers(option: str, text: str) -> tuple[int, ...]:
     try:
         return parse(option, text)
     except InputError:
-        raise InputError(f"{option} {text!r} must be whole numbers such as 0-2 or 0,3 or 1-9:4") from None
+        raise InputError(f"{option} {shown(text)!r} must be whole numbers such as 0-2 or 0,3 or 1-9:4") from None
+
+
+def names(option: str, text: str) -> tuple[str, ...]:
+    """``a, b`` as ``("a", "b")``.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not found:
+        raise InputError(f"{option} is empty: name at least one")
+    return found
 
 
 def short(numbers: Iterable[int], most: int = 4) -> str:
@@ -125,11 +223,19 @@ def short(numbers: Iterable[int], most: int = 4) -> str:
 
 
 def _integers(name: str, given: int | Iterable[int]) -> tuple[int, ...]:
+    if isinstance(given, range) and max(abs(given.start), abs(given.stop)) > 10**_DIGITS:
+        raise InputError(f"{name} {given!r} goes beyond {10**_DIGITS - 1}: {_FORMS}")
     try:
-        items = list(given) if isinstance(given, Iterable) else [given]
-        found = {operator.index(item) for item in items if not isinstance(item, bool)}
+        # An array or tensor without axes is a number, although its class can be iterated over.
+        items: list[Any] = list(given) if isinstance(given, Iterable) and getattr(given, "ndim", 1) else [given]
+        found = {operator.index(item) for item in items if not _is_truth(item)}
     except TypeError:
-        raise InputError(f"{name} {given!r} is not a range: {_FORMS}") from None
+        raise InputError(f"{name} {shown(given)} is not a range: {_FORMS}") from None
     if not found or len(items) > len(found) == 0:
         raise InputError(f"{name} is empty: {_FORMS}")
     return tuple(sorted(found))
+
+
+def _is_truth(item: Any) -> bool:
+    """Whether it is true or false, which is no number although Python, numpy or torch can count with it."""
+    return isinstance(item, bool) or str(getattr(item, "dtype", "")) in ("bool", "torch.bool")

@@ -17,7 +17,7 @@ from sinklens.pairs.ablations import EditLike
 from sinklens.pairs.choice import Target
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.named import ReadoutLike
-from sinklens.records.ranges import AtLeast, Range
+from sinklens.records.ranges import SEEDS, AtLeast, Range
 from sinklens.sweeps.companions import Companions
 from sinklens.sweeps.execution import Execution, Planned
 from sinklens.sweeps.local import Interrupted, run_local
@@ -113,7 +113,7 @@ def sweep(
     force: Annotated[bool, "Replace what an earlier sweep has left there."] = False,
     task_size: Annotated[int | None, "Patches in a task, which is written at once.", AtLeast(1)] = None,
     group_size: Annotated[int | None, "Prompts whose runs are kept at once.", AtLeast(1)] = None,
-    seed: Annotated[int, "Fixes every random draw."] = 0,
+    seed: Annotated[int, "Fixes every random draw.", SEEDS] = 0,
     memory_budget: Annotated[int | None, "Bytes that the activations of one forward pass may take."] = None,
     max_rows: Annotated[int | None, "Rows per forward pass, in place of the memory budget.", AtLeast(1)] = None,
     progress: Annotated[Progress | None, "Called with (rows done, rows in all), patches times prompts."] = None,

@@ -171,7 +171,7 @@ def test_a_length_over_the_context(chain: Run) -> None:
         (b"\n \n\t\n", ["is empty"]),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", ["is not a UTF-8 text file"]),
         ("w4 caf\u00e9 w5".encode("latin-1"), ["is not a UTF-8 text file; save it as plain text in UTF-8"]),
-        (LINE.encode("utf-16"), ["is not a UTF-8 text file"]),
+        (LINE.encode("utf-16-le"), ["line 1 has a NUL character", "in UTF-8"]),  # with a mark it could be read
         (b"w4 w5 w6\nw4\n", ["has 16 tokens: the longest has 3", "use a length of 3 or less"]),  # none is left
     ],
     ids=["empty", "blank", "binary", "latin-1", "utf-16", "short"],

@@ -17,7 +17,9 @@ from sinklens.engine.packed import PackedJob
 from sinklens.engine.packed.blocks import PackedPass
 from sinklens.engine.run import run_patches
 from sinklens.errors import EngineError, InputError
+from sinklens.formation import find_formation
 from sinklens.patches import Patch, Source
+from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.stages.base import Setting
 from tests.helpers.one_at_a_time import OneAtATime
@@ -290,3 +292,17 @@ def test_places_that_do_not_exist_are_refused(llama, changes, message):
     with pytest.raises(InputError, match=message):
         run_patches(llama, tokens_for(llama), [transplant(**changes)], [received()])
     assert hooks_left(llama) == 0
+
+
+@pytest.mark.parametrize("bad", [101, -1])
+def test_tokens_beyond_the_embedding(llama, bad):
+    ids = torch.randint(3, 101, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids[1, 3] = bad
+    batch = PromptBatch(ids, tuple(tuple(map(str, row)) for row in ids.tolist()), "mine")
+    for prompts in (batch, ids, ids.int()):
+        with pytest.raises(InputError, match="must lie in 0..100"):
+            run_patches(llama, prompts, [], [received()])
+    with pytest.raises(InputError, match="must lie in 0..100"):
+        find_formation(llama, batch)
+    with pytest.raises(InputError, match="not torch.float32"):
+        run_patches(llama, ids.float(), [], [received()])
