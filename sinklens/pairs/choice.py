@@ -19,6 +19,9 @@ InducedKind = Literal["block_aggregation", "amplify_variance"]
 """How a sink is made."""
 PairKind = Literal["block_aggregation", "amplify_variance", "natural"]
 """How a sink came about."""
+Direction = Literal["denoise", "noise"]
+"""Into which of a pair's runs activations of the other are put: into the one without the sink, or the one with it."""
+DIRECTIONS: tuple[Direction, ...] = ("denoise", "noise")
 Target: TypeAlias = int | Literal["natural"]
 """A position, or ``natural``."""
 
@@ -44,6 +47,16 @@ class PairChoice:
     def is_natural(self) -> bool:
         """Whether the sink is the one that the data has."""
         return self.target == NATURAL
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """The directions in which patches can be run."""
+        return directions_of(NATURAL if self.is_natural else self.kind)
+
+    @property
+    def amplification(self) -> float | None:
+        """Lambda, where the pair has one: of an induced ``amplify_variance``."""
+        return self.strength if not self.is_natural and self.kind == "amplify_variance" else None
 
     @property
     def position(self) -> int:
@@ -72,11 +85,10 @@ class PairChoice:
 
     def record(self) -> dict[str, Any]:
         """The choice as JSON holds it in records of chains and sweeps."""
-        amplified = not self.is_natural and self.kind == "amplify_variance"
         return {
             "target": self.target,
             "pair": NATURAL if self.is_natural else self.kind,
-            "strength": self.strength if amplified else None,
+            "strength": self.amplification,
             "pair_layers": None if self.layers is None else list(self.layers),
             **({} if self.axis == "prompts" else {"pair_axis": self.axis}),
         }
@@ -94,6 +106,11 @@ class PairChoice:
             axis=record.get("pair_axis", "prompts"),
             **options,
         )
+
+
+def directions_of(kind: PairKind) -> tuple[Direction, ...]:
+    """The directions in which patches of a pair can be run: there is no run without the natural sink to denoise."""
+    return ("noise",) if kind == NATURAL else DIRECTIONS
 
 
 def is_natural(record: Mapping[str, Any]) -> bool:

@@ -71,7 +71,7 @@ class Plan:
         return {
             "format": FORMAT,
             "identity": self.identity,
-            "choices": self.choices.as_json(),
+            "choices": dict(self.choices.as_json),
             "tasks": {**vars(self.tasks), "n_tasks": len(self.tasks), "n_cells": n_cells},
             "answers": _lists(found.answers),
             "readout_layers": list(found.readout_layers),
@@ -87,7 +87,7 @@ def identity_of(choices: Choices, found: Found, grid: Grid) -> str:
         "answers": _lists(found.answers),
         "stages": [repr(axis) for axis in grid.stages],
     }
-    return digest({"format": FORMAT, "choices": choices.as_json(), "found": also})
+    return digest({"format": FORMAT, "choices": choices.as_json, "found": also})
 
 
 def digest(value: object) -> str:

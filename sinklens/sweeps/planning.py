@@ -70,7 +70,7 @@ class Planner:
         # How the grid is cut is taken from the folder where the caller does not say.
         sizes = [name for name in ("task_size", "group_size") if getattr(self.request, name) is None]
         choices = replace(self.choices, **{name: there["tasks"][name] for name in sizes})
-        check_same(there["choices"], choices.as_json(), getattr(sink, "folder", "memory"))
+        check_same(there["choices"], choices.as_json, getattr(sink, "folder", "memory"))
         return self._plan(choices, _found_in(there), there["identity"])
 
     def _plan(self, choices: Choices, found: Found, identity: str | None = None) -> Plan:

@@ -19,6 +19,7 @@ from sinklens.readouts.named import ReadoutLike
 from sinklens.records.ranges import AtLeast, Range
 from sinklens.sweeps.companions import Companions
 from sinklens.sweeps.execution import Execution, Planned
+from sinklens.sweeps.keeping import check_kept
 from sinklens.sweeps.local import Interrupted, run_local
 from sinklens.sweeps.places import Place
 from sinklens.sweeps.plan import ModelSpec, Plan
@@ -144,6 +145,7 @@ def sweep(
 
 def run_sweep(model: Model, batch: PromptBatch, request: Request, execution: Execution) -> SweepResult:
     """:func:`sinklens.sweep`, of arguments that were read."""
+    check_kept(model, request, execution)
     cluster, sink = prepare(execution)
     plan, record = Planner(model, batch, request, execution).begin(sink)
     _check_size(plan, execution)
