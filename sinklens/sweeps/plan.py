@@ -15,11 +15,10 @@ from sinklens.pairs.pair import SinkPair
 from sinklens.prompts import PromptBatch
 from sinklens.sweeps.choices import Choices, formation_key
 from sinklens.sweeps.grid import Grid, StageAxis, Tasks
+from sinklens.sweeps.store import FORMAT
 
 ModelSpec = Mapping[str, Any] | Callable[[], Model]
 """Arguments of :func:`sinklens.load_model`, or a function that returns the model."""
-FORMAT = 1
-"""Of ``sweep.json`` and of the shards."""
 
 
 @dataclass(frozen=True, eq=False)
