@@ -13,6 +13,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from sinklens.records.registry import enter
+
 POSITION_AXES = ("pos", "query")
 """Axis names that run over token positions at which an edit can be placed."""
 
@@ -93,6 +95,8 @@ SITES: dict[str, HookSite] = {
     "mlp_post": MLP_POST,
 }
 """Sites by short name."""
+OWN_SITES = frozenset(SITES)
+"""Names of the package's own."""
 
 UNIT_KINDS = {"heads": ("head", "kv_head"), "neurons": ("d_mlp",), "dims": ("d_model",)}
 """What units are called, and the axes that they are along."""
@@ -102,12 +106,9 @@ def register_site(name: str, site: HookSite) -> HookSite:
     """Make a site known by a short name.
 
     Raises:
-        ValueError: another one has that name.
+        ValueError: the name is taken (see :mod:`sinklens.records.registry`).
     """
-    if SITES.get(name, site) != site:
-        raise ValueError(f"a site named {name!r} is already registered")
-    SITES[name] = site
-    return site
+    return enter(SITES, "a site", name, site)
 
 
 def site_name(site: HookSite) -> str:

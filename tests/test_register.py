@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import torch
 import sinklens as sl
 from sinklens import sites
 from sinklens.edits import Constant
+from sinklens.models import REGISTRY
 from sinklens.pairs import EDITS, NamedEdit, register_edit
 from sinklens.readouts import READOUTS, NamedReadout, register_readout
 from sinklens.readouts.build import vector_readout
 from sinklens.sites import RESID_PRE, SITES, HookSite, register_site
+from sinklens.stages import STAGES
 from tests.helpers.sweeps import TARGET, run, tiny_batch
 
 TEN = NamedEdit("ten", lambda _: Constant("ten", {layer: torch.full((32,), 10.0) for layer in range(4)}))
@@ -45,18 +47,65 @@ def known() -> Iterator[None]:
     del READOUTS["first_dim"], EDITS["ten"], SITES["mid"]
 
 
+STAGE = replace(STAGES["value_aggregation"], name="mine")
+SOURCE = replace(REGISTRY["smollm2"], name="mine")
+REGISTER = """
+from sinklens.sites import register_site
+from sinklens.stages import register
+from sinklens.models import register_model
+from sinklens.pairs import register_edit
+from sinklens.readouts import register_readout
+"""
+EACH: list[tuple[str, Any, Any, Callable[[Any], Any]]] = [
+    ("register_readout(thing)", READOUTS, FIRST, replace),
+    ("register_edit(thing)", EDITS, TEN, replace),
+    ("register_site('mid', thing)", SITES, HOOK, lambda _: RESID_PRE),
+    ("register(thing)", STAGES, STAGE, lambda thing: replace(thing, claim="another")),
+    ("register_model(thing)", REGISTRY, SOURCE, lambda thing: replace(thing, title="another")),
+]
+
+
 @pytest.mark.usefixtures("known")
 def test_a_name_means_one_thing() -> None:
     register_readout(FIRST)  # the same once more is no mistake
     register_edit(TEN)
     register_site("mid", HOOK)
-    with pytest.raises(ValueError, match="named 'first_dim' is already registered"):
-        register_readout(replace(FIRST))
-    with pytest.raises(ValueError, match="named 'ten' is already registered"):
-        register_edit(replace(TEN))
-    with pytest.raises(ValueError, match="named 'mid' is already registered"):
-        register_site("mid", RESID_PRE)
     assert sites.site_name(HOOK) == "mid"
+
+
+@pytest.mark.parametrize("call, known_things, thing, another", EACH)
+@pytest.mark.parametrize("place", [{"__name__": "__main__"}, {"__name__": "mine", "__file__": "/home/me/mine.py"}])
+def test_a_cell_can_be_run_again(
+    call: str, known_things: dict[str, Any], thing: Any, another: Any, place: dict[str, Any]
+) -> None:
+    """The newest counts; from elsewhere the name is taken, but for the very same thing."""
+    name = "mid" if "'mid'" in call else thing.name
+    exec(REGISTER, place)
+    try:
+        for _ in range(2):
+            exec(call, place | {"thing": thing})
+        newer = another(thing)
+        exec(call, place | {"thing": newer})
+        assert known_things[name] is newer
+        exec(REGISTER + call, {"__name__": "elsewhere", "thing": newer})
+        exec(call, place | {"thing": newer})
+        with pytest.raises(ValueError, match=f"named '{name}' is already registered, in "):
+            exec(REGISTER + call, {"__name__": "elsewhere", "thing": thing})
+        assert known_things[name] is newer
+    finally:
+        known_things.pop(name, None)
+
+
+@pytest.mark.parametrize("call, known_things, thing, another", EACH)
+def test_names_of_the_package_stay_what_they_are(
+    call: str, known_things: dict[str, Any], thing: Any, another: Any
+) -> None:
+    own = dict(known_things)
+    for name, mine in own.items():
+        taken = mine if isinstance(mine, HookSite) else replace(mine)
+        with pytest.raises(ValueError, match=f"named '{name}' is already registered"):
+            exec(REGISTER + call.replace("'mid'", repr(name)), {"__name__": "__main__", "thing": taken})
+    assert known_things == own and thing is not another(thing)
 
 
 @pytest.mark.usefixtures("known")

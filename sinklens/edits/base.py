@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from types import CodeType, FunctionType
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -13,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
+from sinklens.records.fingerprint import fingerprint_of
 from sinklens.sites import HookSite
 
 Gathered: TypeAlias = Float[Tensor, "pair unit *rest"]
@@ -104,14 +103,11 @@ class Edit:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """SHA-256 over the class and all parameters: equal edits have equal fingerprints.
+        """SHA-256 over the class and all parameters: equal edits have equal fingerprints, in every process.
 
-        Tensors count by value, functions by their code, defaults and closed-over values (not by globals they name).
+        Functions count by what they do (see :mod:`sinklens.records.fingerprint`).
         """
-        digest = hashlib.sha256(type(self).__qualname__.encode())
-        for item in fields(self):
-            _update(digest, getattr(self, item.name))
-        return digest.hexdigest()
+        return fingerprint_of(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,40 +118,6 @@ class SourceEdit(Edit):
     @override
     def uses_source(self) -> bool:
         return True
-
-
-def fingerprint_of(value: object) -> str:
-    """SHA-256 of a parameter: a tensor by value, a function by its code, defaults and closed-over values."""
-    digest = hashlib.sha256()
-    _update(digest, value)
-    return digest.hexdigest()
-
-
-def _update(digest: hashlib._Hash, value: object) -> None:
-    # Every part is preceded by its type and size, so that no two values run together to the same bytes.
-    if isinstance(value, Tensor):
-        digest.update(f"tensor {tuple(value.shape)} {value.dtype} ".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, Edit):
-        digest.update(f"edit {value.fingerprint()} ".encode())
-    elif isinstance(value, Mapping):
-        digest.update(f"mapping {len(value)} ".encode())
-        for key in sorted(value):
-            _update(digest, key)
-            _update(digest, value[key])
-    elif isinstance(value, tuple):
-        digest.update(f"tuple {len(value)} ".encode())
-        for item in value:
-            _update(digest, item)
-    elif isinstance(value, CodeType):
-        _update(digest, (value.co_code, value.co_names, value.co_varnames, value.co_consts))
-    elif isinstance(value, FunctionType):
-        # A function is known by what it does: its repr would hold an address that differs in every process.
-        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
-        _update(digest, (value.__code__, value.__defaults__, value.__kwdefaults__, cells))
-    else:
-        text = repr(value)
-        digest.update(f"{type(value).__name__} {len(text)} {text} ".encode())
 
 
 def select(full: Float[Tensor, "unit ..."], like: Gathered, units: Int[Tensor, "pair unit"] | None) -> Tensor:

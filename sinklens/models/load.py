@@ -23,6 +23,7 @@ from sinklens.models import smollm2 as _smollm2
 from sinklens.models.backends import has_hooked_transformer, to_bridge, to_hooked
 from sinklens.models.given import blocks_name, check_as_it_stands, unwrapped
 from sinklens.models.state import in_usual_state
+from sinklens.records.registry import enter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,11 +89,9 @@ def register_model(source: ModelSource) -> None:
     """Give a model a short name.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken (see :mod:`sinklens.records.registry`).
     """
-    if source.name in REGISTRY:
-        raise ValueError(f"a model named {source.name!r} is already registered.")
-    REGISTRY[source.name] = source
+    enter(REGISTRY, "a model", source.name, source)
 
 
 register_model(

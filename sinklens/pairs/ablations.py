@@ -21,7 +21,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.edits import Constant, Edit, PerPrompt
-from sinklens.edits.base import fingerprint_of
 from sinklens.edits.general import Transplant
 from sinklens.engine.capture import Want, capture_runs
 from sinklens.errors import InputError
@@ -29,6 +28,8 @@ from sinklens.models.view import Model, model_shape
 from sinklens.pairs.pair import SinkPair
 from sinklens.pairs.subset import roots_for_prompts
 from sinklens.prompts import PromptBatch
+from sinklens.records.fingerprint import fingerprint_of
+from sinklens.records.registry import enter
 from sinklens.sites import HookSite
 from sinklens.statistics import generator
 
@@ -103,12 +104,9 @@ def register_edit(edit: NamedEdit) -> NamedEdit:
     """Make an edit known by its name.
 
     Raises:
-        ValueError: another one has that name.
+        ValueError: the name is taken (see :mod:`sinklens.records.registry`).
     """
-    if EDITS.get(edit.name, edit) is not edit:
-        raise ValueError(f"an edit named {edit.name!r} is already registered")
-    EDITS[edit.name] = edit
-    return edit
+    return enter(EDITS, "an edit", edit.name, edit)
 
 
 EditLike = str | NamedEdit | Edit

@@ -20,6 +20,9 @@ InducedKind = Literal["block_aggregation", "amplify_variance"]
 """How a sink is made."""
 PairKind = Literal["block_aggregation", "amplify_variance", "natural"]
 """How a sink came about."""
+Direction = Literal["denoise", "noise"]
+"""Into which of a pair's runs activations of the other are put: into the one without the sink, or the one with it."""
+DIRECTIONS: tuple[Direction, ...] = ("denoise", "noise")
 Target: TypeAlias = int | Literal["natural"]
 """A position, or ``natural``."""
 
@@ -62,6 +65,16 @@ class PairChoice:
         return isinstance(self.target, str) and self.target == NATURAL
 
     @property
+    def directions(self) -> tuple[Direction, ...]:
+        """The directions in which patches can be run."""
+        return directions_of(NATURAL if self.is_natural else self.kind)
+
+    @property
+    def amplification(self) -> float | None:
+        """Lambda, where the pair has one: of an induced ``amplify_variance``."""
+        return self.strength if not self.is_natural and self.kind == "amplify_variance" else None
+
+    @property
     def position(self) -> int:
         """The position that is made a sink.
 
@@ -88,11 +101,10 @@ class PairChoice:
 
     def record(self) -> dict[str, Any]:
         """The choice as JSON holds it in records of chains and sweeps."""
-        amplified = not self.is_natural and self.kind == "amplify_variance"
         return {
             "target": self.target,
             "pair": NATURAL if self.is_natural else self.kind,
-            "strength": self.strength if amplified else None,
+            "strength": self.amplification,
             "pair_layers": None if self.layers is None else list(self.layers),
             **({} if self.axis == "prompts" else {"pair_axis": self.axis}),
         }
@@ -118,6 +130,11 @@ def _position(target: Any) -> Any:
         return whole_number(target, "target")
     except InputError:
         return target
+
+
+def directions_of(kind: PairKind) -> tuple[Direction, ...]:
+    """The directions in which patches of a pair can be run: there is no run without the natural sink to denoise."""
+    return ("noise",) if kind == NATURAL else DIRECTIONS
 
 
 def is_natural(record: Mapping[str, Any]) -> bool:

@@ -13,7 +13,6 @@ prompt.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,13 +24,10 @@ from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model
-from sinklens.pairs.choice import NATURAL, InducedKind, PairChoice, PairKind
+from sinklens.pairs.choice import NATURAL, Direction, InducedKind, PairChoice, PairKind, directions_of
 from sinklens.patches import CLEAN, Patch, Positions, Runs, Source
 from sinklens.prompts import PromptBatch
 from sinklens.sites import PATTERN, HookSite, Z
-
-Direction = Literal["denoise", "noise"]
-"""Into which of a pair's runs activations of the other are put: into the one without the sink, or the one with it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +67,7 @@ class SinkPair:
     @property
     def directions(self) -> tuple[Direction, ...]:
         """The directions in which patches can be run."""
-        return ("noise",) if self.is_natural else ("denoise", "noise")
+        return directions_of(self.kind)
 
     def ends(self, direction: Direction) -> tuple[str, Source]:
         """The run that is patched, and the source of what is put there."""
@@ -118,7 +114,7 @@ def make_pair(
         with_sink=Source("anchored"),
         ordinary=ordinary,
         reference=reference,
-        strength=choice.strength if choice.kind == "amplify_variance" else None,
+        strength=choice.amplification,
     )
 
 

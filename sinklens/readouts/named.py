@@ -18,11 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens import metrics
-from sinklens.edits.base import fingerprint_of
 from sinklens.errors import InputError
 from sinklens.patches import Positions
 from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens
 from sinklens.readouts.build import attention_ordinary, attention_received, over_positions, vector_readout
+from sinklens.records.fingerprint import fingerprint_of
+from sinklens.records.registry import enter
 from sinklens.sites import LOGITS, PATTERN, RESID_PRE
 
 Reduce = Callable[[Tensor, Rows], Tensor]
@@ -86,12 +87,9 @@ def register_readout(readout: NamedReadout) -> NamedReadout:
     """Make a readout known by its name.
 
     Raises:
-        ValueError: another one has that name.
+        ValueError: the name is taken (see :mod:`sinklens.records.registry`).
     """
-    if READOUTS.get(readout.name, readout) is not readout:
-        raise ValueError(f"a readout named {readout.name!r} is already registered")
-    READOUTS[readout.name] = readout
-    return readout
+    return enter(READOUTS, "a readout", readout.name, readout)
 
 
 def named_readout(readout: str | NamedReadout) -> NamedReadout:
@@ -152,15 +150,9 @@ def read_readout(readout: ReadoutLike) -> ReadoutLike:
 def fingerprint(readout: ReadoutLike) -> object:
     """What tells a readout from another, in plain data."""
     named = _named(readout)
-    if named is not None:
-        # A name of the package's own says it all: what it means changes with the version alone.
-        return named.name if _OWN.get(named.name) is named else [named.name, fingerprint_of(named.make)]
-    if not isinstance(readout, Readout):
-        return [readout_name(readout), fingerprint_of(readout)]
-    functions = [readout.reduce, readout.combine]
-    if isinstance(readout, PositionReadout):
-        functions = [readout.at, readout.weigh, readout.combine]
-    return [readout.name, readout.site.template, list(readout.layers), *map(fingerprint_of, functions)]
+    if named is not None and _OWN.get(named.name) is named:
+        return named.name  # what a name of the package means changes with the version alone
+    return [readout_name(readout), fingerprint_of(readout if named is None else replace(named, help=""))]
 
 
 def build(readout: ReadoutLike, context: Context) -> Readout:

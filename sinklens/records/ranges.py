@@ -191,6 +191,11 @@ def spans(numbers: Iterable[int], dash: str = "–", most: int | None = None) ->
     return ", ".join(texts if most is None or len(texts) <= most else [*texts[:most], "..."])
 
 
+def names_in(text: str) -> tuple[str, ...]:
+    """``zero, mean`` as ``("zero", "mean")``: the names in a text with commas, empty ones dropped."""
+    return tuple(name for part in text.split(",") if (name := part.strip()))
+
+
 def integers(option: str, text: str) -> tuple[int, ...]:
     """``0-2,7`` as ``(0, 1, 2, 7)``: a list of numbers that is an option's value on the command line.
 

@@ -26,6 +26,7 @@ from sinklens.patches import Patch, Positions, Source, Where
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.build import vector_readout
+from sinklens.records.registry import enter
 from sinklens.sites import HookSite
 from sinklens.study import Study
 
@@ -310,14 +311,14 @@ class Stage:
 STAGES: dict[str, Stage] = {}
 """Stages by name, for the command line; :func:`sinklens.run_chain` takes stages themselves and needs no registry."""
 
+KIND = "a stage"
+"""What the registry calls them."""
+
 
 def register(stage: Stage) -> Stage:
     """Make ``stage`` known by its name.
 
     Raises:
-        ValueError: when another stage has that name.
+        ValueError: the name is taken (see :mod:`sinklens.records.registry`).
     """
-    if stage.name in STAGES and STAGES[stage.name] is not stage:
-        raise ValueError(f"a stage named {stage.name!r} is already registered")
-    STAGES[stage.name] = stage
-    return stage
+    return enter(STAGES, KIND, stage.name, stage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from sinklens.edits import Edit
@@ -18,7 +19,7 @@ from sinklens.sites import HookSite
 from sinklens.stages import Stage
 from sinklens.study import provenance
 from sinklens.sweeps.companions import Companion
-from sinklens.sweeps.places import Units
+from sinklens.sweeps.places import Units, place_fingerprint
 from sinklens.sweeps.request import Request
 
 ESTIMATES = 1 << 14
@@ -52,9 +53,11 @@ class Choices(Request):
     length: int
     """Tokens of each."""
 
-    def as_json(self) -> dict[str, Any]:
+    @cached_property
+    def as_json(self) -> Mapping[str, Any]:
         """What ``sweep.json`` holds under ``choices``, and what tells one sweep from another."""
         asked = {field.name: _plain(getattr(self, field.name)) for field in fields(Request)}
+        asked["stages"] = [place_fingerprint(place) for place in self.stages]
         left_out = {"group_size", "task_size"}  # these come last
         if self.method != "screen":
             left_out |= {"top", "sample"}
@@ -63,7 +66,6 @@ class Choices(Request):
         return {
             **{name: value for name, value in asked.items() if name not in left_out},
             **self.pair_choice.record(),
-            "strength": self.strength if self.pair == "amplify_variance" else None,
             **{name: self.origin[name] for name in ("model", "weight_digest", "dtype")},
             "prompts": self.prompts,
             "prompts_digest": self.origin["prompts_digest"],
@@ -82,11 +84,10 @@ def resolve(request: Request, model: Model, batch: PromptBatch) -> Choices:
     """
     shape = model_shape(model)
     request.check_length(batch.length)  # before any work
-    allowed = ("noise",) if request.pair_choice.is_natural else ("denoise", "noise")
     resolved = {
         "layers": window_starts(request.layers, request.window, shape.n_layers),
         "positions": request.positions_in(batch.length),
-        "directions": request.directions or allowed,
+        "directions": request.directions or request.pair_choice.directions,
         "readout_layers": _layers_read(request.readout_layers, shape),
         "answers": _check_answers(request.answers, batch, shape),
         **_sizes(request, model, batch),
@@ -166,10 +167,8 @@ def _plain(value: Any) -> Any:
     """A choice as JSON has it: things by name, or by name and digest where they have none of ours."""
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
-    if isinstance(value, Stage):
-        return value.name
-    if isinstance(value, HookSite):
-        return [value.template, list(value.axes)]
+    if isinstance(value, (Stage, HookSite)):
+        return place_fingerprint(value)
     if isinstance(value, (Edit, NamedEdit)):
         return edit_fingerprint(value)
     if isinstance(value, Formation):
@@ -177,5 +176,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Units):
         return _plain(value.given)
     if isinstance(value, Companion):
-        return _plain((value.place, value.edit, value.layers, value.units))
+        return [place_fingerprint(value.place), *_plain((value.edit, value.layers, value.units))]
     return value if value is None or isinstance(value, (str, int, float)) else fingerprint(value)

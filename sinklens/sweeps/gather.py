@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sinklens.engine.run import Progress
@@ -16,8 +18,9 @@ from sinklens.records.ranges import spans
 from sinklens.sweeps.plan import check_same
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.schema import SCHEMA
+from sinklens.sweeps.seal import Damage, Seal
 from sinklens.sweeps.shards import METADATA, read_shard
-from sinklens.sweeps.store import FolderSink
+from sinklens.sweeps.store import RECORD, SHARDS, VERIFIED, FolderSink
 
 
 def gather(folders: Sequence[str | Path], out: str | Path, *, progress: Progress | None = None) -> SweepResult:
@@ -69,7 +72,10 @@ def _paths(result: SweepResult, folders: Sequence[str | Path]) -> dict[str, Path
 
 
 def _write(result: SweepResult, paths: dict[str, Path], out: Path, progress: Progress | None) -> None:
-    record = json.dumps(to_plain({"record": result.record, "listed": list(paths)}), ensure_ascii=False)
+    if not out.name or out.is_dir() or out.name in (RECORD, VERIFIED) or out.resolve().parent.name == SHARDS:
+        raise InputError(f"{out} is a folder, or a file of a sweep: give another file, such as joined.parquet")
+    seals = [asdict(_seal(path)) for path in paths.values()]
+    record = json.dumps(to_plain({"record": result.record, "seals": seals}), ensure_ascii=False)
     schema = SCHEMA.with_metadata({METADATA: record.encode()})
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,3 +87,15 @@ def _write(result: SweepResult, paths: dict[str, Path], out: Path, progress: Pro
                     progress(number, len(paths))
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from error
+
+
+def _seal(path: Path) -> Seal:
+    """The seal of a shard; whether its rows fit is seen when they are read.
+
+    Raises:
+        InputError: it has none.
+    """
+    try:
+        return Seal.read(pq.read_schema(path).metadata)
+    except (OSError, pa.ArrowException, UnicodeDecodeError, Damage) as error:
+        raise InputError(f"{path} is damaged: remove that file and run the sweep again, which fills it") from error

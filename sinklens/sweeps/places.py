@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from sinklens.errors import InputError
 from sinklens.models.view import ModelShape
-from sinklens.records.ranges import Numbers, Range, parse, read, short, within
-from sinklens.sites import SITES, UNIT_KINDS, HookSite, site_name, unit_count
+from sinklens.records.fingerprint import fingerprint_of
+from sinklens.records.ranges import Numbers, Range, names_in, parse, read, short, within
+from sinklens.records.registry import is_own
+from sinklens.sites import OWN_SITES, SITES, UNIT_KINDS, HookSite, site_name, unit_count
 from sinklens.stages import STAGES, Stage
+from sinklens.stages.base import KIND
 
 Place = str | Stage | HookSite
 """A stage or a site, or the name of one."""
@@ -38,6 +41,17 @@ def find_place(place: Place) -> Stage | HookSite:
     raise InputError(f"stage {place!r} is not known: {hint}")
 
 
+def place_fingerprint(place: Place) -> object:
+    """What tells a place from another, in plain data: of the package's own the name, of the user's its contents too."""
+    found = find_place(place)
+    if isinstance(found, Stage):
+        own = is_own(KIND, found.name) and STAGES.get(found.name) is found
+        return found.name if own else [found.name, fingerprint_of((found.site, found.layers, found.units))]
+    if isinstance(place, str) and place in OWN_SITES:
+        return place
+    return [*([place] if isinstance(place, str) else []), found.template, list(found.axes)]
+
+
 @dataclass(frozen=True)
 class Units:
     """Which units are swept one by one."""
@@ -61,10 +75,11 @@ def read_units(given: Range) -> Units:
     """
     text = given.strip() if isinstance(given, str) else None
     if text and not any(c.isdigit() for c in text):
-        kinds = tuple(part.strip() for part in text.split(","))
+        kinds = names_in(text)
         unknown = [kind for kind in kinds if kind not in UNIT_KINDS and kind != "all"]
-        if unknown:
-            raise InputError(f"units {unknown[0]!r}: choose heads, neurons, dims, all, or numbers such as 0-8")
+        if unknown or not kinds:
+            told = unknown[0] if unknown else text
+            raise InputError(f"units {told!r}: choose heads, neurons, dims, all, or numbers such as 0-8")
         return Units(text, kinds, ())
     found = read("units", given, ()) if text is None else parse("units", text)
     assert not isinstance(found, str)

@@ -15,11 +15,10 @@ from sinklens.pairs.pair import SinkPair
 from sinklens.prompts import PromptBatch
 from sinklens.sweeps.choices import Choices, formation_key
 from sinklens.sweeps.grid import Grid, StageAxis, Tasks
+from sinklens.sweeps.store import FORMAT
 
 ModelSpec = Mapping[str, Any] | Callable[[], Model]
 """Arguments of :func:`sinklens.load_model`, or a function that returns the model."""
-FORMAT = 1
-"""Of ``sweep.json`` and of the shards."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +70,7 @@ class Plan:
         return {
             "format": FORMAT,
             "identity": self.identity,
-            "choices": self.choices.as_json(),
+            "choices": dict(self.choices.as_json),
             "tasks": {**vars(self.tasks), "n_tasks": len(self.tasks), "n_cells": n_cells},
             "answers": _lists(found.answers),
             "readout_layers": list(found.readout_layers),
@@ -87,7 +86,7 @@ def identity_of(choices: Choices, found: Found, grid: Grid) -> str:
         "answers": _lists(found.answers),
         "stages": [repr(axis) for axis in grid.stages],
     }
-    return digest({"format": FORMAT, "choices": choices.as_json(), "found": also})
+    return digest({"format": FORMAT, "choices": choices.as_json, "found": also})
 
 
 def digest(value: object) -> str:

@@ -70,10 +70,16 @@ class Planner:
         # How the grid is cut is taken from the folder where the caller does not say.
         sizes = [name for name in ("task_size", "group_size") if getattr(self.request, name) is None]
         choices = replace(self.choices, **{name: there["tasks"][name] for name in sizes})
-        check_same(there["choices"], choices.as_json(), getattr(sink, "folder", "memory"))
-        return self._plan(choices, _found_in(there), there["identity"])
+        check_same(there["choices"], choices.as_json, getattr(sink, "folder", "memory"))
+        plan = self._plan(choices, _found_in(there))
+        if plan.identity != there["identity"]:
+            raise InputError(
+                f"{getattr(sink, 'folder', 'memory')} holds another sweep (its places are others, or another sinklens "
+                "made it): choose another folder, or replace it with --force"
+            )
+        return plan
 
-    def _plan(self, choices: Choices, found: Found, identity: str | None = None) -> Plan:
+    def _plan(self, choices: Choices, found: Found) -> Plan:
         model, batch, rows = self.model, self.batch, self.execution.rows(self.model, self.batch.length)
         pair = make_pair(choices.pair_choice, model, batch, found.formation, seed=choices.seed, max_rows=rows)
         study = Study.of(model, batch, found.formation, rows=rows, seed=choices.seed)
@@ -86,7 +92,7 @@ class Planner:
             companions=tuple(companion_axis(companion, setting) for companion in choices.companions),
             tasks=Tasks(grid.n_patches, batch.n, choices.group_size, choices.task_size),
             batch=batch,
-            identity=identity or identity_of(choices, found, grid),
+            identity=identity_of(choices, found, grid),
             pair=pair,
             model_spec=self.execution.model_spec,
         )

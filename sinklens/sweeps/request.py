@@ -10,9 +10,9 @@ from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.pairs import InducedKind, PairChoice
 from sinklens.pairs.ablations import EditLike, read_edit
-from sinklens.pairs.choice import Target
+from sinklens.pairs.choice import DIRECTIONS, Target
 from sinklens.readouts.named import ReadoutLike, read_readout, readout_name
-from sinklens.records.ranges import Numbers, read, within
+from sinklens.records.ranges import Numbers, names_in, read, within
 from sinklens.sweeps.companions import Companion, read_companions
 from sinklens.sweeps.places import Place, Units, find_place, place_name, read_units
 
@@ -140,7 +140,7 @@ def _read(given: Mapping[str, Any]) -> dict[str, Any]:
 def listed(given: Any) -> tuple[Any, ...]:
     """A list of names or things; one alone, or names in a text with commas, will do."""
     if isinstance(given, str):
-        return tuple(name.strip() for name in given.split(",") if name.strip())
+        return names_in(given)
     return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
 
@@ -168,9 +168,9 @@ def _check_directions(request: Request) -> None:
     if request.directions is None:
         return
     for name in request.directions:
-        if name not in ("denoise", "noise"):
+        if name not in DIRECTIONS:
             raise InputError(f"direction {name!r}: choose denoise or noise")
-        if name == "denoise" and request.pair_choice.is_natural:
+        if name not in request.pair_choice.directions:
             raise InputError("target natural can only be noised: there is no run without that sink to denoise")
     if not request.directions:
         raise InputError("directions must be denoise, noise, or both")

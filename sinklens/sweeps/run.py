@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
+
+import pyarrow as pa
 
 from sinklens.engine.run import Progress
 from sinklens.errors import InputError
@@ -20,6 +23,7 @@ from sinklens.readouts.named import ReadoutLike
 from sinklens.records.ranges import SEEDS, AtLeast, Range
 from sinklens.sweeps.companions import Companions
 from sinklens.sweeps.execution import Execution, Planned
+from sinklens.sweeps.keeping import check_kept
 from sinklens.sweeps.local import Interrupted, run_local
 from sinklens.sweeps.places import Place
 from sinklens.sweeps.plan import ModelSpec, Plan
@@ -29,8 +33,11 @@ from sinklens.sweeps.ray.crew import run_ray
 from sinklens.sweeps.request import Answers, Request
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.screening import verify
+from sinklens.sweeps.seal import Damage, read_sealed
 from sinklens.sweeps.shards import FolderShards, MemoryShards
 from sinklens.sweeps.store import FolderSink, MemorySink
+
+logger = logging.getLogger(__name__)
 
 Engine = Callable[..., None]
 ENGINES: dict[str, Engine] = {"local": run_local, "ray": run_ray}
@@ -146,10 +153,11 @@ def sweep(
 @in_usual_state
 def run_sweep(model: Model, batch: PromptBatch, request: Request, execution: Execution) -> SweepResult:
     """:func:`sinklens.sweep`, of arguments that were read."""
+    check_kept(model, request, execution)
     cluster, sink = prepare(execution)
     plan, record = Planner(model, batch, request, execution).begin(sink)
     _check_size(plan, execution)
-    pending = pending_tasks(plan, sink.finished(), execution.shard)
+    pending = pending_tasks(plan, _sound(plan, sink, execution.shard), execution.shard)
     if execution.planned is not None:
         execution.planned(plan, pending)
     try:
@@ -170,7 +178,7 @@ def run_sweep(model: Model, batch: PromptBatch, request: Request, execution: Exe
     result = SweepResult(record, shards, folder)
     if request.method != "screen" or result.missing:
         return result
-    if sink.verified() is None:
+    if _verified(sink) is None:
         sink.write_verified(verify(model, plan, result, **execution.limits))
     return replace(result, exact_rows=sink.verified())
 
@@ -190,6 +198,35 @@ def pending_tasks(plan: Plan, finished: set[str], shard: tuple[int, int] | None 
     """Numbers of the tasks that are left to this shard."""
     first, step = (0, 1) if shard is None else (shard[0] - 1, shard[1])
     return [index for index in range(first, len(plan.tasks), step) if plan.task_id(index) not in finished]
+
+
+def _sound(plan: Plan, sink: MemorySink | FolderSink, shard: tuple[int, int] | None) -> set[str]:
+    """Names of the tasks of this shard that are done and as they were written; of others it is said."""
+    finished = sink.finished()
+    if isinstance(sink, MemorySink) or not finished:
+        return finished
+    damaged = {}
+    for index in pending_tasks(plan, set(), shard):
+        task = plan.task_id(index)
+        if task in finished:
+            try:
+                read_sealed(sink.path(task), task)
+            except Damage as damage:
+                damaged[task] = str(damage)
+    if damaged:
+        first, why = next(iter(damaged.items()))
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        logger.warning("%s%s in %s is damaged (%s) and run again", first, more, sink.folder, why)
+    return finished - set(damaged)
+
+
+def _verified(sink: MemorySink | FolderSink) -> pa.Table | None:
+    """The exact rows of a screened sweep, if they are there and as they were written; if not, that is said."""
+    try:
+        return sink.verified()
+    except InputError as error:
+        logger.warning("%s; it is run again now", error)
+        return None
 
 
 def _check_size(plan: Plan, execution: Execution) -> None:

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from sinklens.errors import InputError
 from sinklens.sweeps.schema import SCHEMA
-from sinklens.sweeps.store import FolderSink
+from sinklens.sweeps.seal import Damage, Seal, parse_record, read_sealed
+from sinklens.sweeps.store import FORMAT, FolderSink
 
 METADATA = b"sinklens.sweep"
 """Key of the record in a gathered file's metadata; its row groups are tasks."""
@@ -61,6 +62,7 @@ class FolderShards:
 
     def __init__(self, folder: Path) -> None:
         self.sink = FolderSink(folder)
+        self._sound: set[str] = set()
 
     def tasks(self) -> set[str]:
         """Names of the tasks that are there."""
@@ -75,7 +77,15 @@ class FolderShards:
         return _joined([read_shard(self.sink.path(task), columns) for task in tasks], columns)
 
     def dataset(self, tasks: Sequence[str]) -> ds.Dataset:
-        """The same as a data set, which streams."""
+        """The same as a data set, which streams.
+
+        Raises:
+            InputError: a shard is damaged.
+        """
+        for task in tasks:
+            if task not in self._sound:  # a data set is read piece by piece, and looks at no seal
+                read_shard(self.sink.path(task))
+                self._sound.add(task)
         paths = [str(self.sink.path(task)) for task in tasks]
         return ds.dataset(paths, format="parquet", schema=SCHEMA) if paths else ds.dataset(_joined([]))
 
@@ -91,9 +101,9 @@ class FileShards:
         return pq.ParquetFile(self.path)
 
     @cached_property
-    def _groups(self) -> dict[str, int]:
-        listed = json.loads((self._file.schema_arrow.metadata or {})[METADATA])["listed"]
-        return {task: number for number, task in enumerate(listed)}
+    def _groups(self) -> dict[str, tuple[int, Seal]]:
+        seals = json.loads((self._file.schema_arrow.metadata or {})[METADATA])["seals"]
+        return {seal["task"]: (number, Seal(**seal)) for number, seal in enumerate(seals)}
 
     def tasks(self) -> set[str]:
         """Names of the tasks that are there."""
@@ -101,11 +111,36 @@ class FileShards:
 
     def read(self, tasks: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of some tasks, in that order."""
-        wanted = None if columns is None else list(columns)
-        return _joined([self._file.read_row_groups([self._groups[task]], columns=wanted) for task in tasks], columns)
+        return _joined([self._read(task, None if columns is None else list(columns)) for task in tasks], columns)
+
+    def _read(self, task: str, columns: list[str] | None) -> pa.Table:
+        """The rows of one task.
+
+        Raises:
+            InputError: they are not as they were written.
+        """
+        number, seal = self._groups[task]
+        try:
+            rows = self._file.read_row_groups([number], columns=columns)
+            seal.check(task, rows)
+        except (OSError, pa.ArrowException, UnicodeDecodeError, Damage) as error:
+            told = " ".join(str(error).split())[:120]
+            raise InputError(f"{self.path} is damaged ({task}: {told}): gather the folders again") from error
+        return rows
+
+    @cached_property
+    def _all_sound(self) -> bool:
+        for task in self._groups:
+            self._read(task, None)
+        return True
 
     def dataset(self, tasks: Sequence[str]) -> ds.Dataset:  # noqa: ARG002  (the file has all of them)
-        """The same as a data set, which streams."""
+        """The same as a data set, which streams.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        assert self._all_sound
         return ds.dataset(self.path, format="parquet", schema=SCHEMA)
 
 
@@ -116,12 +151,11 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         InputError: it is damaged.
     """
     try:
-        with pq.ParquetFile(path) as file:
-            return file.read(columns=None if columns is None else list(columns))
-    except (OSError, pa.ArrowException) as error:
+        return read_sealed(path, path.stem, columns)
+    except Damage as damage:
         raise InputError(
-            f"{path} is damaged ({error}): remove that file and run the sweep again, which fills it"
-        ) from error
+            f"{path} is damaged ({damage}): remove that file and run the sweep again, which fills it"
+        ) from None
 
 
 def record_of_file(path: Path) -> dict[str, Any]:
@@ -132,11 +166,17 @@ def record_of_file(path: Path) -> dict[str, Any]:
     """
     try:
         with pq.ParquetFile(path) as file:
-            return json.loads((file.schema_arrow.metadata or {})[METADATA])["record"]
-    except (OSError, pa.ArrowException, ValueError, LookupError) as error:
+            found, groups = json.loads((file.schema_arrow.metadata or {})[METADATA]), file.num_row_groups
+        record = parse_record(json.dumps(found["record"]), FORMAT)
+        if len({seal["task"] for seal in found["seals"]}) != groups:
+            raise Damage("it has other row groups")
+        _ = [Seal(**seal) for seal in found["seals"]]
+    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, RecursionError, Damage) as error:
         raise InputError(
-            f"{path} is not a file that sinklens gather has written: give one, or a sweep's folder"
+            f"{path} is not a file that sinklens gather has written, or not as it was written: give a sweep's folder, "
+            "or gather again"
         ) from error
+    return record
 
 
 def _joined(tables: Sequence[pa.Table], columns: Sequence[str] | None = None) -> pa.Table:

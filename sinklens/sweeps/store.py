@@ -1,8 +1,8 @@
 """Where a sweep's rows go: a folder that many processes may write to and that survives any of them, or memory.
 
 ``FOLDER/sweep.json`` says what the sweep is; it is written once, by whoever comes first. ``FOLDER/shards/TASK.parquet``
-has the rows of one task: a shard that is there is complete, so taking a sweep up again is running the tasks that have
-none. Two processes that run the same task write the same rows, and the second takes the place of the first.
+has the rows of one task: taking a sweep up again is running the tasks that have none, or one that is not as it was
+written (``seal``). Two processes that run the same task write the same rows, and the second's take the first's place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from sinklens.errors import InputError
 from sinklens.records.files import remove_leftovers, replaced, temporary_name
 from sinklens.records.plain import to_plain
 from sinklens.sweeps.schema import PARQUET
+from sinklens.sweeps.seal import Damage, Seal, parse_record, read_sealed, record_digest
 
+FORMAT = 2
+"""Of ``sweep.json`` and of the shards."""
 RECORD = "sweep.json"
 SHARDS = "shards"
 VERIFIED = "verified.parquet"
@@ -115,10 +118,13 @@ class FolderSink:
 
     def finished(self) -> set[str]:
         """Names of the tasks that are done."""
-        with contextlib.suppress(FileNotFoundError):
+        try:
             names = os.listdir(self.folder / SHARDS)
-            return {name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] != "."}
-        return set()
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise InputError(f"{self.folder / SHARDS} cannot be read ({error.strerror or error})") from error
+        return {name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] != "."}
 
     def path(self, task: str) -> Path:
         """The file of a task."""
@@ -130,7 +136,7 @@ class FolderSink:
         Raises:
             InputError: the disk is full or read-only; what was finished before is kept.
         """
-        self._write(self.path(task), rows)
+        self._write(self.path(task), task, rows)
 
     def verified(self) -> pa.Table | None:
         """The exact rows of a screened sweep.
@@ -142,15 +148,20 @@ class FolderSink:
         if not path.is_file():
             return None
         try:
-            return pq.read_table(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise InputError(f"{path} is damaged: remove it, and run the same sweep again") from error
+            return read_sealed(path, self._verified_task())
+        except Damage as damage:
+            raise InputError(f"{path} is damaged ({damage}): run the same sweep again") from None
 
     def write_verified(self, rows: pa.Table) -> None:
         """Keep the exact rows of a screened sweep."""
-        self._write(self.folder / VERIFIED, rows)
+        self._write(self.folder / VERIFIED, self._verified_task(), rows)
 
-    def _write(self, path: Path, rows: pa.Table) -> None:
+    def _verified_task(self) -> str:
+        record = self.record()
+        return f"{VERIFIED}-{None if record is None else record['identity']}"
+
+    def _write(self, path: Path, task: str, rows: pa.Table) -> None:
+        rows = Seal.of(task, rows).put_on(rows)
         with self._writing(), replaced(path) as temporary, open(temporary, "wb") as file:
             pq.write_table(rows, file, **PARQUET)
             file.flush()
@@ -214,19 +225,17 @@ def read_record(folder: Path, *, missing_ok: bool = False) -> dict[str, Any] | N
             if missing_ok and not _holds_something(folder):
                 return None
             raise InputError(f"{folder} holds no {RECORD}: give the folder of a sweep")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("identity", "choices", "tasks", "formation"):
-            found[name]
+        return parse_record(path.read_bytes(), FORMAT)
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror or error}): choose another folder") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): choose another folder, or replace it with --force") from error
-    return found
+    except Damage as damage:
+        raise InputError(f"{path} is damaged ({damage}): choose another folder, or replace it with --force") from None
 
 
 def to_text(record: Mapping[str, Any]) -> str:
-    """A record as JSON."""
-    return json.dumps(to_plain(record), indent=1, ensure_ascii=False, allow_nan=False)
+    """A record as JSON, with its digest."""
+    plain = json.loads(json.dumps(to_plain(record), allow_nan=False))
+    return json.dumps({**plain, "digest": record_digest(plain)}, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def _holds_something(folder: Path) -> bool:

@@ -1,0 +1,268 @@
+"""Fingerprints: equal for what does the same, wherever and whenever it was made; different for everything else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections import OrderedDict, defaultdict, deque, namedtuple
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache, cached_property, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sinklens.records.callables import is_library
+from sinklens.records.fingerprint import fingerprint_of, unstable_in
+
+# What a notebook may have in its cells. It is run with other values in their places, as a cell is that has been edited.
+CELLS = """
+import functools, math
+from dataclasses import dataclass
+from enum import Enum
+import numpy as np
+import torch
+A = 260
+WORDS = {"b", "a", "c"}
+TABLE = {"x": [1, 2.0], "y": ("z", None)}
+VECTOR = np.arange(5000.0)
+Color = Enum("Color", {"RED": 1})
+def helper(x): return x * 2
+def twice(x): return helper(helper(x))
+@functools.cache
+def remembered(n): return n + 1
+@torch.no_grad()
+def decorated(x): return helper(x)
+class Base:
+    def scaled(self, x): return x * 3
+class Callable(Base):
+    where = 7
+    def __init__(self, k): self.k = k
+    def __call__(self, logits, rows): return self.scaled(logits)[:, self.where] * self.k
+    def method(self, logits, rows): return super().scaled(logits) + self.k
+    @property
+    def half(self): return self.k / 2
+    @staticmethod
+    def plain(logits, rows): return helper(logits)
+@dataclass(frozen=True)
+class Data:
+    k: float = 0.5
+    def __call__(self, logits, rows): return logits * self.k
+def even(n): return n == 0 or odd(n - 1)
+def odd(n): return n != 0 and even(n - 1)
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2, bias=False)
+        self.inner.weight.data.fill_(0.5)
+        self.scale = 2.0
+    def forward(self, x): return self.inner(x) * self.scale
+net = Net()
+instance = Callable(2)
+def closed(k): return lambda x, rows: x * k
+def mix(x, source, a): return (1 - a) * x + a * source
+THINGS = {
+    "a global": lambda logits, rows: logits[:, -1, A],
+    "a set": lambda logits, rows: "a" in WORDS,
+    "a dict": lambda logits, rows: TABLE["x"],
+    "an array": lambda logits, rows: logits @ VECTOR,
+    "an enum": lambda logits, rows: Color.RED.value,
+    "a helper": lambda logits, rows: helper(logits),
+    "a helper of a helper": lambda logits, rows: twice(logits),
+    "a cached helper": lambda logits, rows: remembered(3),
+    "a decorated function": decorated,
+    "an inner function": lambda logits, rows: [helper(x) for x in logits],
+    "a callable object": Callable(2),
+    "a global object": lambda logits, rows: instance(logits, rows),
+    "a method": Callable(2).method,
+    "a static method": Callable.plain,
+    "a property": lambda logits, rows: instance.half,
+    "a data class": Data(),
+    "a circle": even,
+    "a module": net,
+    "a global module": lambda logits, rows: net(logits),
+    "a closure": closed(0.5),
+    "a partial": functools.partial(mix, a=0.5),
+    "a partial of a partial": functools.partial(functools.partial(mix, a=0.5), source=1),
+    "a lambda with a default": lambda logits, rows, at=3: logits[:, at],
+    "a set in the code": lambda x, rows: x in {"p", "q", "r"},
+}
+"""
+EDITS = [  # what is edited in the cells, and what that changes
+    ("A = 260", "A = 100", {"a global"}),
+    ('"b", "a"', '"b", "d"', {"a set"}),
+    ("2.0]", "2.5]", {"a dict"}),
+    ("np.arange(5000.0)", "np.arange(5000.0) * (np.arange(5000) != 2500)", {"an array"}),
+    ('"RED": 1', '"RED": 2', {"an enum"}),
+    (
+        "helper(x): return x * 2",
+        "helper(x): return x * 5",
+        {"a helper", "a helper of a helper", "a decorated function", "an inner function"}
+        | {name for name in ("a static method", "a callable object", "a global object", "a method", "a property")},
+    ),
+    ("return n + 1", "return n + 2", {"a cached helper"}),
+    ("x * 3", "x * 4", {"a callable object", "a global object", "a method", "a property"}),
+    ("where = 7", "where = 8", {"a callable object", "a global object", "a method", "a property"}),
+    ("instance = Callable(2)", "instance = Callable(3)", {"a global object", "a property"}),
+    ("k: float = 0.5", "k: float = 0.25", {"a data class"}),
+    ("n == 0", "n == 1", {"a circle"}),
+    ("fill_(0.5)", "fill_(0.25)", {"a module", "a global module"}),
+    ("self.scale = 2.0", "self.scale = 3.0", {"a module", "a global module"}),
+    ("closed(0.5)", "closed(0.25)", {"a closure"}),
+    ("mix, a=0.5", "mix, a=0.25", {"a partial", "a partial of a partial"}),
+    ("(1 - a) * x", "(2 - a) * x", {"a partial", "a partial of a partial"}),
+    ("at=3", "at=4", {"a lambda with a default"}),
+    ('"p", "q"', '"p", "s"', {"a set in the code"}),
+]
+
+
+def prints(cells: str) -> dict[str, str]:
+    """The fingerprints of the cells' things."""
+    notebook: dict[str, Any] = {"__name__": "a_notebook"}
+    module = ModuleType("a_notebook")
+    sys.modules["a_notebook"] = module
+    try:
+        exec(compile(cells, "<cell>", "exec"), vars(module))  # noqa: S102  (as a notebook does)
+        notebook = vars(module)
+        assert not any(unstable_in(thing) for thing in notebook["THINGS"].values())
+        return {name: fingerprint_of(thing) for name, thing in notebook["THINGS"].items()}
+    finally:
+        del sys.modules["a_notebook"]
+
+
+@pytest.mark.parametrize("before, after, changed", EDITS)
+def test_what_is_edited_in_a_cell_changes_what_uses_it(before: str, after: str, changed: set[str]) -> None:
+    found, edited = prints(CELLS), prints(CELLS.replace(before, after))
+    assert before in CELLS
+    assert {name for name in found if found[name] != edited[name]} == changed
+
+
+def test_where_it_is_written_does_not_count() -> None:
+    """Other lines, other addresses, other names of the cells' file, and everything defined twice."""
+    assert prints(CELLS) == prints("# a comment\n\n" + CELLS + "\n" + CELLS)
+
+
+def test_another_process_finds_the_same() -> None:
+    """With another hash seed, so that sets are in another order."""
+    expected = repr(sorted(prints(CELLS).items()))
+    code = "from tests.records.test_fingerprint import CELLS, prints; print(sorted(prints(CELLS).items()))"
+    path = os.pathsep.join([*filter(None, sys.path), "."])
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == expected
+
+
+class Kind(Enum):
+    ONE = 1
+    TWO = 2
+
+
+Pair = namedtuple("Pair", "a b")
+
+
+@dataclass(frozen=True)
+class Lazy:
+    k: int = 1
+
+    @cached_property
+    def slow(self) -> int:
+        return self.k + 1
+
+
+BIG = np.arange(3000.0)
+CHANGED = BIG.copy()
+CHANGED[1500] = -1
+FRAME = pd.DataFrame({"a": [1.0, 2.0], "b": ["x", None], "c": pd.Categorical(["u", "v"])}, index=[3, 5])
+DIFFERENT: list[Any] = [
+    *(None, True, 1, 1.0, 1j, "1", b"1", ..., 0.0, -0.0, float("nan"), 10**5000),
+    *((1, 2), [1, 2], {1, 2}, frozenset({1, 2}), (1, (2,)), ((1, 2),), Pair(1, 2), deque([1, 2]), range(1, 2)),
+    *({1: 2}, {2: 1}, {"1": 2}, OrderedDict({1: 2}), defaultdict(list, {1: 2})),
+    *(BIG, CHANGED, BIG.astype("float32"), BIG[None], torch.from_numpy(BIG), torch.from_numpy(CHANGED)),
+    *(torch.zeros(4), torch.zeros(4).half(), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), torch.zeros(0)),
+    *(torch.eye(3).to_sparse(), torch.eye(3), torch.ones(3) * 1j),
+    *(np.float32(1), np.float64(1), np.int64(1), np.array(["a"]), np.array(["b"]), np.array([None, 1], object)),
+    *(torch.float32, torch.float64, torch.device("cpu"), torch.device("cuda:1"), np.dtype("f4"), torch.strided),
+    *(FRAME, FRAME.set_index("a"), FRAME.a, FRAME.b, FRAME.rename(columns={"a": "z"}), FRAME.assign(a=[1.0, 3.0])),
+    *(Kind.ONE, Kind.TWO, Kind, Lazy(), Lazy(2), Lazy, Path("a"), slice(1, 2), torch.Size([1])),
+    *(torch.sin, torch.cos, np.sin, np.cos, torch.Tensor.mean, torch.nn.functional.softmax, len, "a".join, "b".join),
+    *(partial(len), partial(sum), cache(lambda x: x), cache(lambda x: x + 1), np.vectorize(len)),
+]
+
+
+def test_no_two_of_many_kinds_are_the_same() -> None:
+    found = [fingerprint_of(value) for value in DIFFERENT]
+    alike = [(a, b) for i, a in enumerate(DIFFERENT) for j, b in enumerate(DIFFERENT) if i < j and found[i] == found[j]]
+    assert alike == []
+    assert [value for value in DIFFERENT if unstable_in(value)] == []
+
+
+def test_what_is_the_same() -> None:
+    """Order where there is none, layout, and what was only kept to save time."""
+    kept = Lazy()
+    assert kept.slow == 2 and fingerprint_of(kept) == fingerprint_of(Lazy())
+    assert fingerprint_of({"a": 1, "b": 2}) == fingerprint_of({"b": 2, "a": 1})
+    square = torch.arange(6.0).reshape(2, 3)
+    assert fingerprint_of(square.T.contiguous().T) == fingerprint_of(square)
+    assert fingerprint_of(np.asfortranarray(square.numpy())) == fingerprint_of(square.numpy())
+    assert fingerprint_of(torch.nn.Parameter(square)) == fingerprint_of(square)
+    shared = [1]
+    assert fingerprint_of((shared, shared)) == fingerprint_of(([1], [1]))
+
+
+def asks(_logits: Any, _rows: Any) -> Any:
+    return eval("A")  # noqa: S307
+
+
+def imports(_logits: Any, _rows: Any) -> Any:
+    from tests.helpers import sweeps
+
+    return sweeps
+
+
+GENERATOR = np.random.default_rng(0)
+LOCK = threading.Lock()
+UNSTABLE: list[tuple[str, Any]] = [
+    ("GENERATOR, a Generator of random numbers", lambda _l, _r: GENERATOR.normal()),
+    ("LOCK, a lock", partial(lambda _l, _r: LOCK)),
+    ("a Generator of random numbers", torch.Generator()),
+    ("a generator", (x for x in ())),
+    ("a list_iterator", iter([1])),
+    ("a call of eval", asks),
+    ("an import of tests.helpers", imports),
+    ("a ufunc", np.frompyfunc(lambda x: x, 1, 1)),
+    ("a tensor without values", torch.zeros(2, device="meta")),
+]
+
+
+@pytest.mark.parametrize("told, thing", UNSTABLE)
+def test_what_cannot_be_told_again_is_named(told: str, thing: Any) -> None:
+    assert told in unstable_in({"k": [thing]})[0]
+    assert fingerprint_of(thing) == fingerprint_of(thing)  # in this process it is itself
+
+
+def test_an_open_file_and_what_goes_too_deep(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with open(tmp_path / "a") as file:
+        assert unstable_in([file]) == ["a TextIOWrapper"]
+    deep: list[Any] = []
+    for _ in range(20_000):
+        deep = [deep]
+    assert "too deeply nested" in unstable_in(deep)[0]
+
+
+def test_whose_a_module_is() -> None:
+    assert all(is_library(name) for name in ("json", "torch.nn", "numpy", "sinklens.edits", "builtins"))
+    assert not any(is_library(name) for name in ("__main__", "tests.helpers", "a_notebook"))
+
+
+def test_a_large_array_takes_no_time() -> None:
+    """Hashed as bytes, and once for each thing however often it is used."""
+    large = torch.zeros(4_000_000)
+    assert fingerprint_of([large] * 1000) != fingerprint_of([large] * 1001)
