@@ -296,7 +296,7 @@ def check_rotary(model: Any, hf_model: PreTrainedModel) -> None:
             continue
         turned = torch.atan2(sin[1].float(), cos[1].float()).sort().values[::2]  # every speed is there twice
         if not any(len(one) == len(turned) and torch.allclose(turned, torch.tensor(one), rtol=1e-4) for one in known):
-            cast = {str(one.dtype).removeprefix("torch.") for one in speeds.values()} - {"float32"}
+            cast = {str(one.dtype).removeprefix("torch.") for one in speeds} - {"float32"}
             why = f", which a cast of the model has rounded to {cast.pop()}" if cast else ""
             raise DifferenceError(f"block {layer} turns queries and keys at other speeds than Hugging Face's{why}")
 
