@@ -153,6 +153,7 @@ def to_bridge(
         del checked
         model = _build_bridge(private_copy(hf_model, dtype=dtype, device=device, shared=take), name)
         compare.check_in_precision(model, reference, theirs if probe.as_given else None, probe.tokens)
+    model.cfg.n_ctx = compare.context_of(hf_model.config) or model.cfg.n_ctx  # MPT: taken to be 2048
     _attach_tokenizer(model, tokenizer)
     _give_weights_to_norms(model)
     model.eval()
@@ -270,9 +271,9 @@ def _correct_sizes(cfg: Any, config: Any) -> None:
     cfg.tokenizer_name = None  # or the constructor looks for a tokenizer in the scratch folder
     if getattr(config, "n_inner", None):  # GPT-2, GPT-J: taken to be four times d_model
         cfg.d_mlp = config.n_inner
-    longest = getattr(config, "max_position_embeddings", None)
-    if cfg.positional_embedding_type == "rotary" and longest:  # Mistral, Qwen3: taken to be 2048
-        cfg.n_ctx = longest  # the tables of rotary embeddings grow with the prompts
+    longest = compare.context_of(config)
+    if longest and cfg.positional_embedding_type in ("rotary", "alibi"):  # Mistral, Qwen3: taken to be 2048
+        cfg.n_ctx = longest  # tables of rotary embeddings grow with the prompts
 
 
 def _config_for_transformer_lens(hf_model: PreTrainedModel) -> Any:

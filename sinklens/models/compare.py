@@ -95,7 +95,7 @@ def probe(hf_model: PreTrainedModel) -> Probe:
         longest = _SHORT_WINDOW
     else:
         windows = {}
-    limit = context_of(copied) or _LONGEST
+    limit = context_of(copied.config) or _LONGEST
     length = min(max(_LENGTH, longest + 8), limit)
     return Probe(copied, prompt(copied, length), whole, windows)
 
@@ -111,16 +111,16 @@ def _rows(embedding: Any) -> int:
     return int(embedding.weight.shape[0])
 
 
-def context_of(hf_model: PreTrainedModel) -> int | None:
-    """Length of the model's context by its config; None where nothing limits it."""
-    config = text_config(hf_model)
+def context_of(config: Any) -> int | None:
+    """Length of a model's context by its config; None where nothing limits it."""
+    config = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
     return next((size for name in names if isinstance(size := getattr(config, name, None), int) and size > 0), None)
 
 
 def windows_of(hf_model: PreTrainedModel) -> dict[str, int]:
     """Windows and chunks of the config that are shorter than its context, by name."""
-    config, limit = text_config(hf_model), context_of(hf_model)
+    config, limit = text_config(hf_model), context_of(hf_model.config)
     found = {name: getattr(config, name, None) for name in _WINDOWS}
     return {
         name: size
@@ -296,7 +296,7 @@ def check_rotary(model: Any, hf_model: PreTrainedModel) -> None:
             continue
         turned = torch.atan2(sin[1].float(), cos[1].float()).sort().values[::2]  # every speed is there twice
         if not any(len(one) == len(turned) and torch.allclose(turned, torch.tensor(one), rtol=1e-4) for one in known):
-            cast = {str(one.dtype).removeprefix("torch.") for one in speeds.values()} - {"float32"}
+            cast = {str(one.dtype).removeprefix("torch.") for one in speeds} - {"float32"}
             why = f", which a cast of the model has rounded to {cast.pop()}" if cast else ""
             raise DifferenceError(f"block {layer} turns queries and keys at other speeds than Hugging Face's{why}")
 

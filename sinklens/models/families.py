@@ -67,12 +67,56 @@ class Family:
     """Whether linear weights are stored as [in, out]."""
     in_table: bool = True
     """Whether the README's table has a column for it."""
+    config: str = ""
+    """Name of its config class, where that does not follow from the prefix."""
+
+
+_HEADS: dict[str, Any] = {"head_dim": D_HEAD}
+_WINDOW: dict[str, Any] = {"sliding_window": 12}
+_LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_OPT: dict[str, Any] = {
+    "vocab_size": D_VOCAB,
+    "hidden_size": D_MODEL,
+    "word_embed_proj_dim": D_MODEL,
+    "num_hidden_layers": N_LAYERS,
+    "ffn_dim": D_MLP,
+    "num_attention_heads": N_HEADS,
+    "max_position_embeddings": N_CTX,
+}
+_FALCON: dict[str, Any] = {
+    "vocab_size": D_VOCAB,
+    "hidden_size": D_MODEL,
+    "ffn_hidden_size": D_MLP,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": N_HEADS,
+    "max_position_embeddings": N_CTX,
+}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": N_HEADS,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 
 
 FAMILIES: dict[str, Family] = {
     # Gated MLP, RMSNorm, rotary, grouped-query attention.
-    "llama": Family("Llama", "Llama", _MODERN),
-    "qwen2": Family("Qwen2", "Qwen2", _MODERN),  # with biases on q, k, v
+    "llama": Family("Llama", "Llama", _MODERN),  # Llama-2, Llama-3
+    "qwen2": Family("Qwen2", "Qwen2", _MODERN),  # Qwen2.5, with biases on q, k, v
     "qwen3": Family("Qwen3", "Qwen3", _MODERN | {"head_dim": D_HEAD}),  # with norms on q, k
     "mistral": Family("Mistral", "Mistral", _MODERN),
     "gemma2": Family("Gemma-2", "Gemma2", _MODERN | {"head_dim": D_HEAD}, hooked=False, offset_norms=True),
@@ -82,9 +126,83 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family("GPT-J", "GPTJ", _GPT | {"rotary_dim": 4}, in_table=False),  # parallel blocks, one norm for both
     "phi": Family("Phi", "Phi", _NO_KV, hooked=False, in_table=False),  # parallel blocks, one norm for both
     # Others.
-    "phi3": Family("Phi-3", "Phi3", _MODERN),  # with fused projections
+    "phi3": Family("Phi-3", "Phi3", _MODERN),  # Phi-4, with fused projections
     "olmo": Family("OLMo", "Olmo", _MODERN, hooked=False),  # LayerNorm without weights
     "olmo2": Family("OLMo-2", "Olmo2", _MODERN, hooked=False),  # norms after attention and MLP
+    # Rotary embeddings scaled for a long context, slow frequencies only.
+    "llama3": Family("Llama-3.1", "Llama", _MODERN | {"rope_parameters": _LLAMA3}, in_table=False),
+    # Windows in some blocks; norms before and behind.
+    "gemma": Family("Gemma", "Gemma", _MODERN | _HEADS, hooked=False, offset_norms=True, in_table=False),
+    "gemma3": Family(
+        "Gemma-3",
+        "Gemma3",
+        _MODERN | _HEADS | _WINDOW,
+        hooked=False,
+        offset_norms=True,
+        in_table=False,
+        config="Gemma3TextConfig",
+    ),
+    "olmo3": Family("OLMo-3", "Olmo3", _MODERN | _WINDOW, in_table=False),
+    # LayerNorm before or behind, learned positions or slopes, parallel blocks.
+    "opt": Family("OPT", "OPT", _OPT, in_table=False),
+    "opt_post": Family(
+        "OPT-350m",
+        "OPT",
+        _OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        hooked=False,
+        in_table=False,
+    ),
+    "falcon": Family("Falcon", "Falcon", _FALCON, hooked=False, in_table=False),
+    "mpt": Family(
+        "MPT",
+        "Mpt",
+        {"vocab_size": D_VOCAB, "d_model": D_MODEL, "n_layers": N_LAYERS, "n_heads": N_HEADS, "max_seq_len": N_CTX},
+        hooked=False,
+        in_table=False,
+    ),
+    "bloom": Family(
+        "BLOOM",
+        "Bloom",
+        {"vocab_size": D_VOCAB, "hidden_size": D_MODEL, "n_layer": N_LAYERS, "n_head": N_HEADS},
+        in_table=False,
+    ),
+    "stablelm": Family("StableLM", "StableLm", _MODERN, hooked=False, in_table=False),
+    "cohere": Family("Cohere", "Cohere", _MODERN | {"logit_scale": 1.0}, hooked=False, in_table=False),
+    # What is added to the residual is scaled; some blocks without positions.
+    "granite": Family(
+        "Granite",
+        "Granite",
+        _MODERN | {"residual_multiplier": 0.22, "attention_multiplier": 0.3, "embedding_multiplier": 3.0},
+        hooked=False,
+        in_table=False,
+    ),
+    "smollm3": Family("SmolLM3", "SmolLM3", _MODERN, hooked=False, in_table=False),
+    # Mixtures of experts; compressed keys and values; learned sinks.
+    "mixtral": Family("Mixtral", "Mixtral", _MODERN | {"num_local_experts": 4}, in_table=False),
+    "qwen3_moe": Family(
+        "Qwen3-MoE",
+        "Qwen3Moe",
+        _MODERN | _HEADS | _EXPERTS | {"num_experts": 4},
+        hooked=False,
+        in_table=False,
+    ),
+    "olmoe": Family("OLMoE", "Olmoe", _MODERN | {"num_experts": 4, "num_experts_per_tok": 2}, in_table=False),
+    "deepseek_v2": Family(
+        "DeepSeek-V2",
+        "DeepseekV2",
+        _MODERN | _LATENT | _EXPERTS | {"q_lora_rank": None, "topk_method": "greedy"},
+        hooked=False,
+        in_table=False,
+    ),
+    "deepseek_v3": Family(
+        "DeepSeek-V3", "DeepseekV3", _MODERN | _LATENT | _EXPERTS | {"q_lora_rank": 16}, hooked=False, in_table=False
+    ),
+    "gpt_oss": Family(
+        "gpt-oss",
+        "GptOss",
+        _MODERN | _HEADS | _WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        in_table=False,
+    ),
 }
 
 
@@ -100,7 +218,7 @@ def random_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> P
     import transformers
 
     chosen = FAMILIES[family]
-    config = getattr(transformers, f"{chosen.architecture}Config")(**(chosen.sizes | overrides))
+    config = getattr(transformers, chosen.config or f"{chosen.architecture}Config")(**(chosen.sizes | overrides))
     model_class = getattr(transformers, chosen.architecture + chosen.head)
     config._attn_implementation = "eager"
     model = model_class(config)
@@ -115,6 +233,6 @@ def random_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> P
                 parameter.copy_(noise)
             else:
                 # Twice the variance-preserving scale, for attention that is sharper than uniform.
-                fan_in = parameter.shape[0 if chosen.transposed else 1]
+                fan_in = parameter.shape[0 if chosen.transposed else -1]
                 parameter.copy_(noise * 2 / fan_in**0.5)
     return model.eval()

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -388,7 +388,7 @@ def _plain_torch() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     try:
         with (
-            torch.inference_mode(False),
+            torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(),
             torch.device("cpu"),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
