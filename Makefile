@@ -3,7 +3,7 @@
 #   make chain   the main job on the default model     make check      lint, types and all tests
 #   make quick   the quick tests: two minutes          make benchmark  time a sweep beside other libraries
 #   make test    all tests, tutorials included         make docs       the API reference, in build/docs
-#   make clean   remove the environments
+#   make clean   remove the environments           make capabilities  what runs on which model
 #
 # PYTHON=python3.12 picks another interpreter; ARGS="--length 32" adds options to the main job or to pytest;
 # WORKERS=4 runs the tests in so many processes.
@@ -19,7 +19,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help chain quick test lint types check format docs benchmark clean
+.PHONY: help chain quick test lint types check format docs benchmark capabilities clean
 .DELETE_ON_ERROR:
 
 help:
@@ -56,6 +56,14 @@ docs: $(VENV)/.installed-dev
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmark $(ARGS)
 
+# With both versions of transformer-lens, in which the models are different classes.
+capabilities: $(VENV)/.installed-dev .venv-tl4/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m sinklens.analysis.capabilities_page measure build/capabilities-3.json $(ARGS)
+	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m sinklens.analysis.capabilities_page measure build/capabilities-4.json $(ARGS)
+	$(BIN)/python -m sinklens.analysis.capabilities_page write build/capabilities-3.json build/capabilities-4.json \
+	  > build/capabilities.md
+	mv build/capabilities.md sinklens/models/README.md
+
 clean:
 	rm -rf $(VENV) .venv-wheel .venv-tl4
 
@@ -72,3 +80,9 @@ $(VENV)/.installed: $(REQUIREMENTS) | $(BIN)/python
 $(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(VENV)/.installed $@
+
+.venv-tl4/.installed: $(REQUIREMENTS)
+	$(PYTHON) -m venv .venv-tl4
+	sed 's/^transformer-lens==.*/transformer-lens==4.3.0/' constraints.txt > .venv-tl4/constraints.txt
+	.venv-tl4/bin/python -m pip install --quiet --constraint .venv-tl4/constraints.txt --editable '.[viz]' pytest hypothesis
+	@touch $@

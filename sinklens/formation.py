@@ -207,6 +207,8 @@ def find_formation(
 
 
 def _check_given(shape, layer, neurons, dims) -> None:  # noqa: ANN001
+    if neurons and not shape.d_mlp:
+        raise NotApplicableError("super_neurons are given, and the model has no dense MLP: leave them out")
     for name, given, top in (
         ("block", [] if layer is None else [layer], shape.n_layers),
         ("neuron", neurons or [], shape.d_mlp),

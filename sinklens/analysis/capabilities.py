@@ -4,14 +4,13 @@ Every stage of the chain and every analysis is run on a few prompts. For an arch
 model, with a formation block, super neurons and outlier dimensions that are named, because a random model has no sink
 to find. For a model of one's own it is the model itself.
 
-    python -m sinklens.analysis.capabilities > sinklens/models/README.md    # the table of all families
+    make capabilities    # writes sinklens/models/README.md, with transformer-lens 3.9 and 4.3
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,25 +20,11 @@ from sinklens.analysis.run import load_analysis, run_analysis
 from sinklens.chain.run import run_chain
 from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableError
 from sinklens.models.families import FAMILIES, random_model
+from sinklens.models.identities import identities
 from sinklens.models.load import load_model
 from sinklens.models.view import Model, backend_name, model_id, tokenizer_of, vocabulary_size
 from sinklens.stages import CHAIN, Stage
 from sinklens.study import Study
-
-SHOWN = tuple(key for key, family in FAMILIES.items() if family.in_table)
-"""The families of the table in ``sinklens/models/README.md``."""
-
-HEAD = """# What runs on what
-
-Models are HookedTransformer (transformer-lens 3.9) or TransformerBridge (3.9 and 4.3), with weights as published. Every
-stage and every analysis was run on a small random model of each family, and this page was written by
-
-```
-python -m sinklens.analysis.capabilities > sinklens/models/README.md
-```
-
-`sinklens models --capabilities M` does the same for any model.
-"""
 
 MIN_GAP = 1e-4
 """Least difference of the metric between a pair's runs: small, because what is asked is only whether it runs."""
@@ -97,7 +82,9 @@ def parts() -> list[str]:
 def _random_study(family: str) -> Study:
     model = load_model(random_model(family), device="cpu")
     tokens = torch.randint(3, vocabulary_size(model), (4, 24), generator=torch.Generator().manual_seed(0))
-    given = {"layer": 1, "super_neurons": (3, 7), "outlier_dims": (2, 5)}
+    given: dict[str, Any] = {"layer": 1, "outlier_dims": (2, 5)}
+    if identities(model).holds("dense_mlp", (1,)):
+        given["super_neurons"] = (3, 7)
     return Study(model, prompts.from_tokens(model, tokens), given=given)
 
 
@@ -125,34 +112,3 @@ def _analysis(study: Study, name: str) -> Capability:
         return Capability(name, False, f"failed: {error}")
     runs = verdict.outcome != "not measurable" or verdict.estimate is not None
     return Capability(name, runs, verdict.reason)
-
-
-def page(found: Sequence[Capabilities]) -> str:
-    """``sinklens/models/README.md``: the table, and how it was made."""
-    return f"{HEAD}\n{markdown(found)}"
-
-
-def markdown(found: Sequence[Capabilities]) -> str:
-    """A table with a column for every model, and the reasons below it."""
-    reasons: list[str] = []
-
-    def cell(item: Capability) -> str:
-        if not item.reason:
-            return "yes" if item.runs else "no"
-        if item.reason not in reasons:
-            reasons.append(item.reason)
-        return f"{'yes' if item.runs else 'no'} [{reasons.index(item.reason) + 1}]"
-
-    lines = ["| | " + " | ".join(one.title for one in found) + " |", "|---|" + "---|" * len(found)]
-    backends = [one.backend.removeprefix("Transformer").removesuffix("Transformer") or "–" for one in found]
-    lines.append("| loads as | " + " | ".join(backends) + " |")
-    for number, part in enumerate(parts()):
-        lines.append(f"| {part} | " + " | ".join(cell(one.found[number]) for one in found) + " |")
-    lines += ["", *(f"[{number}] {reason}  " for number, reason in enumerate(reasons, start=1))]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Print the table of what runs on which architecture.")
-    parser.add_argument("families", nargs="*", default=SHOWN, metavar="FAMILY", help=f"some of {', '.join(SHOWN)}")
-    print(page([capabilities(family) for family in parser.parse_args().families]))  # noqa: T201
