@@ -76,6 +76,8 @@ def to_hooked(
         model = _spread(model, device, devices) if devices > 1 else _moved(model, device)
         if model is not checked or device.type != "cpu":
             compare.check_in_precision(model, reference, theirs if probe.as_given else None, probe.tokens)
+        if not probe.whole:
+            compare.check_blocks(model, reference)
     return model
 
 
@@ -90,7 +92,7 @@ def _reference(
     if probe.as_given and dtype == torch.float32:
         return theirs
     copied = private_copy(hf_model, dtype=dtype, device=device) if probe.whole else private_copy(hf_model)
-    return compare.look(copied, probe.tokens)
+    return compare.look(copied, probe.tokens, states=not probe.whole)
 
 
 @contextmanager
