@@ -201,11 +201,12 @@ def test_a_subclass_is_known_by_the_class_it_derives_from() -> None:
     class Louder(LlamaForCausalLM):
         def forward(self, *args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]: a test
             output = super().forward(*args, **options)
-            output.logits = output.logits + self.model.embed_tokens.weight[:, 0]
+            output.logits = output["logits"] + self.model.embed_tokens.weight[:, 0]
             return output
 
     for kind in (Mine, Louder):
-        hf = kind(tiny_hf("llama").config)
+        config: Any = tiny_hf("llama").config
+        hf = kind(config)
         hf.load_state_dict(tiny_hf("llama").state_dict())
         for backend in BACKENDS:
             ours = load_model(hf.eval(), device="cpu", backend=backend)
