@@ -67,7 +67,7 @@ def to_hooked(
         if dtype == torch.float32 and probe.as_given:
             model = checked
         else:
-            model = _convert(private_copy(hf_model, device=None if probe.whole else "cpu"), dtype)
+            model = _convert(private_copy(hf_model), dtype)
             compare.check_same_weights(model, checked)
             compare.check_same_windows(model, checked, probe.windows)
         model.eval()
@@ -76,6 +76,8 @@ def to_hooked(
         model = _spread(model, device, devices) if devices > 1 else _moved(model, device)
         if model is not checked or device.type != "cpu":
             compare.check_in_precision(model, reference, theirs if probe.as_given else None, probe.tokens)
+        if not probe.whole:
+            compare.check_blocks(model, reference)
     return model
 
 
@@ -89,8 +91,10 @@ def _reference(
     """What the given model computes in the precision that was asked for; a large one in its own, where it is."""
     if probe.as_given and dtype == torch.float32:
         return theirs
-    copied = private_copy(hf_model, dtype=dtype, device=device) if probe.whole else private_copy(hf_model)
-    return compare.look(copied, probe.tokens)
+    if probe.whole:
+        return compare.look(private_copy(hf_model, dtype=dtype, device=device), probe.tokens)
+    spread = len({parameter.device for parameter in hf_model.parameters()}) > 1  # as device_map leaves it
+    return compare.look(private_copy(hf_model, device="cpu" if spread else None), probe.tokens, states=True)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ window and chunk of the config. Three things make it a sharp test:
 
 - it is made in float32, also where weights or the model asked for are in 16 bits, whose rounding would hide a dropped
   bias. A model too large for a float32 copy has its first blocks compared so, at least one of each kind, and is
-  compared as a whole in its own precision.
+  compared as a whole, and block by block, in its own precision.
 - windows longer than a short prompt are shortened on both sides, in a copy.
 - rotary frequencies are compared by themselves: a short prompt hardly turns the slow ones, which are the ones that
   long-context scaling changes.
@@ -18,6 +18,7 @@ here, and has to be known (see `check_no_switch`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,8 @@ class Sight:
     """Logits in float32, on the CPU."""
     patterns: dict[int, Float[Tensor, "head query key"]]
     """Attention by block, in float32, on the CPU; blocks that show none are left out."""
+    states: tuple[Float[Tensor, "pos d_model"], ...] = ()
+    """The residual stream in front of each block, in the model's precision, where that was asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,23 +202,31 @@ def _fewer_tokens(copied: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def look(hf_model: PreTrainedModel, tokens: Int[Tensor, "1 pos"], *, patterns: bool = True) -> Sight:
+def look(hf_model: PreTrainedModel, tokens: Int[Tensor, "1 pos"], *, states: bool = False) -> Sight:
     """What a Hugging Face model computes; give a private copy, on which this leaves hooks.
+
+    Args:
+        hf_model: the model.
+        tokens: the prompt.
+        states: whether to keep the residual stream.
 
     Raises:
         InputError: the model cannot be run.
     """
     at = next(hf_model.parameters()).device
     try:
-        output = hf_model(input_ids=tokens.to(at), use_cache=False, output_attentions=patterns)
+        options = {"output_attentions": True, "output_hidden_states": states, "use_cache": False}
+        output = hf_model(input_ids=tokens.to(at), **options)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
         raise InputError(f"{type(hf_model).__name__} itself does not run on tokens ({_reason(error)}).") from error
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise InputError(f"{type(hf_model).__name__} gives no logits by token; sinklens needs a language model.")
-    attentions = (getattr(output, "attentions", None) or ()) if patterns else ()
+    attentions = getattr(output, "attentions", None) or ()
     shown = {layer: one[0].float().cpu() for layer, one in enumerate(attentions) if isinstance(one, Tensor)}
-    return Sight(logits[0].float().cpu(), {layer: one for layer, one in shown.items() if one.ndim == 3})
+    patterns: dict[int, Tensor] = {layer: one for layer, one in shown.items() if one.ndim == 3}
+    kept: tuple[Tensor, ...] = tuple(one[0].cpu() for one in output.hidden_states or ()) if states else ()
+    return Sight(logits[0].float().cpu(), patterns, kept)
 
 
 @torch.no_grad()
@@ -334,7 +345,7 @@ def check_in_precision(model: Any, given: Sight, exact: Sight | None, tokens: In
     ours = look_loaded(model, tokens, list(given.patterns))
     if ours.logits.shape != given.logits.shape:
         raise DifferenceError(f"its logits have the shape {tuple(ours.logits.shape)}")
-    allowed = 0.2
+    allowed = 0.3
     if exact is not None:
         in_float32 = weight.dtype == torch.float32
         # On a GPU, TF32 may be on.
@@ -343,6 +354,36 @@ def check_in_precision(model: Any, given: Sight, exact: Sight | None, tokens: In
     if not off <= allowed:  # written so that NaN fails too
         kind = str(weight.dtype).removeprefix("torch.")
         raise DifferenceError(f"in {kind} its logits are {off:.2g} standard deviations from Hugging Face's")
+
+
+@torch.no_grad()
+def check_blocks(model: Any, given: Sight) -> None:
+    """Make sure of every block of a HookedTransformer by itself: what it adds to the given model's residual stream.
+
+    A model that is too large for float32 is compared so, because in 16 bits the rounding of all blocks together hides
+    what is wrong in one.
+
+    Raises:
+        DifferenceError: a block adds something else.
+    """
+    count = len(model.blocks)
+    if len(given.states) != count + 1 or not all(state.isfinite().all() for state in given.states):
+        return
+    weight = next(model.parameters())
+    precise = {weight.dtype, given.states[0].dtype} == {torch.float32}
+    allowed, eps = (1e-3, 1e-6) if precise else (0.1, 2 * torch.finfo(weight.dtype).eps)
+    for layer, (before, after) in enumerate(pairwise(given.states[:-1])):
+        entered = before[None].to(next(model.blocks[layer].parameters()).device, weight.dtype)
+        left = model(entered, start_at_layer=layer, stop_at_layer=layer + 1)[0]
+        theirs, ours = after.float() - before.float(), left.float().cpu() - entered[0].float().cpu()
+        off = (ours - theirs).norm(dim=-1) / (theirs.norm(dim=-1) + 1e-30)
+        if not (off <= allowed + eps * before.float().norm(dim=-1) / (theirs.norm(dim=-1) + 1e-30)).all():
+            raise DifferenceError(f"what its block {layer} adds is up to {off.max().item():.2g} of itself off")
+    # After the last block transformers keeps the normed residual stream, so that block is seen in the logits.
+    entered = given.states[-2][None].to(next(model.blocks[-1].parameters()).device, weight.dtype)
+    logits = model(entered, start_at_layer=count - 1, return_type="logits")[0].float().cpu()
+    if not _off(logits, given.logits) <= allowed / 2:
+        raise DifferenceError(f"its last block gives logits {_off(logits, given.logits):.2g} standard deviations off")
 
 
 def _off(ours: Tensor, theirs: Tensor) -> float:
