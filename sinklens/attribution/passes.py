@@ -279,8 +279,10 @@ def check_places(group: PlaceGroup, shape: ModelShape, n_prompts: int, length: i
     for places in (group.positions, group.source_positions):
         if places.shape[1] not in (1, n_prompts):
             raise InputError(f"positions are given for {places.shape[1]} prompts, but there are {n_prompts}")
-        if (places >= length).any() or (places < NOWHERE).any() or (places == NOWHERE).all(-1).any():
+        if (places >= length).any() or (places < NOWHERE).any():
             raise InputError(f"positions are not all in 0..{length - 1}: {group.like.describe()}")
+    if not group.positions.numel() or (group.positions == NOWHERE).all(-1).any():
+        raise InputError(f"there is a prompt without positions: {group.like.describe()}")
     own = group.positions.sort(-1).values
     if ((own[..., 1:] == own[..., :-1]) & (own[..., 1:] != NOWHERE)).any():
         raise InputError(f"positions repeat: {group.like.describe()}")

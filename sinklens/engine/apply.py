@@ -106,15 +106,17 @@ def edited(op: Op, old: Gathered, live: Mapping[str, Tensor], source_of: SourceO
             in the batch.
     """
     source, source_live = None, {}
-    own = trust.is_trusted(op.edit)
     if op.edit.uses_source and source_of is not None:
         source = source_of(op, op.site, op.layer)
         source_live = {place.key: source_of(op, place.site, place.layer) for place in op.edit.reads_in(op.layer)}
     at = EditSite(op.layer, op.prompts, op.positions, op.units, live, source_live)
-    x = old if own else old.clone()  # a caller's edit may work in place
-    new = _checked(op, op.edit(x, source, at), x)
-    if not own and len(new) and trust.first_time(op.edit, (op.site.template, op.layer)):
-        trust.compare(f"the edit {op.edit.name!r}", new, lambda rows, other: _again(op, old, source, at, rows, other))
+    if trust.is_trusted(op.edit):
+        return _checked(op, op.edit(old, source, at), old)
+    new = _called(op, old, source, at)
+    place = (op.site.template, op.layer)
+    if len(new) and trust.is_new(op.edit, place):
+        what = f"the edit {op.edit.name!r}"
+        trust.compare(op.edit, place, what, new, lambda rows, other: _called(op, old, source, at, rows, other))
     return new
 
 
@@ -132,18 +134,24 @@ def _checked(op: Op, new: object, x: Tensor) -> Tensor:
     return new.to(x)
 
 
-def _again(op: Op, old: Tensor, source: Tensor | None, at: EditSite, rows: Tensor, other: bool) -> Tensor:
-    """The edit on some of its places."""
+def _called(
+    op: Op, old: Tensor, source: Tensor | None, at: EditSite, rows: Tensor | slice = slice(None), other: bool = False
+) -> Tensor:
+    """A caller's edit on some of its places, on copies: it may work in place."""
+
+    def copied(act: Tensor) -> Tensor:
+        return trust.beside(act[rows].clone(), other)
+
     here = replace(
         at,
         prompts=at.prompts[rows],
         positions=at.positions[rows],
         units=None if at.units is None else at.units[rows],
-        live={key: act[rows] for key, act in at.live.items()},
-        source_live={key: act[rows] for key, act in at.source_live.items()},
+        live={key: copied(act) for key, act in at.live.items()},
+        source_live={key: copied(act) for key, act in at.source_live.items()},
     )
-    x = trust.beside(old[rows].clone(), other)
-    return _checked(op, op.edit(x, None if source is None else source[rows], here), x)
+    x = copied(old)
+    return _checked(op, op.edit(x, None if source is None else copied(source), here), x)
 
 
 def apply_edit(

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.edits import Transplant
+from sinklens.errors import InputError
 from sinklens.patches import Patch, Positions
 
 NOWHERE = -1
@@ -143,6 +144,9 @@ def _group(members: Sequence[Part], device: torch.device) -> PlaceGroup:
 
 
 def _table(wheres: Sequence[Positions]) -> Int[Tensor, "member prompt place"]:
+    negative = next((row for where in wheres for row in where.rows if row and min(row) < 0), None)
+    if negative is not None:  # it would pass for NOWHERE
+        raise InputError(f"positions {negative} are not all in 0..: they count from the first token of a prompt")
     longest = max(len(positions) for where in wheres for positions in where.rows)
     padded = [[(*row, *[NOWHERE] * (longest - len(row))) for row in where.rows] for where in wheres]
     return torch.tensor(padded, dtype=torch.long).view(len(wheres), -1, longest)

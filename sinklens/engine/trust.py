@@ -26,13 +26,10 @@ _SEEN: weakref.WeakKeyDictionary[object, set[Hashable]] = weakref.WeakKeyDiction
 """Edits and readouts that were tried, and where."""
 
 
-def first_time(thing: Edit | Readout, place: Hashable) -> bool:
-    """Whether a caller's edit or readout is met there for the first time; False for the package's own."""
+def is_new(thing: Edit | Readout, place: Hashable) -> bool:
+    """Whether a caller's edit or readout has not been tried there; False for the package's own."""
     places = _places(thing)
-    if None in places or place in places:
-        return False
-    places.add(place)
-    return True
+    return None not in places and place not in places
 
 
 def is_trusted(edit: Edit) -> bool:
@@ -116,9 +113,15 @@ def checked_combined(readout: Readout, stack: Tensor) -> Tensor:
     value = checked_tensor(what, readout.combine(stack))
     if value.shape != stack.shape[1:2]:
         raise EditError(f"{what} returned shape {tuple(value.shape)}: one number for each of {stack.shape[1]} rows")
-    if len(value) and first_time(readout, "combine"):
+    if len(value) and is_new(readout, "combine"):
         by_row = stack.movedim(1, 0)
-        compare(what, value, lambda rows, other: readout.combine(beside(by_row[rows], other).movedim(0, 1)))
+        compare(
+            readout,
+            "combine",
+            what,
+            value,
+            lambda rows, other: readout.combine(beside(by_row[rows], other).movedim(0, 1)),
+        )
     return value
 
 
@@ -139,12 +142,9 @@ def read(readout: Readout, place: Hashable, act: Tensor, function: Callable[[Ten
     if act._version != version:
         raise EditError(f"the readout {readout.name!r} writes into the activation that it is given")
     value = checked_rows(readout, value, len(act))
-    if len(act) and first_time(readout, place):
-        compare(
-            f"the readout {readout.name!r}",
-            value,
-            lambda rows, other: function(beside(act[rows], other), rows),
-        )
+    if len(act) and is_new(readout, place):
+        what = f"the readout {readout.name!r}"
+        compare(readout, place, what, value, lambda rows, other: function(beside(act[rows], other), rows))
     return value
 
 
@@ -160,8 +160,9 @@ def beside(rows: Tensor, other: bool) -> Tensor:
 
 
 @torch.no_grad()
-def compare(what: str, whole: Tensor, again: Again) -> None:
-    """Make sure that a function gives a row the same value whatever lies beside it.
+def compare(thing: Edit | Readout, place: Hashable, what: str, whole: Tensor, again: Again) -> None:
+    """Make sure that the function of an edit or readout gives a row the same value whatever lies beside it; it is not
+    asked again in that place.
 
     Raises:
         EditError: it does not.
@@ -181,6 +182,7 @@ def compare(what: str, whole: Tensor, again: Again) -> None:
                 f"{what} gives a row another value when other rows lie beside it, so that its values would depend on "
                 "the batch: it must treat every row by itself, and draw nothing at random"
             )
+    _places(thing).add(place)
 
 
 def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:

@@ -308,7 +308,7 @@ def snapshot(model: Model) -> Snapshot:
     return (
         versions,
         _sums(weights),
-        tuple(id(module) for module in modules_of(model)),
+        tuple((id(module), type(module), id(vars(module).get("forward"))) for module in modules_of(model)),
         tuple(id(hook) for hook in foreign_hooks(model)),  # type: ignore[arg-type]
         tuple(bool(getattr(cfg, flag, False)) for flag in _FLAGS),
     )
