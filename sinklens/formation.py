@@ -40,6 +40,7 @@ from sinklens.models.view import BlockWeights, Model, model_shape
 from sinklens.patches import CLEAN
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
+from sinklens.records.ranges import short
 from sinklens.sites import ATTN_OUT, MLP_OUT, MLP_POST, PATTERN, RESID_POST, RESID_PRE
 
 
@@ -214,8 +215,9 @@ def _check_given(shape, layer, neurons, dims) -> None:  # noqa: ANN001
         ("neuron", neurons or [], shape.d_mlp),
         ("dimension", dims or [], shape.d_model),
     ):
-        if not all(0 <= index < top for index in given):
-            raise InputError(f"{name} {list(given)} is not in 0..{top - 1}")
+        outside = [index for index in given if not 0 <= index < top]
+        if outside:
+            raise InputError(f"{name} [{short(outside)}] is not in 0..{top - 1}")
 
 
 def _written(model: Model, batch: PromptBatch, layer: int, rows: int) -> tuple[Tensor | None, Tensor]:

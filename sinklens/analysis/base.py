@@ -16,13 +16,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
 from sinklens.errors import InputError
 from sinklens.records.files import atomic_folder, write_json
+from sinklens.records.plain import check_kinds
 from sinklens.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ class AnalysisResult:
             found = data["verdict"]
             for key in ("estimate", "control_estimate"):
                 found[key] = None if found[key] is None else _estimate(found[key])
+            _check(data)
             numbers = {name: _either(value) for name, value in data["numbers"].items()}
             table = pd.read_parquet(folder / "table.parquet")
             figure = folder / "figure.json"
@@ -189,16 +191,35 @@ class AnalysisResult:
                 provenance=data["provenance"],
                 seconds=data["seconds"],
             )
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except Exception as error:  # JSON and Parquet share no class, and a file may hold anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"the analysis in {folder} is damaged ({reason}): run it again") from error
 
 
+def _check(data: Mapping[str, Any]) -> None:
+    """Raises TypeError or ValueError where the content of ``summary.json`` is not what it should be."""
+    check_kinds({name: (data[name], str) for name in ("analysis", "title", "paper", "caption")})
+    check_kinds({name: (data[name], dict) for name in ("verdict", "numbers", "config", "provenance")})
+    check_kinds({"seconds": (data["seconds"], (int, float))})
+    said = data["verdict"]
+    check_kinds({name: (said[name], str) for name in ("claim", "statistic", "control", "rule", "reason")})
+    if said["outcome"] not in get_args(Answer):
+        raise ValueError(
+            f"its verdict is {said['outcome']!r}, which is none of holds, does not hold and not measurable"
+        )
+    if said["p_value"] is not None:
+        check_kinds({"p_value": (said["p_value"], (int, float))})
+
+
 def _number(value: float | None) -> float:
-    return np.nan if value is None else value
+    if value is None:
+        return np.nan
+    check_kinds({"a number": (value, (int, float))})
+    return float(value)
 
 
 def _estimate(data: Mapping[str, Any]) -> Estimate:
+    check_kinds({"n": (data["n"], int)})
     return Estimate(_number(data["value"]), _number(data["low"]), _number(data["high"]), data["n"])
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sinklens.analysis.base import Analysis, AnalysisResult
 from sinklens.analysis.discovery import list_analyses
@@ -24,7 +24,7 @@ from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableE
 from sinklens.formation import _check_given, formation_from_json, formation_to_json
 from sinklens.pairs import PairChoice
 from sinklens.records.files import FULL, cannot_write, check_out, holds_something, remove_leftovers, write_json
-from sinklens.records.plain import to_plain
+from sinklens.records.plain import check_kinds, to_plain
 from sinklens.records.provenance import package_digest
 from sinklens.study import Study
 
@@ -168,7 +168,7 @@ class _Suite:
                 ChainResult.load(self.out / name)
             else:
                 AnalysisResult.load(self.out / name)
-        except (InputError, OSError, ValueError, LookupError, TypeError):
+        except Exception:  # whatever is wrong with what is there, it is made again
             return False
         return True
 
@@ -216,9 +216,18 @@ def _earlier(out: Path) -> dict[str, Part]:
         return {}
     try:
         data = json.loads(record.read_text(encoding="utf-8"))
-        return {name: Part(name, **part) for name, part in data["parts"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{record} is damaged ({error}): remove it, or choose another --out") from error
+        return {name: _read_part(name, part) for name, part in data["parts"].items()}
+    except Exception as error:  # a file may hold anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{record} is damaged ({reason}): remove the folder, or choose another --out") from error
+
+
+def _read_part(name: str, data: Mapping[str, Any]) -> Part:
+    part = Part(name, **data)
+    check_kinds({"reason": (part.reason, str), "seconds": (part.seconds, (int, float)), "key": (part.key, dict)})
+    if part.status not in get_args(Status):
+        raise ValueError(f"the status of {name} is {part.status!r}")
+    return part
 
 
 def _record(out: Path, study: Study, parts: Mapping[str, Part], config: Mapping[str, Any]) -> None:

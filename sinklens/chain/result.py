@@ -23,7 +23,7 @@ from torch import Tensor
 from sinklens.errors import InputError
 from sinklens.formation import Formation, _frame, formation_from_json, formation_to_json
 from sinklens.records.files import atomic_folder, write_json
-from sinklens.records.plain import to_plain
+from sinklens.records.plain import check_kinds, to_plain
 from sinklens.stages.base import experiment_kind
 from sinklens.statistics import bootstrap_interval
 
@@ -125,7 +125,7 @@ class ChainResult:
             raise InputError(f"{folder} holds no chain.json: give the folder that a chain was saved in")
         try:
             data = json.loads((folder / "chain.json").read_text(encoding="utf-8"))
-            return cls(
+            found = cls(
                 scores=_with_lists(pd.read_parquet(folder / "scores.parquet")),
                 effects=_with_lists(pd.read_parquet(folder / "effects.parquet")),
                 matrix=_frame(data["chain_matrix"]),
@@ -139,9 +139,30 @@ class ChainResult:
                 attention=load_file(folder / "attention.safetensors"),
                 **_of_tokens(folder / "tokens.safetensors"),
             )
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            _check(found)
+            return found
+        except Exception as error:  # JSON, Parquet and safetensors share no class, and a file may hold anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"the run in {folder} is damaged ({reason}): run the chain again") from error
+
+
+def _check(result: ChainResult) -> None:
+    """Raises TypeError or LookupError where something that was read is not what it should be."""
+    dicts = {name: (getattr(result, name), dict) for name in ("config", "provenance", "engine", "runs")}
+    check_kinds({**dicts, "tokens": (result.tokens, list)})
+    check_kinds({f"prompt {i} of tokens": (row, list) for i, row in enumerate(result.tokens)})
+    check_kinds({f"token {i}": (token, str) for row in result.tokens for i, token in enumerate(row)})
+    formation = result.formation
+    check_kinds({"layer": (formation.layer, int)})
+    check_kinds({f"sink position {i}": (p, int) for i, p in enumerate(formation.sink_positions)})
+    for unit in (*formation.super_neurons, *formation.outlier_dims):
+        check_kinds({"the index of a unit": (unit.index, int)})
+    for run, readings in result.runs.items():
+        check_kinds({f"runs[{run!r}]": (readings, dict)})
+        check_kinds({f"runs[{run!r}][{name!r}]": (values, list) for name, values in readings.items()})
+    missing = {*SCORE_KEYS, "effect"} - set(result.scores.columns)
+    if missing:
+        raise KeyError(f"the scores have no column {min(missing)}")
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -256,14 +257,13 @@ def usage_errors() -> Iterator[None]:
             raise
         message = " ".join(error.format_message().split()).rstrip(".")  # pyright: ignore[reportAttributeAccessIssue]
         where = getattr(getattr(error, "ctx", None), "command_path", "sinklens")
-        if len(message) > 300:
-            message = f"{message[:200]} ... {message[-80:]}"
         fail(f"{message}; see {where} --help")
 
 
 def fail(sentence: str) -> NoReturn:
-    """Tell the user's mistake, and exit with 2."""
-    typer.echo(f"sinklens: {sentence}", err=True)
+    """Tell the user's mistake, and exit with 2; what is too long to be a name is cut."""
+    told = re.sub(r"\S{400,}", lambda match: f"{match[0][:80]}...{match[0][-40:]}", sentence)
+    typer.echo(f"sinklens: {told}", err=True)
     raise typer.Exit(2)
 
 

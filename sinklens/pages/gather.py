@@ -124,7 +124,6 @@ def _load(folder: Path, file: str, place: str, missing: list[Missing]) -> list[P
     name = place or folder.resolve().name
     try:
         result = ChainResult.load(folder) if file == CHAIN_FILE else AnalysisResult.load(folder)
-        _check(result)
         return [Part(name, place, result)]
     except InputError as error:
         missing.append(Missing(name, "damaged", str(error)))
@@ -132,26 +131,6 @@ def _load(folder: Path, file: str, place: str, missing: list[Missing]) -> list[P
         reason = " ".join(str(error).split())
         missing.append(Missing(name, "damaged", f"{file} cannot be used ({type(error).__name__}: {reason})"))
     return []
-
-
-def _check(result: ChainResult | AnalysisResult) -> None:
-    """What all parts are asked for must be there.
-
-    Raises:
-        TypeError: something is not what it should be.
-    """
-    expected: dict[str, tuple[Any, type | tuple[type, ...]]] = {
-        "config": (result.config, dict),
-        "provenance": (result.provenance, dict),
-    }
-    if isinstance(result, ChainResult):
-        expected |= {"engine": (result.engine, dict), "runs": (result.runs, dict)}
-    else:
-        expected |= {"seconds": (result.seconds, (int, float)), "analysis": (result.name, str)}
-        expected |= {"title": (result.title, str), "caption": (result.findings.caption, str)}
-    for name, (value, kind) in expected.items():
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} is {type(value).__name__}")
 
 
 def _record(folder: Path) -> tuple[dict[str, Any], list[Missing]]:

@@ -9,6 +9,18 @@ from typing import Any
 import numpy as np
 
 
+def check_kinds(values: Mapping[str, tuple[Any, type | tuple[type, ...]]]) -> None:
+    """Make sure that what was read from a file is what it should be: ``{name: (value, type)}``.
+
+    Raises:
+        TypeError: it is not, with its name.
+    """
+    for name, (value, kind) in values.items():
+        numeric = kind in (int, float, (int, float))
+        if not isinstance(value, kind) or (numeric and isinstance(value, bool)):
+            raise TypeError(f"{name} is {type(value).__name__}")
+
+
 def to_plain(value: Any) -> Any:
     """``value`` as JSON can hold it: NaN and infinities become null, tuples lists, numpy scalars Python's own."""
     if isinstance(value, Mapping):
