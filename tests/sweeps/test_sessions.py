@@ -50,7 +50,7 @@ def test_ctrl_c_in_any_task_stops_what_comes_after(tiny_llama: Any, tmp_path: Pa
     assert f"{left} {'is' if left == 1 else 'are'} left" in str(caught.value) and (left == 0) == (row == 48)
     assert ("exception's result" in str(caught.value)) == (not out)
     tasks = caught.value.table.task.astype(str).unique().tolist()
-    mine = whole.table[whole.table.task.astype(str).isin(tasks)].reset_index(drop=True)
+    mine = pd.DataFrame(whole.table[whole.table.task.astype(str).isin(tasks)]).reset_index(drop=True)
     pd.testing.assert_frame_equal(caught.value.table, mine, check_categorical=False)
     assert len(result.summary()) > 0 and caught.value.__context__ is None
     if out:
