@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sinklens.engine.run import Progress
@@ -18,7 +17,7 @@ from sinklens.records.ranges import spans
 from sinklens.sweeps.plan import check_same
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.schema import SCHEMA
-from sinklens.sweeps.seal import Damage, Seal
+from sinklens.sweeps.seal import UNREADABLE, Damage, Seal, digest_of
 from sinklens.sweeps.shards import METADATA, read_shard
 from sinklens.sweeps.store import RECORD, SHARDS, VERIFIED, FolderSink
 
@@ -75,7 +74,9 @@ def _write(result: SweepResult, paths: dict[str, Path], out: Path, progress: Pro
     if not out.name or out.is_dir() or out.name in (RECORD, VERIFIED) or out.resolve().parent.name == SHARDS:
         raise InputError(f"{out} is a folder, or a file of a sweep: give another file, such as joined.parquet")
     seals = [asdict(_seal(path)) for path in paths.values()]
-    record = json.dumps(to_plain({"record": result.record, "seals": seals}), ensure_ascii=False)
+    record = json.dumps(
+        to_plain({"record": result.record, "seals": seals, "digest": digest_of(seals)}), ensure_ascii=False
+    )
     schema = SCHEMA.with_metadata({METADATA: record.encode()})
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -97,5 +98,5 @@ def _seal(path: Path) -> Seal:
     """
     try:
         return Seal.read(pq.read_schema(path).metadata)
-    except (OSError, pa.ArrowException, UnicodeDecodeError, Damage) as error:
+    except (*UNREADABLE, Damage) as error:
         raise InputError(f"{path} is damaged: remove that file and run the sweep again, which fills it") from error

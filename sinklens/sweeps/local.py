@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from sinklens.engine.run import Progress
 from sinklens.models.view import Model
@@ -14,11 +15,30 @@ from sinklens.sweeps.plan import Plan
 from sinklens.sweeps.store import Sink
 from sinklens.sweeps.worker import Worker
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sinklens.sweeps.result import SweepResult
+
 logger = logging.getLogger(__name__)
 
 
 class Interrupted(KeyboardInterrupt):
     """The sweep was asked to stop; all tasks that it had begun are finished and kept."""
+
+    result: SweepResult | None = None
+    """What is finished: without a folder it is here alone."""
+
+    @property
+    def table(self) -> pd.DataFrame | None:
+        """The rows that are finished."""
+        return None if self.result is None else self.result.table
+
+    @staticmethod
+    def after(finished: int, left: int) -> Interrupted:
+        """Told by the numbers of tasks."""
+        tasks = "1 task" if finished == 1 else f"{finished} tasks"
+        return Interrupted(f"interrupted: {tasks} finished now, {left} {'is' if left == 1 else 'are'} left")
 
 
 def run_local(
@@ -62,8 +82,8 @@ def run_local(
             done += plan.tasks[index].n_rows
             if progress is not None:
                 progress(done, total)
-            if asked.is_set() and number < len(pending):
-                raise Interrupted(f"interrupted: {number} tasks finished now, {len(pending) - number} are left")
+            if asked.is_set():  # in the last task too: what comes after this sweep is to be stopped as well
+                raise Interrupted.after(number, len(pending) - number)
 
 
 @contextlib.contextmanager
@@ -79,7 +99,7 @@ def interrupts() -> Iterator[threading.Event]:
         asked.set()
         signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, hear)
+    before = signal.signal(signal.SIGINT, hear) or signal.default_int_handler  # None: not set from Python
     try:
         yield asked
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +35,7 @@ from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.screening import verify
 from sinklens.sweeps.seal import Damage, read_sealed
 from sinklens.sweeps.shards import FolderShards, MemoryShards
-from sinklens.sweeps.store import FolderSink, MemorySink
+from sinklens.sweeps.store import FolderSink, MemorySink, Sink
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,8 @@ def sweep(
         InputError: an argument that does not fit model and prompts; ``out`` holds another sweep or cannot be written.
         NoSinkError: the model has no sink on these prompts.
         EngineError: a patch's activations are not finite.
-        KeyboardInterrupt: by Ctrl-C, when running tasks are finished; call again with the same ``out`` to go on.
+        Interrupted: (a KeyboardInterrupt) by Ctrl-C, when running tasks are finished; its ``result`` has these. Call
+            again with the same ``out`` to go on. A second Ctrl-C is heard at once.
     """
     arguments = locals()
     return run_sweep(model, batch, Request.of(arguments), Execution.of(arguments))
@@ -160,27 +161,55 @@ def run_sweep(model: Model, batch: PromptBatch, request: Request, execution: Exe
     pending = pending_tasks(plan, _sound(plan, sink, execution.shard), execution.shard)
     if execution.planned is not None:
         execution.planned(plan, pending)
-    try:
-        if pending:
-            options: dict[str, Any] = {**execution.limits, "progress": execution.progress}
-            if cluster is not None:
-                options["cluster"] = cluster
-            ENGINES[execution.engine](model, plan, sink, pending, **options)
-    except Interrupted as error:
-        kept = (
-            "without out, nothing of it is kept"
-            if execution.out is None
-            else "call it again with the same out to go on"
-        )
-        raise Interrupted(f"{error}; {kept}") from None
+    options: dict[str, Any] = {**execution.limits, "progress": execution.progress}
+    if cluster is not None:
+        options["cluster"] = cluster
+    stopped = _run_tasks(ENGINES[execution.engine], model, plan, sink, pending, options)
     folder = None if isinstance(sink, MemorySink) else sink.folder
     shards = MemoryShards(sink.tables) if isinstance(sink, MemorySink) else FolderShards(sink.folder)
     result = SweepResult(record, shards, folder)
-    if request.method != "screen" or result.missing:
-        return result
-    if _verified(sink) is None:
-        sink.write_verified(verify(model, plan, result, **execution.limits))
-    return replace(result, exact_rows=sink.verified())
+    if stopped is None and request.method == "screen" and not result.missing:
+        result, stopped = _with_exact(model, plan, result, sink, execution)
+    if stopped is not None:
+        raise _told(stopped, result)
+    return result
+
+
+def _run_tasks(
+    engine: Engine, model: Model, plan: Plan, sink: Sink, pending: Sequence[int], options: Mapping[str, Any]
+) -> str | None:
+    """Run them; what is to be said if that was stopped by Ctrl-C.
+
+    It is said later, outside of this ``except``: an exception that is kept would keep the worker and its copies of
+    weights and activations.
+    """
+    try:
+        if pending:
+            engine(model, plan, sink, pending, **options)
+    except Interrupted as error:
+        return str(error)
+    return None
+
+
+def _with_exact(
+    model: Model, plan: Plan, result: SweepResult, sink: MemorySink | FolderSink, execution: Execution
+) -> tuple[SweepResult, str | None]:
+    """A screened sweep's result with its exact rows; or as it is, and what is to be said if Ctrl-C stopped them."""
+    try:
+        if _verified(sink) is None:
+            sink.write_verified(verify(model, plan, result, **execution.limits))
+    except KeyboardInterrupt:
+        return result, "interrupted: all estimates are there, and no exact rows"
+    return replace(result, exact_rows=sink.verified()), None
+
+
+def _told(stopped: str, result: SweepResult) -> Interrupted:
+    """The exception for the user, who finds what is finished on it."""
+    folder = result.folder is not None
+    kept = "call it again with the same out to go on" if folder else "what is finished is this exception's result"
+    error = Interrupted(f"{stopped}; {kept}")
+    error.result = result
+    return error
 
 
 def prepare(execution: Execution) -> tuple[Cluster | None, MemorySink | FolderSink]:

@@ -25,6 +25,10 @@ _UNSEALED = ("digest", "provenance")
 """Keys of a record that its digest does not cover: no number depends on where it was made."""
 
 
+UNREADABLE = (OSError, pa.ArrowException, ValueError, MemoryError)
+"""What reading a damaged Parquet file raises."""
+
+
 class Damage(Exception):
     """What is not as it was written, in a few words."""
 
@@ -72,7 +76,11 @@ class Seal:
         if len(rows) != self.rows:
             raise Damage(f"it has {len(rows)} rows of {self.rows}")
         for name in rows.column_names:
-            if self.sums.get(name) != column_digest(rows[name]):
+            try:
+                same = self.sums.get(name) == column_digest(rows[name])
+            except (*UNREADABLE, LookupError, TypeError):  # values of another type altogether
+                same = False
+            if not same:
                 raise Damage(f"its column {name} is not as it was written")
 
 
@@ -86,7 +94,8 @@ def read_sealed(path: Path, task: str, columns: Sequence[str] | None = None) -> 
         with pq.ParquetFile(path) as file:
             seal = Seal.read(file.schema_arrow.metadata)
             rows = file.read(columns=None if columns is None else list(columns))
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            rows.validate(full=True)
+    except UNREADABLE as error:
         raise Damage(" ".join(str(error).split())[:120]) from error
     seal.check(task, rows)
     return rows.replace_schema_metadata()
@@ -97,20 +106,18 @@ def column_digest(column: pa.ChunkedArray) -> str:
     array = column.combine_chunks()
     digest = hashlib.sha256(f"{len(array)} ".encode())
     if pa.types.is_dictionary(array.type):
-        array, names = array.indices, array.dictionary.to_pylist()
-        codes = _numbers(array)
-        used, codes = np.unique(codes, return_inverse=True)
-        ordered = sorted(range(len(used)), key=lambda i: names[used[i]])
-        rank = np.empty(len(used), dtype=np.int32)
-        rank[ordered] = np.arange(len(used), dtype=np.int32)
-        digest.update(json.dumps([names[used[i]] for i in ordered]).encode())
-        digest.update(np.ascontiguousarray(rank[codes]))
+        names = array.dictionary.to_pylist()
+        used, codes = np.unique(array.indices.fill_null(-1).to_numpy(), return_inverse=True)
+        words = ["" if code < 0 else names[code] for code in used]
+        rank = np.argsort(np.argsort(np.array(words, dtype=object)))
+        digest.update(repr((str(array.type.value_type), sorted(words))).encode())
+        digest.update(rank.astype(np.int32)[codes].tobytes())
     elif pa.types.is_string(array.type):
         digest.update(json.dumps(array.to_pylist()).encode())
     else:
         digest.update(str(array.type).encode())
-        digest.update(_numbers(array))
-    digest.update(np.packbits(array.is_null().to_numpy(zero_copy_only=False)))
+        digest.update(_numbers(array).data)
+    digest.update(np.packbits(array.is_null().to_numpy(zero_copy_only=False)).tobytes())
     return digest.hexdigest()[:DIGITS]
 
 
@@ -120,10 +127,14 @@ def _numbers(array: pa.Array) -> np.ndarray:
     return np.ascontiguousarray(filled.to_numpy(zero_copy_only=False))
 
 
+def digest_of(plain: object) -> str:
+    """Digest of plain data."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, allow_nan=False).encode()).hexdigest()[:DIGITS]
+
+
 def record_digest(record: Mapping[str, Any]) -> str:
     """Digest of a record, as it is read back from JSON."""
-    kept = {name: value for name, value in record.items() if name not in _UNSEALED}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, allow_nan=False).encode()).hexdigest()[:DIGITS]
+    return digest_of({name: value for name, value in record.items() if name not in _UNSEALED})
 
 
 def parse_record(text: str | bytes, version: int) -> dict[str, Any]:

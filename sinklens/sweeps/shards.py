@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from sinklens.errors import InputError
 from sinklens.sweeps.schema import SCHEMA
-from sinklens.sweeps.seal import Damage, Seal, parse_record, read_sealed
+from sinklens.sweeps.seal import UNREADABLE, Damage, Seal, digest_of, parse_record, read_sealed
 from sinklens.sweeps.store import FORMAT, FolderSink
 
 METADATA = b"sinklens.sweep"
@@ -122,8 +122,9 @@ class FileShards:
         number, seal = self._groups[task]
         try:
             rows = self._file.read_row_groups([number], columns=columns)
+            rows.validate(full=True)
             seal.check(task, rows)
-        except (OSError, pa.ArrowException, UnicodeDecodeError, Damage) as error:
+        except (*UNREADABLE, Damage) as error:
             told = " ".join(str(error).split())[:120]
             raise InputError(f"{self.path} is damaged ({task}: {told}): gather the folders again") from error
         return rows
@@ -168,10 +169,9 @@ def record_of_file(path: Path) -> dict[str, Any]:
         with pq.ParquetFile(path) as file:
             found, groups = json.loads((file.schema_arrow.metadata or {})[METADATA]), file.num_row_groups
         record = parse_record(json.dumps(found["record"]), FORMAT)
-        if len({seal["task"] for seal in found["seals"]}) != groups:
+        if len(found["seals"]) != groups or digest_of(found["seals"]) != found["digest"]:
             raise Damage("it has other row groups")
-        _ = [Seal(**seal) for seal in found["seals"]]
-    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, RecursionError, Damage) as error:
+    except (*UNREADABLE, LookupError, TypeError, RecursionError, Damage) as error:
         raise InputError(
             f"{path} is not a file that sinklens gather has written, or not as it was written: give a sweep's folder, "
             "or gather again"

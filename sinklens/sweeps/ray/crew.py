@@ -209,8 +209,8 @@ class Crew:
                 finished, rows = finished + 1, rows + self.plan.tasks[index].n_rows
                 if progress is not None:
                     progress(rows, total)
-        if finished < len(pending):
-            raise Interrupted(f"interrupted: {finished} tasks finished now, {len(pending) - finished} are left")
+        if finished < len(pending) or self.asked.is_set():
+            raise Interrupted.after(finished, len(pending) - finished)
 
     def _more(self) -> bool:
         """Whether there is anything to wait for: after Ctrl-C, what runs; never a worker that only loads its model."""
