@@ -62,7 +62,12 @@ def fidelity(family: str) -> list[Fidelity]:
 
 def _measured(family: str, backend: Backend, dtype: str) -> Fidelity:
     given = random_model(family)
-    key = {"family": family, "backend": backend, "dtype": dtype, "transformer_lens": version("transformer-lens")}
+    key: dict[str, Any] = {
+        "family": family,
+        "backend": backend,
+        "dtype": dtype,
+        "transformer_lens": version("transformer-lens"),
+    }
     try:
         model = load_model(given, backend=backend, dtype=dtype, device="cpu")
     except InputError as error:

