@@ -74,10 +74,10 @@ def to_hooked(
         model.cfg.model_name = name
         _attach_tokenizer(model, tokenizer)
         model = _spread(model, device, devices) if devices > 1 else _moved(model, device)
-        if model is not checked or device.type != "cpu":
-            compare.check_in_precision(model, reference, theirs if probe.as_given else None, probe.tokens)
-        if not probe.whole:
+        if not probe.whole and compare.can_check_blocks(model, reference):
             compare.check_blocks(model, reference)
+        elif model is not checked or device.type != "cpu":
+            compare.check_in_precision(model, reference, theirs if probe.as_given else None, probe.tokens)
     return model
 
 

@@ -99,7 +99,7 @@ def probe(hf_model: PreTrainedModel) -> Probe:
     else:
         windows = {}
     limit = context_of(copied.config) or _LONGEST
-    length = min(max(_LENGTH, longest + 8), limit)
+    length = min(max(_LENGTH if whole else _LENGTH // 2, longest + 8), limit)
     return Probe(copied, prompt(copied, length), whole, windows)
 
 
@@ -356,19 +356,22 @@ def check_in_precision(model: Any, given: Sight, exact: Sight | None, tokens: In
         raise DifferenceError(f"in {kind} its logits are {off:.2g} standard deviations from Hugging Face's")
 
 
+def can_check_blocks(model: Any, given: Sight) -> bool:
+    """Whether the residual stream in front of every block is known, and finite."""
+    return len(given.states) == len(model.blocks) + 1 and all(state.isfinite().all() for state in given.states)
+
+
 @torch.no_grad()
 def check_blocks(model: Any, given: Sight) -> None:
     """Make sure of every block of a HookedTransformer by itself: what it adds to the given model's residual stream.
 
     A model that is too large for float32 is compared so, because in 16 bits the rounding of all blocks together hides
-    what is wrong in one.
+    what is wrong in one. It is one forward pass of the model, a block at a time.
 
     Raises:
         DifferenceError: a block adds something else.
     """
     count = len(model.blocks)
-    if len(given.states) != count + 1 or not all(state.isfinite().all() for state in given.states):
-        return
     weight = next(model.parameters())
     precise = {weight.dtype, given.states[0].dtype} == {torch.float32}
     allowed, eps = (1e-3, 1e-6) if precise else (0.1, 2 * torch.finfo(weight.dtype).eps)
