@@ -14,7 +14,7 @@ def whole_number(value: Any, what: str) -> int:
     Raises:
         InputError: it is a boolean, a fraction or no number at all.
     """
-    plain = as_plain(value)
+    plain: Any = as_plain(value)
     while isinstance(plain, list) and len(plain) == 1:  # an array or tensor with one entry
         plain = plain[0]
     try:
