@@ -20,7 +20,7 @@ def whole_number(value: Any, what: str) -> int:
     try:
         if isinstance(plain, bool):
             raise TypeError
-        return operator.index(plain)
+        return operator.index(plain)  # pyright: ignore[reportArgumentType]: what is no number raises TypeError
     except TypeError:
         raise InputError(f"{what} {value!r} must be a whole number") from None
 
