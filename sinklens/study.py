@@ -133,7 +133,7 @@ class Study:
     @property
     def sinks(self) -> Int[Tensor, " prompt"]:
         """The sink position of every prompt."""
-        return torch.tensor(self.formation.sink_positions)
+        return torch.tensor(self.formation.sink_positions, device="cpu")
 
     @property
     def sink(self) -> tuple[tuple[int, ...], ...]:
@@ -223,7 +223,7 @@ class Study:
         Raises:
             InputError: a prompt has none left.
         """
-        marks = self.ordinary.float().index_fill(1, torch.tensor(list(exclude), dtype=torch.long), 0)
+        marks = self.ordinary.float().index_fill(1, torch.tensor(list(exclude), dtype=torch.long, device="cpu"), 0)
         if (marks.sum(-1) == 0).any():
             raise InputError(f"{name}: no ordinary position is left to draw from; use longer prompts, or fewer targets")
         return torch.multinomial(marks, 1, generator=self.generator(name)).squeeze(-1)
@@ -264,7 +264,9 @@ class Study:
             prompts: which prompt each row is, inside a readout (``rows.prompts``); all of them in order by default.
         """
         sinks = self.sinks if prompts is None else self.sinks[prompts.cpu()]
-        order = (torch.arange(x.shape[1]) != sinks[:, None]).int().argsort(dim=1, stable=True).to(x.device)
+        order = (
+            (torch.arange(x.shape[1], device="cpu") != sinks[:, None]).int().argsort(dim=1, stable=True).to(x.device)
+        )
         return x[torch.arange(len(x), device=x.device)[:, None], order]
 
     def lengths(self, lengths: Sequence[int] = ()) -> tuple[int, ...]:

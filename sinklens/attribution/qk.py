@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sinklens.attribution.trace import Node, Trace
 from sinklens.errors import NotApplicableError
+from sinklens.metrics.sums import running_sum
 from sinklens.models.hooked import AttentionWeights, attention_weights, can_take_apart
 from sinklens.models.view import Model, backend_name, model_id
 from sinklens.sites import PATTERN, K, Q
@@ -173,8 +174,8 @@ def _sum_rows(change: Tensor, pattern: Tensor, centred: Float[Tensor, "readout *
 
 def _others(x: Float[Tensor, "... key"]) -> Float[Tensor, "... key"]:
     """For every key the sum over all others, of what comes before it and what comes after: nothing is subtracted."""
-    before = torch.nn.functional.pad(x[..., :-1].cumsum(-1), (1, 0))
-    after = torch.nn.functional.pad(x[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
+    before = torch.nn.functional.pad(running_sum(x[..., :-1], -1), (1, 0))
+    after = torch.nn.functional.pad(running_sum(x[..., 1:].flip(-1), -1).flip(-1), (0, 1))
     return before + after
 
 

@@ -112,11 +112,16 @@ def edited(op: Op, old: Gathered, live: Mapping[str, Tensor], source_of: SourceO
     at = EditSite(op.layer, op.prompts, op.positions, op.units, live, source_live)
     if trust.is_trusted(op.edit):
         return _checked(op, op.edit(old, source, at), old)
-    new = _called(op, old, source, at)
+    x, mine, here = _copies(old, source, at)
+    new = _checked(op, op.edit(x, mine, here), x)
     place = (op.site.template, op.layer)
     if len(new) and trust.is_new(op.edit, place):
-        what = f"the edit {op.edit.name!r}"
-        trust.compare(op.edit, place, what, new, lambda rows, other: _called(op, old, source, at, rows, other))
+
+        def again(rows: Tensor, other: bool) -> Tensor:
+            x, mine, here = _copies(old, source, at, rows, other)
+            return _checked(op, op.edit(x, mine, here), x)
+
+        trust.compare(op.edit, place, f"the edit {op.edit.name!r}", new, again)
     return new
 
 
@@ -134,24 +139,23 @@ def _checked(op: Op, new: object, x: Tensor) -> Tensor:
     return new.to(x)
 
 
-def _called(
-    op: Op, old: Tensor, source: Tensor | None, at: EditSite, rows: Tensor | slice = slice(None), other: bool = False
-) -> Tensor:
-    """A caller's edit on some of its places, on copies: it may work in place."""
+def _copies(
+    old: Tensor, source: Tensor | None, at: EditSite, rows: Tensor | slice = slice(None), other: bool = False
+) -> tuple[Tensor, Tensor | None, EditSite]:
+    """What a caller's edit is given, at some of its places: it may work in place."""
 
     def copied(act: Tensor) -> Tensor:
         return trust.beside(act[rows].clone(), other)
 
     here = replace(
         at,
-        prompts=at.prompts[rows],
-        positions=at.positions[rows],
-        units=None if at.units is None else at.units[rows],
+        prompts=copied(at.prompts),
+        positions=copied(at.positions),
+        units=None if at.units is None else copied(at.units),
         live={key: copied(act) for key, act in at.live.items()},
         source_live={key: copied(act) for key, act in at.source_live.items()},
     )
-    x = copied(old)
-    return _checked(op, op.edit(x, None if source is None else copied(source), here), x)
+    return copied(old), None if source is None else copied(source), here
 
 
 def apply_edit(

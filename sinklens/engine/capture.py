@@ -20,6 +20,7 @@ from sinklens.engine.hooks import Program, execute, readouts_in, root_ops
 from sinklens.engine.memory import is_out_of_memory, release_cached
 from sinklens.engine.trust import read
 from sinklens.errors import EditError, EngineError, InputError
+from sinklens.metrics.sums import running_sum
 from sinklens.models.state import foreign_hooks, in_usual_state
 from sinklens.models.view import Model, device_of
 from sinklens.patches import Runs
@@ -263,7 +264,7 @@ def _running(readout: Readout) -> Readout:
         return readout
 
     def sums(act: Tensor, rows: Rows) -> Tensor:
-        sums = readout.terms(readout.site.to_canonical(act), rows).cumsum(1)
+        sums = running_sum(readout.terms(readout.site.to_canonical(act), rows), 1)
         return torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)
 
     def reduce(act: Tensor, rows: Rows) -> Tensor:

@@ -56,11 +56,6 @@ def validate(
                 raise InputError(f"root patches cannot have a source run, but one in {run!r} has: {root.describe()}")
             _validate_patch(root, shape, n_prompts, length)
     seen: set[tuple] = set()  # a sweep repeats few places in thousands of patches
-    for template, layers in _written(patches, runs):
-        check_writable(model, template, layers)
-    needing = {(id(part.edit), part.layers): part for patch in patches for part in patch.parts if part.edit.needs}
-    for part in needing.values():
-        check_needs(model, part)
     for patch in patches:
         for part in patch.parts:
             places = (part.site, part.layers, part.positions, part.units, part.source and part.source.positions)
@@ -75,6 +70,12 @@ def validate(
                     f"a patch and those that go with it are in one run, but {part.describe()} is in {part.run!r} and "
                     f"not in {patch.run!r}"
                 )
+    # Behind the places: these ask for blocks that are there.
+    for template, layers in _written(patches, runs):
+        check_writable(model, template, layers)
+    needing = {(id(part.edit), part.layers): part for patch in patches for part in patch.parts if part.edit.needs}
+    for part in needing.values():
+        check_needs(model, part)
 
 
 def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int) -> None:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.metrics.sums import running_sum
+
 Pattern = Float[Tensor, "batch head query key"]
 
 
@@ -53,7 +55,7 @@ def received_at_lengths(
     mask = _counted(pattern, include_self)
     last = torch.tensor(lengths, dtype=torch.long, device=pattern.device) - 1
     # Running sums over queries: one pass, however many lengths there are.
-    total = pattern.float().masked_fill(~mask, 0).cumsum(-2)[..., last, :]
+    total = running_sum(pattern.float().masked_fill(~mask, 0), -2)[..., last, :]
     return total / mask.cumsum(-2)[last]
 
 

@@ -137,6 +137,7 @@ def without_inference(model: object) -> Iterator[None]:
     copies: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for module in modules_of(model):
+            held: Any
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
                     if tensor is None or not tensor.is_inference():
@@ -146,7 +147,7 @@ def without_inference(model: object) -> Iterator[None]:
                         frozen = isinstance(tensor, torch.nn.Parameter)
                         copies[id(tensor)] = torch.nn.Parameter(plain, requires_grad=False) if frozen else plain
                     stack.callback(held.__setitem__, name, tensor)
-                    held[name] = copies[id(tensor)]  # type: ignore[assignment]
+                    held[name] = copies[id(tensor)]
         yield
 
 
@@ -188,7 +189,8 @@ def _pin_products(stack: ExitStack) -> None:
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # set in the new words: the old ones must not be used any more
-        for place in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        of_cpu: Any = torch.backends.mkldnn
+        for place in (torch.backends, torch.backends.cuda.matmul, getattr(of_cpu, "matmul", None)):
             if (value := getattr(place, "fp32_precision", "ieee")) not in ("ieee", "none"):
                 setattr(place, "fp32_precision", "ieee")  # noqa: B010
                 stack.callback(setattr, place, "fp32_precision", value)

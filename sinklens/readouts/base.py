@@ -68,7 +68,7 @@ class PositionReadout(Readout):
     """Follows from :attr:`at` and :attr:`weigh`, so that it cannot say anything else."""
     at: Callable[[Float[Tensor, "token *unit"], Tokens], Float[Tensor, "token *rest"]] = lambda act, _tokens: act
     """``(activation [token, unit, ...], tokens) -> [token, ...]``; attention rows are ``[token, head, key]``."""
-    weigh: Callable[[int], Float[Tensor, "prompt pos"]] = lambda length: torch.ones(1, length)
+    weigh: Callable[[int], Float[Tensor, "prompt pos"]] = lambda length: torch.ones(1, length, device="cpu")
     """Length of the prompts to the weight of every position; where it is 0 the activation is not looked at."""
 
     def __post_init__(self) -> None:

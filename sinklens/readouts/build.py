@@ -54,7 +54,7 @@ def attention_received(name: str, layers: Sequence[int], positions: Where, n_pro
     key = Positions.of(positions).single(n_prompts)
 
     def weigh(length: int) -> Tensor:
-        later = (torch.arange(length) > key[:, None]).float()
+        later = (torch.arange(length, device="cpu") > key[:, None]).float()
         return later / later.sum(-1, keepdim=True)
 
     def at(row: Tensor, tokens: Tokens) -> Tensor:
@@ -69,7 +69,7 @@ def attention_ordinary(name: str, layers: Sequence[int], ordinary: Float[Tensor,
     with 1.
     """
     n, length = ordinary.shape
-    queries = (length - 1 - torch.arange(length)).clamp(min=1)  # later queries of every key
+    queries = (length - 1 - torch.arange(length, device="cpu")).clamp(min=1)  # later queries of every key
     share = ordinary / ordinary.sum(-1, keepdim=True) / queries
 
     def at(row: Tensor, tokens: Tokens) -> Tensor:
@@ -77,7 +77,7 @@ def attention_ordinary(name: str, layers: Sequence[int], ordinary: Float[Tensor,
         keys = torch.arange(row.shape[-1], device=row.device)
         return (row.float().mean(1) * own[:, : len(keys)] * (keys < tokens.positions[:, None])).sum(-1)
 
-    return over_positions(name, PATTERN, layers, at, lambda length: torch.ones(n, length))
+    return over_positions(name, PATTERN, layers, at, lambda length: torch.ones(n, length, device="cpu"))
 
 
 def vector_readout(

@@ -209,7 +209,7 @@ def _alpha_by_head(context: Context) -> tuple[Callable[[Tensor, Tokens], Tensor]
         return row.take_along_dim(own[:, None, None], dim=-1).squeeze(-1).float()
 
     def weigh(length: int) -> Tensor:
-        seen = (torch.arange(length) >= key[:, None]).float()
+        seen = (torch.arange(length, device="cpu") >= key[:, None]).float()
         return seen / seen.sum(-1, keepdim=True)
 
     return at, weigh
@@ -268,7 +268,7 @@ def _logit_diff(name: str, context: Context) -> Readout:
         return of_answer - of_other
 
     def weigh(length: int) -> Tensor:
-        return (torch.arange(length) == length - 1).float().expand(n, -1)
+        return (torch.arange(length, device="cpu") == length - 1).float().expand(n, -1)
 
     return over_positions(name, LOGITS, (context.n_layers,), at, weigh)
 
@@ -281,7 +281,7 @@ def _loss(name: str, context: Context) -> Readout:
         return torch.nn.functional.cross_entropy(logits.float(), nexts, reduction="none")
 
     def weigh(length: int) -> Tensor:
-        return (torch.arange(length) < length - 1).float().expand(len(prompts), -1) / (length - 1)
+        return (torch.arange(length, device="cpu") < length - 1).float().expand(len(prompts), -1) / (length - 1)
 
     return over_positions(name, LOGITS, (context.n_layers,), at, weigh)
 

@@ -14,13 +14,13 @@ def whole_number(value: Any, what: str) -> int:
     Raises:
         InputError: it is a boolean, a fraction or no number at all.
     """
-    plain = as_plain(value)
+    plain: Any = as_plain(value)
     while isinstance(plain, list) and len(plain) == 1:  # an array or tensor with one entry
         plain = plain[0]
     try:
         if isinstance(plain, bool):
             raise TypeError
-        return operator.index(plain)
+        return operator.index(plain)  # pyright: ignore[reportArgumentType]: what is no number raises TypeError
     except TypeError:
         raise InputError(f"{what} {value!r} must be a whole number") from None
 

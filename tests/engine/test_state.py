@@ -208,7 +208,7 @@ def test_ungrouped_heads_under_somebody_s_hooks_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_a_model_that_was_cast_after_loading(dtype: torch.dtype) -> None:
     """``.half()`` leaves the config as it was; the numbers are those of a model that was loaded so."""
-    model = nn.Module.to(tiny_model("llama"), dtype)
+    model: Any = nn.Module.to(tiny_model("llama"), dtype)
     batch, name = sl.prompts.from_tokens(model, TOKENS), str(dtype).removeprefix("torch.")
     loaded = torch.float32 if dtype == torch.float64 else dtype  # what it can be loaded in
     want = numbers(run(sl.load_model(random_model("llama"), dtype=loaded, device="cpu")))

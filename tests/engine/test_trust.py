@@ -55,6 +55,7 @@ def run(model: Any, patches: list[Patch], wanted: tuple[Readout, ...] = (NORM, R
 def agrees(model: Any, patches: list[Patch]) -> None:
     """The engine's numbers are those of one patch and one prompt at a time."""
     slow, half = OneAtATime(model, TOKENS, [NORM, RECEIVED], RUNS), model.cfg.dtype != torch.float32
+    options: dict[str, Any]
     for options in ({}, {"max_rows": 2}):
         found = run(model, patches, **options).values
         for number, patch in enumerate(patches):
@@ -123,6 +124,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_edits_that_cannot_be_are_refused(model: Any, name: str, site: sites.HookSite) -> None:
     edit, match = REFUSED[name]
+    options: dict[str, Any]
     for options in ({}, {"max_rows": 1}):
         with pytest.raises(InputError, match=match) as raised:
             run(model, [patched(edit, site=site)], **options)
