@@ -34,12 +34,18 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def edited(draw: random.Random, text: str) -> str:
-    """The document with one value changed or removed."""
-    data = json.loads(text)
+    """The document with one value changed or removed; nothing of one that is none any more."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return ""
     # What lies near the top matters more, and there is less of it.
-    deep = places(data)[1:]
-    path = draw.choice([place for place in deep if len(place) <= draw.randint(1, 4)])
+    deep = places(data)[1:] or [()]
+    depth = draw.randint(1, 4)
+    path = draw.choice([place for place in deep if len(place) <= depth])
     node = data
+    if not path:
+        return ""
     for key in path[:-1]:
         node = node[key]
     if draw.random() < 0.3:
@@ -56,7 +62,7 @@ def damage(draw: random.Random, folder: Path) -> str:
     content = path.read_bytes()
     kind = draw.choice(["cut", "flip", "swap", "gone", "folder", "empty", *["edit"] * 8])
     if kind == "edit" and path.suffix == ".json":
-        path.write_text(edited(draw, content.decode()), encoding="utf-8", errors="surrogatepass")
+        path.write_text(edited(draw, content.decode(errors="replace")), encoding="utf-8", errors="surrogatepass")
     elif kind == "swap":
         path.write_bytes(draw.choice(files).read_bytes())
     elif kind == "gone":
