@@ -73,9 +73,9 @@ def damage(draw: random.Random, folder: Path) -> str:
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "cut":
-        path.write_bytes(content[: draw.randrange(len(content))])
-    else:
-        place = draw.randrange(len(content))
+        path.write_bytes(content[: draw.randrange(max(len(content), 1))])
+    elif content:
+        place = draw.randrange(max(len(content), 1))
         path.write_bytes(content[:place] + bytes([content[place] ^ (1 << draw.randrange(8))]) + content[place + 1 :])
     return f"{kind} {path.relative_to(folder)}"
 

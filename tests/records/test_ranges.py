@@ -76,9 +76,9 @@ def test_numbers_that_no_model_has(text: str) -> None:
 def test_numbers_in_every_form() -> None:
     arrays = (np.array([3, 1]), torch.tensor([3, 1]), [np.int64(3), torch.tensor(1)])
     for form in (*arrays, (1, 3, 3), {1, 3}, iter([1, 3])):
-        assert read("layers", form) == (1, 3)
+        assert read("layers", form) == (1, 3)  # pyright: ignore[reportArgumentType]: an array is no Iterable[int] to it
     for one in (2, np.int32(2), torch.tensor(2), np.array(2)):
-        assert read("layers", one) == (2,)
+        assert read("layers", one) == (2,)  # pyright: ignore[reportArgumentType]: as above
     truths = (True, [True, False], np.array([True, False]), torch.tensor([True]))
     for wrong in (*truths, 1.5, [1.5], torch.tensor([1.0]), None):
         with pytest.raises(InputError):
