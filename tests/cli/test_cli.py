@@ -123,6 +123,12 @@ def test_numbers_and_names_beyond_all_measure(here: Path, line: str, parts: list
     assert len(outcome.err) < 600 and snapshot(here) == before
 
 
+def test_a_line_end_in_a_name(here: Path) -> None:
+    refused(invoke("report", "a\nb"), "there is no folder a b: give")
+    refused(invoke("gather", "a\r\nb", "--out", "rows"), "a b holds no sweep.json")
+    assert snapshot(here).keys() == {"texts.txt"}
+
+
 @pytest.mark.usefixtures("quick_load")
 def test_everything_refuses_a_block_as_the_chain_does(here: Path, tiny_folder: Path) -> None:
     before = snapshot(here)
