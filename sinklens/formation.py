@@ -215,9 +215,8 @@ def _check_given(shape, layer, neurons, dims) -> None:  # noqa: ANN001
         ("neuron", neurons or [], shape.d_mlp),
         ("dimension", dims or [], shape.d_model),
     ):
-        outside = [index for index in given if not 0 <= index < top]
-        if outside:
-            raise InputError(f"{name} [{short(outside)}] is not in 0..{top - 1}")
+        if not all(0 <= index < top for index in given):
+            raise InputError(f"{name} [{short(given, 8)}] is not in 0..{top - 1}")
 
 
 def _written(model: Model, batch: PromptBatch, layer: int, rows: int) -> tuple[Tensor | None, Tensor]:

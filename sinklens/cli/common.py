@@ -261,7 +261,8 @@ def usage_errors() -> Iterator[None]:
 
 
 def fail(sentence: str) -> NoReturn:
-    """Tell the user's mistake, and exit with 2; what is too long to be a name is cut."""
+    """Tell the user's mistake on one line, and exit with 2; what is too long to be a name is cut."""
+    sentence = " ".join(part.strip() for part in sentence.splitlines())  # a name may hold line ends
     told = re.sub(r"\S{400,}", lambda match: f"{match[0][:80]}...{match[0][-40:]}", sentence)
     typer.echo(f"sinklens: {told}", err=True)
     raise typer.Exit(2)

@@ -21,6 +21,8 @@ RUN_FILES = ("chain.json", "summary.json", "run.json")
 """A folder that holds one of these was written by sinklens, and may be replaced when the user says so."""
 _HERE = f".{socket.gethostname()}-"
 """How the temporary names of this machine's processes begin."""
+_SUFFIXES = (".tmp", ".old")
+"""How they end: what will have a name, and what had it before."""
 
 
 @contextlib.contextmanager
@@ -84,7 +86,7 @@ def temporary_name() -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files and folders in ``folder`` whose processes, of this machine, are no more."""
-    for path in folder.glob(f"{_HERE}*.tmp"):
+    for path in [path for path in folder.glob(f"{_HERE}*") if path.suffix in _SUFFIXES]:
         pid = path.name.removeprefix(_HERE).partition("-")[0]
         if pid.isdecimal() and not _alive(int(pid)):
             if path.is_dir():
@@ -95,7 +97,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def holds_something(folder: Path) -> bool:
     """Whether there is anything in a folder but what a process that was killed while writing leaves."""
-    return any(not (path.name.startswith(".") and path.name.endswith(".tmp")) for path in folder.iterdir())
+    return any(not (path.name.startswith(".") and path.suffix in _SUFFIXES) for path in folder.iterdir())
 
 
 def _alive(pid: int) -> bool:

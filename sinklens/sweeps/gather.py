@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,8 +32,12 @@ def gather(folders: Sequence[str | Path], out: str | Path, *, progress: Progress
         progress: called with (tasks joined, tasks in all).
 
     Raises:
-        InputError: a folder holds another sweep, tasks are missing, a shard is damaged, or ``out`` cannot be written.
+        InputError: a folder holds another sweep, tasks are missing, a shard is damaged, or ``out`` is a folder or
+            cannot be written.
     """
+    place = Path(out).expanduser()
+    if os.path.isdir(place):  # an empty name, which is the working folder, too
+        raise InputError(f"{place} is a folder: give a file for the rows, such as {place / 'sweep.parquet'}")
     results = [SweepResult.load(folder) for folder in folders]
     if not results:
         raise InputError("give at least one folder of a sweep")
@@ -42,7 +47,7 @@ def gather(folders: Sequence[str | Path], out: str | Path, *, progress: Progress
         if other.record["identity"] != first.record["identity"]:
             raise InputError(f"{folder} found another formation than {folders[0]}: give both the same one, or run anew")
     paths = _paths(first, folders)
-    _write(first, paths, Path(out).expanduser(), progress)
+    _write(first, paths, place, progress)
     return SweepResult.load(out)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import pytest
 from sinklens.analysis import suite
 from sinklens.analysis.base import Analysis, AnalysisResult, Findings, verdict
 from sinklens.analysis.suite import Part, run_all
+from sinklens.chain import result as result_file
 from sinklens.chain.result import ChainResult
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.prompts import from_tokens
+from sinklens.records import files
 from sinklens.statistics import Estimate
 from sinklens.study import Study
 from tests.helpers.tiny import tiny_model, tiny_tokens
@@ -25,7 +29,8 @@ GIVEN = {"layer": 1, "super_neurons": (3, 7), "outlier_dims": (2, 5)}
 class Calls:
     """Analyses that count how often they are run, in place of the real ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
         self.made: list[str] = []
         self.errors: dict[str, Exception] = {}
 
@@ -48,7 +53,7 @@ class Calls:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    found = Calls()
+    found = Calls(monkeypatch)
     monkeypatch.setattr(suite, "list_analyses", lambda: {"first": "", "second": ""})
     monkeypatch.setattr(suite, "load_analysis", found.analysis)
     chain = suite.score_chain
@@ -191,6 +196,133 @@ def test_the_order_of_parts_does_not_change_a_number(tmp_path):
         run_all(study(), tmp_path / "b", target=5, only=(name,))
     one, other = (ChainResult.load(tmp_path / name / "chain") for name in "ab")
     pd.testing.assert_frame_equal(one.scores, other.scores)
+
+
+class Disk:
+    """Counts what is written, and ends at the ``last`` of it, by an error of the system or as a killed process does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int, error: BaseException) -> None:
+        self.left, self.error = last, error
+        for owner, name in (
+            (Path, "mkdir"),
+            (Path, "write_text"),
+            (pd.DataFrame, "to_parquet"),
+            (result_file, "save_file"),
+            (os, "replace"),
+        ):
+            monkeypatch.setattr(owner, name, self.counted(getattr(owner, name)))
+        if isinstance(error, Killed):  # nobody tidies up
+            monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
+            monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+            monkeypatch.setattr(Path, "rmdir", lambda *_, **__: None)
+
+    def counted(self, write: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise self.error
+            return write(*args, **options)
+
+        return call
+
+
+class Killed(BaseException):
+    """The process is no more."""
+
+
+@pytest.fixture
+def quick(calls: Calls) -> Calls:
+    """The chain is scored once."""
+    done: list[ChainResult] = []
+    score = suite.score_chain
+
+    def once(*args: Any, **options: Any) -> ChainResult:
+        done[:] = done or [score(*args, **options)]
+        return done[0]
+
+    calls.monkeypatch.setattr(suite, "score_chain", once)
+    return calls
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What is in a run's folder, but for the times that it took."""
+    found: dict[str, Any] = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".parquet":
+            found[name] = pd.read_parquet(path).to_json()
+        elif path.suffix == ".json":
+            found[name] = re.sub(r'"(seconds|peak_bytes)": [^,\n}]*', "", path.read_text())
+        else:
+            found[name] = path.read_bytes() if path.is_file() else None
+    return found
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("error", "step"),
+    [
+        (OSError(28, "full"), 7),
+        (OSError(122, "quota"), 19),
+        (OSError(30, "read only"), 23),
+        (Killed(), 5),
+        pytest.param(OSError(28, "full"), 1, marks=pytest.mark.slow),
+        pytest.param(Killed(), 1, marks=pytest.mark.slow),
+    ],
+)
+def test_wherever_it_ends_the_folder_is_taken_up(tmp_path, monkeypatch, error, step):
+    monkeypatch.setattr("sinklens.analysis.run._figure", lambda *_: None)
+    here = study()
+    run_all(here, tmp_path / "whole", target=5)
+    expected = contents(tmp_path / "whole")
+    monkeypatch.setattr(files, "_alive", lambda _pid: False)
+    for last in range(0, 100, step):
+        out = tmp_path / f"out{last}"
+        with monkeypatch.context() as patch:
+            Disk(patch, last, error)
+            try:
+                run_all(here, out, target=5)
+                break  # more than all that is written
+            except Killed:
+                pass
+            except InputError as told:
+                assert "cannot be written" in str(told) and "\n" not in str(told)
+                assert not out.exists() or (out / "run.json").is_file()
+                assert not list(tmp_path.rglob("*.tmp"))
+        assert contents(run_all(here, out, target=5).folder) == expected, last
+    else:
+        raise AssertionError("there is more to write")
+    assert last > 20 and not list(out.rglob(".*"))
+
+
+def test_a_block_that_the_model_does_not_have_is_refused_before_any_work(tmp_path, calls):
+    for given in ({"layer": 99}, {"super_neurons": (3, 48)}, {"outlier_dims": (32,)}):
+        with pytest.raises(InputError, match="is not in 0"):
+            run_all(study(given=given), tmp_path / "all", target=5)
+    with pytest.raises(InputError, match="target 15 must be in"):
+        run_all(study(), tmp_path / "all", target=15)
+    assert calls.made == [] and not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"parts": []},
+        {"parts": {"first": {}}},
+        {"parts": {"first": {"status": "well"}}},
+        {"parts": {"first": {"status": "done", "seconds": "long"}}},
+        {"parts": {"first": {"status": "done", "key": [1]}}},
+        {"parts": {"first": {"status": "done", "colour": 1}}},
+        [],
+    ],
+    ids=str,
+)
+def test_a_record_that_was_edited_is_refused(tmp_path, calls, damage):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "run.json").write_text(json.dumps(damage))
+    with pytest.raises(InputError, match="run.json is damaged"):
+        run_all(study(), tmp_path / "all", target=5)
+    assert calls.made == []
 
 
 def test_bad_folders_and_names_are_refused_before_any_work(tmp_path, calls):

@@ -10,16 +10,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sinklens
 from sinklens.cli import common as _cli
-from sinklens.errors import EngineError, InputError
+from sinklens.errors import EngineError, InputError, WriteError
 from sinklens.models import smollm2 as _smollm2
 from sinklens.models.families import N_CTX
+from sinklens.models.load import Backend
+from sinklens.pairs.choice import InducedKind
 from tests.helpers.command_line import LINE, NOTE, Run, environment, invoke, process, refused, snapshot
 from tests.helpers.folders import earlier_run
 from tests.helpers.synthetic import synthetic_result
@@ -84,6 +87,78 @@ def test_a_mistyped_command(here: Path) -> None:
     refused(invoke("--colour"), "--colour", "--help")
     refused(invoke("models", "surplus"), "surplus", "--help")
     assert snapshot(here).keys() == {"texts.txt"}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "line, parts",
+    [
+        ("chain --seed -1", ["--seed", "0"]),
+        ("find --seed 9223372036854775808", ["--seed"]),
+        ("chain --control-draws 9223372036854775807", ["--control-draws", "1000"]),
+        ("chain --memory-budget 1e300", ["--memory-budget 1e+300", "at most 1,048,576"]),
+        ("chain --pair-layers 0-999999999999", ["--pair-layers '0-999999999999' must be whole numbers"]),
+        ("find --super-neurons 1-99999999999999", ["--super-neurons", "must be whole numbers"]),
+        ("all --only ,", ["--only is empty: name at least one"]),
+        ("all --seed -1", ["--seed", "0"]),
+        ("analyse settle_it --rotations -1", ["--rotations", "1"]),
+        ("analyse super_neurons --draws 9223372036854775807", ["--draws"]),
+        ("analyse down_projection --draws 0", ["--draws"]),
+        ("analyse output_gate --scale nan", ["--scale nan must be a finite number"]),
+        ("sweep --shard ²/³", ["--shard '²/³' must be I/N"]),
+        ("sweep --seed -1", ["--seed", "0"]),
+        ("sweep --min-gap nan", ["--min-gap nan must be a finite number, 0 or more"]),
+        ("sweep --positions 0-999999999999", ["positions '0-999999999999' goes beyond 9999999"]),
+        (f"chain --n {'9' * 5000}", ["--n"]),
+        (f"analyse {'x' * 300}", ["there is no analysis"]),
+        (f"analyse {'x' * 300}.py", ["there is no file"]),
+        (f"report {'x' * 300}", ["cannot be read (File name too long)"]),
+    ],
+    ids=lambda value: value[:50] if isinstance(value, str) else "",
+)
+def test_numbers_and_names_beyond_all_measure(here: Path, line: str, parts: list[str]) -> None:
+    before = snapshot(here)
+    outcome = invoke(*line.split())
+    refused(outcome, *parts)
+    assert len(outcome.err) < 600 and snapshot(here) == before
+
+
+def test_a_line_end_in_a_name(here: Path) -> None:
+    refused(invoke("report", "a\nb"), "there is no folder a b: give")
+    refused(invoke("gather", "a\r\nb", "--out", "rows"), "a b holds no sweep.json")
+    assert snapshot(here).keys() == {"texts.txt"}
+
+
+@pytest.mark.usefixtures("quick_load")
+def test_everything_refuses_a_block_as_the_chain_does(here: Path, tiny_folder: Path) -> None:
+    before = snapshot(here)
+    options = ["--model", str(tiny_folder), "--prompts", "texts.txt", "--length", "16", "--n", "2", "--device", "cpu"]
+    for command in ("chain", "all", "find"):
+        refused(invoke(command, *options, "--block", "99"), "block [99] is not in 0..3")
+    assert snapshot(here) == before
+
+
+def test_a_file_that_is_no_analysis(here: Path) -> None:
+    for text, part in (
+        ("1 +", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import no_such", ""),
+    ):
+        (here / "mine.py").write_text(text)
+        refused(invoke("analyse", "mine.py"), "mine.py cannot be run", part)
+
+
+def test_the_version() -> None:
+    outcome = invoke("--version")
+    assert (outcome.code, outcome.err) == (0, "")
+    told = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
+    assert told["sinklens"] == sinklens.__version__ and told["torch"] == torch.__version__
+    assert told["transformer-lens"][0].isdecimal()
+
+
+def test_the_choices_are_the_librarys() -> None:
+    assert {*_cli.Pair} == {*get_args(InducedKind)}
+    assert {*_cli.Backend} == {*get_args(Backend)}
 
 
 # -- Bad input that the model or the files show -----------------------------------------------------------------------
@@ -220,6 +295,28 @@ def test_a_disk_that_is_full_at_the_end(
     monkeypatch.setattr("pandas.DataFrame.to_parquet", full)
     refused(chain("--n", "2", "--out", "new/run"), "run cannot be written (No space left on device)")
     assert fake_chain
+
+
+@pytest.mark.usefixtures("fake_chain")
+def test_no_room_for_the_report_alone(chain: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Path) -> Path:
+        raise WriteError("run/report.html cannot be written (No space left on device): make room")
+
+    monkeypatch.setattr(sys.modules["sinklens.pages.page"], "report", full)
+    outcome = chain("--out", "run", changes=True)
+    refused(outcome, "report.html cannot be written (No space left", "sinklens report run writes the page")
+    assert (here / "run" / "chain.json").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("line", ["models", "--version"])
+def test_no_room_for_the_output(line: str, tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "sinklens.cli", line]
+        options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "cwd": tmp_path, "env": environment()}
+        done = subprocess.run(command, stdout=full, check=False, **options)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("sinklens: the output cannot be written (No space left on device)")
 
 
 # -- What works -------------------------------------------------------------------------------------------------------

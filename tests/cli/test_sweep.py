@@ -49,6 +49,8 @@ def test_shards_and_gather(sweep: Any, here: Path) -> None:
     refused(invoke("gather", "one", "--out", "all.parquet"), "2 of 5 tasks are missing (numbers 1, 3)")
     assert not (here / "all.parquet").exists()
     sweep(*SMALL, "--out", "two", "--shard", "2/2")
+    for place in ("", ".", "one"):
+        refused(invoke("gather", "one", "two", "--out", place), "is a folder: give a file for the rows")
     done = invoke("gather", "one", "two", "--out", "all.parquet")
     assert done.code == 0 and done.out == "all.parquet: 180 rows\n"
     sweep(*SMALL, "--out", "whole")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sinklens.errors import InputError
-from sinklens.records.ranges import numbers, parse, short
+from sinklens.records.ranges import Between, check_arguments, names, numbers, parse, read, short
 
 ranges = st.sets(st.integers(0, 40), min_size=1, max_size=5).map(lambda found: tuple(sorted(found)))
 
@@ -62,3 +64,58 @@ def test_ranges_that_are_refused(given: Any, message: str) -> None:
 def test_a_range_written_out_is_itself(found: tuple[int, ...]) -> None:
     assert parse("layers", ",".join(map(str, found))) == found
     assert short(found, 100) == ", ".join(map(str, found))
+
+
+@pytest.mark.parametrize("text", ["0-999999999999", "9" * 5000, "1-3:99999999", "10000000"])
+def test_numbers_that_no_model_has(text: str) -> None:
+    with pytest.raises(InputError, match="goes beyond 9999999") as error:
+        parse("layers", text)
+    assert len(str(error.value)) < 200
+
+
+def test_numbers_in_every_form() -> None:
+    arrays = (np.array([3, 1]), torch.tensor([3, 1]), [np.int64(3), torch.tensor(1)])
+    for form in (*arrays, (1, 3, 3), {1, 3}, iter([1, 3])):
+        assert read("layers", form) == (1, 3)  # pyright: ignore[reportArgumentType]: an array is no Iterable[int] to it
+    for one in (2, np.int32(2), torch.tensor(2), np.array(2)):
+        assert read("layers", one) == (2,)  # pyright: ignore[reportArgumentType]: as above
+    truths = (True, [True, False], np.array([True, False]), torch.tensor([True]))
+    for wrong in (*truths, 1.5, [1.5], torch.tensor([1.0]), None):
+        with pytest.raises(InputError):
+            read("layers", wrong)  # pyright: ignore[reportArgumentType]: the point of the test
+    with pytest.raises(InputError, match="goes beyond"):
+        read("layers", range(10**12))
+
+
+def test_arguments_are_held_to_their_annotations() -> None:
+    def function(
+        study: object,
+        *,
+        draws: Annotated[int, "how many", Between(1, 10)] = 3,
+        scale: float = 1.0,
+        top: int | None = None,
+        kind: Literal["one", "two"] = "one",
+        free: Any = None,
+    ) -> None: ...
+
+    check_arguments(function, {"draws": np.int64(10), "scale": 2, "top": None, "kind": "two", "free": object()})
+    for name, value, message in (
+        ("draws", 0, "draws 0 must be a whole number, from 1 to 10"),
+        ("draws", 11, "from 1 to 10"),
+        ("draws", 2.0, "whole number"),
+        ("draws", None, "whole number"),
+        ("draws", 10**5000, "thousands of digits must be"),
+        ("scale", math.nan, "scale nan must be a finite number$"),
+        ("scale", 10**400, "finite number"),
+        ("scale", "wide", "finite number"),
+        ("top", "3", "whole number"),
+        ("kind", "three", "must be one of one, two"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_arguments(function, {name: value})
+
+
+def test_lists_of_names() -> None:
+    assert names("--only", " a,b ,, c") == ("a", "b", "c")
+    with pytest.raises(InputError, match="--only is empty"):
+        names("--only", " , ")

@@ -94,7 +94,7 @@ def _check_address(address: str | None, folder: bool) -> None:
     if address is None:
         return
     host, _, port = address.rpartition(":")
-    if address != "auto" and not (host and port.isdigit() and "://" not in address):
+    if address != "auto" and not (host and port.isdecimal() and "://" not in address):
         raise InputError(
             f"ray_address {address!r} must be HOST:PORT or auto: run the sweep on a machine of the cluster"
         )
