@@ -41,6 +41,7 @@ from sinklens.patches import CLEAN
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.records.ranges import short
+from sinklens.records.summaries import html, some, summary
 from sinklens.sites import ATTN_OUT, MLP_OUT, MLP_POST, PATTERN, RESID_POST, RESID_PRE
 
 
@@ -108,6 +109,19 @@ class Formation:
     """All formation blocks, in order."""
     profile: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False, repr=False)
     """Per block: residual norms and attention of the sink and of other tokens."""
+
+    def __repr__(self) -> str:
+        sinks = some(sorted(set(self.sink_positions)))
+        return summary(
+            self,
+            f"block {self.layer}",
+            f"sink at position {sinks} of {len(self.sink_positions)} prompts",
+            f"super neurons {some(self.neurons)}" if self.super_neurons else "",
+            f"outlier dimensions {some(self.dims)}" if self.outlier_dims else "",
+        )
+
+    def _repr_html_(self) -> str:
+        return html(repr(self), [vars(event) for event in self.events])
 
     @property
     def first(self) -> int:

@@ -42,6 +42,7 @@ from sinklens.models.view import (
     vocabulary_size,
 )
 from sinklens.records.ranges import check_seed
+from sinklens.records.summaries import html, summary
 
 __all__ = [
     "PromptBatch",
@@ -79,6 +80,14 @@ class PromptBatch:
         if [len(row) for row in self.labels] != [self.length] * self.n:
             raise InputError(f"labels must hold one string for each token, {self.n} rows of {self.length}.")
         object.__setattr__(self, "tokens", self.tokens.cpu().long())
+
+    def __repr__(self) -> str:
+        skipped = f"{self.n_skipped} passed over" if self.n_skipped else ""
+        return summary(self, f"{self.n:,} prompts of {self.length:,} tokens", self.source, skipped)
+
+    def _repr_html_(self) -> str:
+        rows = [{"prompt": number, "text": "".join(row[:40])} for number, row in enumerate(self.labels)]
+        return html(repr(self), rows)
 
     @property
     def n(self) -> int:

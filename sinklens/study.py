@@ -42,6 +42,7 @@ from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.named import Context, NamedReadout, named_readout
 from sinklens.records.provenance import git_commit, versions
+from sinklens.records.summaries import html, summary
 from sinklens.sites import HookSite
 from sinklens.statistics import Estimate, Values, generator, mean_estimate
 
@@ -64,6 +65,16 @@ class Study:
     """Called with (rows done, rows in all) while patches run."""
     rows: int | None = None
     """Rows for one forward pass, in place of the memory budget."""
+
+    def __repr__(self) -> str:
+        found = vars(self).get("formation")
+        block = "" if found is None else f"formation block {found.layer}"
+        prompts = f"{self.batch.n:,} prompts of {self.batch.length:,} tokens"
+        return summary(self, model_id(self.model), prompts, block, f"seed {self.seed}")
+
+    def _repr_html_(self) -> str:
+        found = vars(self).get("formation")
+        return html(repr(self), None if found is None else [vars(event) for event in found.events])
 
     @cached_property
     def shape(self) -> ModelShape:

@@ -24,6 +24,8 @@ import pandas as pd
 from sinklens.errors import InputError
 from sinklens.records.files import atomic_folder, write_json
 from sinklens.records.plain import check_kinds
+from sinklens.records.summaries import html, summary
+from sinklens.records.text import number
 from sinklens.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -134,6 +136,14 @@ class AnalysisResult:
     """Versions, git commit, device, dtype, model id and digests."""
     seconds: float
     """Wall-clock time."""
+
+    def __repr__(self) -> str:
+        found = self.findings.verdict
+        value = "" if found.estimate is None else f"{found.statistic}: {number(found.estimate.value)}"
+        return summary(self, self.name, found.outcome, value, found.reason, f"{len(self.findings.table):,} rows")
+
+    def _repr_html_(self) -> str:
+        return html(f"{self!r} {self.findings.verdict.claim}", self.findings.table)
 
     def save(self, out: str | Path, *, force: bool = False) -> Path:
         """Write ``summary.json``, ``table.parquet`` and ``figure.json`` into a folder, as a whole or not at all.

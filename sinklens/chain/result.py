@@ -24,6 +24,7 @@ from sinklens.errors import InputError
 from sinklens.formation import Formation, _frame, formation_from_json, formation_to_json
 from sinklens.records.files import atomic_folder, write_json
 from sinklens.records.plain import check_kinds, to_plain
+from sinklens.records.summaries import html, some, summary
 from sinklens.stages.base import experiment_kind
 from sinklens.statistics import bootstrap_interval
 
@@ -65,6 +66,15 @@ class ChainResult:
     """``{run: [prompt pos]}``, attention from later queries, mean over heads and readout blocks; NaN for the last."""
     neurons: dict[str, Tensor] = field(default_factory=dict)
     """``{run: [prompt pos neuron]}``, activations of the super neurons."""
+
+    def __repr__(self) -> str:
+        stages = some(dict.fromkeys(self.scores["stage"])) if "stage" in self.scores else ""
+        sink = f"{self.config.get('pair', '')} at {self.config.get('target', '')}"
+        return summary(self, f"{self.metric}, {sink}", f"stages {stages}", f"block {self.formation.layer}")
+
+    def _repr_html_(self) -> str:
+        shown = [name for name in (*SCORE_KEYS, "effect", "low", "high", "n", "n_excluded") if name in self.scores]
+        return html(repr(self), pd.DataFrame(self.scores, columns=shown))
 
     @property
     def metric(self) -> str:

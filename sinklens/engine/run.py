@@ -36,6 +36,7 @@ from sinklens.models.view import Model, check_hook_name, device_of
 from sinklens.patches import CLEAN, Patch, Runs
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
+from sinklens.records.summaries import ROWS, html, some, summary
 from sinklens.sites import LOGITS
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,22 @@ class PatchResult:
     """Run name to readout name to the unpatched run's values."""
     stats: EngineStats
     """What it cost."""
+
+    def __repr__(self) -> str:
+        shape = next((tuple(values.shape) for values in self.values.values()), (0, 0))
+        return summary(self, f"{shape[0]:,} patches x {shape[1]:,} prompts", f"readouts {some(self.values)}")
+
+    def _repr_html_(self) -> str:
+        """Means over prompts, the runs before the patches."""
+        rows = [{"patch": f"run {run}", **_means(values)} for run, values in self.runs.items()]
+        n_patches = max((len(values) for values in self.values.values()), default=0)
+        shown = range(min(n_patches, ROWS))
+        rows += [{"patch": str(i), **_means({k: v[i] for k, v in self.values.items()})} for i in shown]
+        return html(f"{self!r}, means over prompts", rows)
+
+
+def _means(values: Mapping[str, Float[Tensor, " prompt"]]) -> dict[str, float]:
+    return {name: float(each.mean()) for name, each in values.items()}
 
 
 def run_patches(

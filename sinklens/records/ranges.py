@@ -214,7 +214,7 @@ def names(option: str, text: str) -> tuple[str, ...]:
     Raises:
         InputError: there is none.
     """
-    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    found = names_in(text)
     if not found:
         raise InputError(f"{option} is empty: name at least one")
     return found

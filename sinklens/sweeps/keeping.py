@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from sinklens.errors import InputError
-from sinklens.models.view import Model, carries_hooks
+from sinklens.models.state import foreign_hooks, foreign_part
+from sinklens.models.view import Model, is_bridge
 from sinklens.pairs.ablations import EditLike
 from sinklens.readouts.named import ReadoutLike, readout_name
 from sinklens.records.fingerprint import unstable_in
@@ -19,30 +18,24 @@ def check_kept(model: Model, request: Request, execution: Execution) -> None:
 
     Raises:
         InputError: an edit, a readout or a stage of which nothing tells whether it is the same when the sweep is taken
-            up, or hooks on the model.
+            up, or hooks on the model, or a part of it that is not as it was loaded.
     """
-    if (execution.out is not None or execution.engine != "local") and is_hooked(model):
-        where = "a folder (out)" if execution.out is not None else f"the engine {execution.engine}"
+    if execution.out is None and execution.engine == "local":
+        return
+    where = "a folder (out)" if execution.out is not None else f"the engine {execution.engine}"
+    if foreign_hooks(model):
         raise InputError(
             f"there are hooks on the model, and {where} knows nothing of them: call model.reset_hooks() or leave the "
             "with of model.hooks first, or sweep in memory with the engine local"
         )
+    if not is_bridge(model) and (part := foreign_part(model)) is not None:
+        raise InputError(
+            f"the model has {part}, and {where} knows nothing of it but its weights: sweep in memory with the engine "
+            "local"
+        )
     if execution.out is not None:
         for what, thing in _things(request):
             _check_stable(what, thing)
-
-
-def is_hooked(model: Model) -> bool:
-    """Whether somebody has hooks on the model: TransformerLens's on its hook points, or torch's on any module."""
-    assert isinstance(model, torch.nn.Module)
-    hooks = [
-        hook
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ]
-    # TransformerLens has some of its own on a bridge.
-    foreign = [hook for hook in hooks if not str(hook.__module__).startswith(("transformer_lens.", "transformers."))]
-    return bool(foreign) or carries_hooks(model)
 
 
 def _things(request: Request) -> list[tuple[str, Place | EditLike | ReadoutLike]]:

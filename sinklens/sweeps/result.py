@@ -18,6 +18,7 @@ import torch
 from sinklens.errors import InputError
 from sinklens.formation import Formation, formation_from_json
 from sinklens.pairs import is_natural
+from sinklens.records.summaries import html, some, summary
 from sinklens.sweeps.grid import Tasks
 from sinklens.sweeps.judging import judge
 from sinklens.sweeps.schema import CELL
@@ -29,6 +30,8 @@ _PC: Any = _compute  # its functions are made at import, where no type checker s
 TENSOR_AXES = ("stage", "layer", "position", "unit", "edit", "direction", "prompt")
 ROWS_AT_ONCE = 1 << 21
 """Rows that are in memory at once while a sweep is summed up."""
+SHOWN_CELLS = 2_000_000
+"""A notebook shows no overview of more: it would have to be summed up first."""
 PLACE = ("layer", "window", "position", "unit")
 Value = Literal["effect", "value", "change", "base", "anchored"]
 
@@ -64,6 +67,27 @@ class SweepResult:
     def config(self) -> Mapping[str, Any]:
         """Everything that was chosen, with the digests of model and prompts."""
         return self.record["choices"]
+
+    def __repr__(self) -> str:
+        config, tasks = self.config, self.record["tasks"]
+        names = {what: some(_names(config[what])) for what in ("stages", "edits", "readouts")}
+        missing = len(self.missing)
+        return summary(
+            self,
+            config["method"],
+            *(f"{what} {listed}" for what, listed in names.items()),
+            f"{tasks['n_patches']:,} patches x {tasks['n_prompts']:,} prompts",
+            f"{missing:,} of {len(self._all):,} tasks missing" if missing else "",
+            "" if self.folder is None else str(self.folder),
+        )
+
+    def _repr_html_(self) -> str:
+        if self.record["tasks"]["n_cells"] > SHOWN_CELLS:
+            return html(f"{self!r}; overview() has a table")
+        try:
+            return html(repr(self), self.overview())
+        except InputError as error:  # a damaged shard
+            return html(f"{self!r}: {error}")
 
     @cached_property
     def formation(self) -> Formation:
@@ -218,12 +242,17 @@ class SweepResult:
         return LabelledTensor(tensor, TENSOR_AXES, coords, value)
 
     def _readout(self, readout: str | None) -> str:
-        names = [item if isinstance(item, str) else item[0] for item in self.config["readouts"]]
+        names = _names(self.config["readouts"])
         if readout is None and len(names) == 1:
             return names[0]
         if readout is None or readout not in names:
             raise InputError(f"readout {readout!r}: choose {', '.join(names)}")
         return readout
+
+
+def _names(recorded: Sequence[str | Sequence[Any]]) -> list[str]:
+    """The names in a record, where things of the user's stand with more than that."""
+    return [item if isinstance(item, str) else str(item[0]) for item in recorded]
 
 
 def to_pandas(table: pa.Table) -> pd.DataFrame:

@@ -10,6 +10,10 @@ import pandas as pd
 from torch import Tensor
 
 from sinklens.errors import InputError
+from sinklens.records.summaries import html, summary
+
+SHOWN_COLUMNS = 40
+"""Columns that a notebook shows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +33,16 @@ class LabelledTensor:
         sizes = tuple(len(self.coords[axis]) for axis in self.axes)
         if sizes != tuple(self.values.shape):
             raise ValueError(f"axes {self.axes} of sizes {sizes} do not fit a tensor of {tuple(self.values.shape)}")
+
+    def __repr__(self) -> str:
+        return summary(self, self.name, *(f"{axis} {len(self.coords[axis])}" for axis in self.axes))
+
+    def _repr_html_(self) -> str:
+        flat = self.squeeze()
+        if len(flat.axes) != 2:
+            return html(repr(self))
+        frame = flat.to_frame()
+        return html(repr(self), frame.reset_index().iloc[:, : 1 + SHOWN_COLUMNS])
 
     def mean(self, *axes: str) -> LabelledTensor:
         """The mean along some axes, NaN left out."""

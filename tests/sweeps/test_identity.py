@@ -137,9 +137,9 @@ def test_a_name_that_means_something_else(tiny_llama: Any, tmp_path: Path) -> No
 
 def test_what_cannot_be_told_again_is_refused_with_a_folder_alone(tiny_llama: Any, tmp_path: Path) -> None:
     def noisy(logits: Any, _rows: Any) -> Any:
-        return logits[:, -1, 0] + torch.randn(len(logits), generator=GENERATOR)
+        return logits[:, -1, 0] + GENERATOR.initial_seed()
 
-    edit = Function("noise", lambda x, source: x + 0 * source + torch.randn(1, generator=GENERATOR))
+    edit = Function("noise", lambda x, source: x + 0 * source + GENERATOR.initial_seed())
     each: list[tuple[str, dict[str, Any]]] = [
         ("readout 'noisy'", {"readouts": noisy}),
         ("edit 'noise'", {"edits": edit}),
