@@ -47,7 +47,6 @@ def run(
     draws: Annotated[int, "sets of as many other dimensions to keep instead", sl.Between(1, 1000)] = 5,
 ) -> sl.Findings:
     layers, dims, pairs = study.after_formation(blocks), study.formation.dims, distinct_pairs(study)
-    study.require("norm_before_attention", layers)
     clean = readings(study, layers)
     inputs = inputs_to_try(study, clean["inputs"], clean["elsewhere"], draws)
     patches = [replace(study, sites.LN1_NORMALIZED, layers, values) for _, values in inputs]
@@ -90,6 +89,7 @@ def readout_at(name: str, site: sl.HookSite, layers: tuple[int, ...], where: Int
 
 def readings(study: sl.Study, layers: tuple[int, ...]) -> dict[str, Float[Tensor, "layer prompt *unit d"]]:
     """In the clean run the normalised inputs and the keys of the sinks, and the inputs of ordinary positions."""
+    study.require("norm_before_attention", layers)
     ordinary = study.ordinary_position("rmsnorm_filter/ordinary")
     return study.measure(
         [

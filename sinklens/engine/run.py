@@ -18,6 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -125,7 +126,8 @@ def run_patches(
         EngineError: a hook that does not exist or never fired, an edit that changed nothing, a readout that is not
             finite, one row that does not fit in memory.
     """
-    runner = PatchRunner(model, prompts, readouts, runs=runs, memory_budget=memory_budget, max_rows=max_rows)
+    limits: dict[str, Any] = {"memory_budget": memory_budget, "max_rows": max_rows}
+    runner = PatchRunner(model, prompts, readouts, runs=runs, **limits, once=True)
     return runner.run(patches, progress)
 
 
@@ -144,6 +146,7 @@ class PatchRunner:
         keep: bytes of captured activations that are kept; more than that are dropped when other ones are needed.
         allow_nonfinite: give NaN for a patch under which activations or a readout are not finite, instead of raising:
             one such cell must not end a sweep of millions.
+        once: there will be one call, so that nothing has to be remembered of the model.
     """
 
     def __init__(
@@ -157,11 +160,12 @@ class PatchRunner:
         max_rows: int | None = None,
         keep: int = 1 << 31,
         allow_nonfinite: bool = False,
+        once: bool = False,
     ) -> None:
         self.model, self.readouts, self.runs, self.keep = model, list(readouts), runs, keep
         with usual_state(model):
             self._prepare(prompts, memory_budget, max_rows)
-        self.allow_nonfinite = allow_nonfinite
+        self.allow_nonfinite, self.once = allow_nonfinite, once
         self._store: ActivationStore | None = None
         self._packed: PackedModel | None = None
         self._checked = False
@@ -184,6 +188,8 @@ class PatchRunner:
 
     def _refresh(self) -> None:
         """Let go of what was captured if the model is another since: its weights, its modules, hooks on it."""
+        if self.once:
+            return
         now = snapshot(self.model)
         if self._seen is not None and now != self._seen:
             self._store, self._packed, self._checked = None, None, False

@@ -37,7 +37,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.errors import NotApplicableError
-from sinklens.models.state import in_usual_state
+from sinklens.models.state import current_stamp, in_usual_state
 from sinklens.models.view import (
     BlockWeights,
     Model,
@@ -49,7 +49,6 @@ from sinklens.models.view import (
     model_id,
     model_shape,
     vocabulary_size,
-    weights_stamp,
     without_hooks,
 )
 
@@ -145,7 +144,7 @@ class Identities:
 
 def identities(model: Model) -> Identities:
     """What holds in ``model``, measured when it is first asked and again after its weights have changed."""
-    stamp = weights_stamp(model)
+    stamp = current_stamp(model)
     if model not in _MEASURED or _MEASURED[model][0] != stamp:
         _MEASURED[model] = (stamp, _measure(model))
     return _MEASURED[model][1]

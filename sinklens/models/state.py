@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sinklens.errors import InputError
-from sinklens.models.view import Model, is_bridge
+from sinklens.models.view import Model, is_bridge, weights_stamp
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,6 +50,8 @@ class _Turn:
     """Calls inside one another."""
     passing: bool = False
     """Whether a forward pass with hooks is under way."""
+    stamp: Any = None
+    """:func:`current_stamp`, once it has been asked for; within a call a model does not change."""
 
 
 _TURNS: weakref.WeakKeyDictionary[Any, _Turn] = weakref.WeakKeyDictionary()
@@ -96,6 +98,18 @@ def usual_state(model: object = None, *, gradients: bool = False) -> Iterator[No
 
 def _leave(turn: _Turn) -> None:
     turn.depth -= 1
+    if turn.depth == 0:
+        turn.stamp = None
+
+
+def current_stamp(model: Model) -> Any:
+    """:func:`sinklens.models.view.weights_stamp`, looked up once in a call: it walks through all modules."""
+    turn = _turn(model)
+    if turn.depth == 0:
+        return weights_stamp(model)
+    if turn.stamp is None:
+        turn.stamp = weights_stamp(model)
+    return turn.stamp
 
 
 def in_usual_state(function: Callable[P, R]) -> Callable[P, R]:
@@ -275,8 +289,11 @@ def _library(name: str | None) -> bool:
 
 def foreign_part(model: Model) -> str | None:
     """What of a HookedTransformer is not as TransformerLens made it, so that its weights alone do not say what it
-    computes: a module in place of another, a parametrised one, one with a forward of its own; None where there is none.
+    computes: a module in place of another, a parametrised one, one with a forward of its own; None where there is none,
+    and of a bridge, which is made of such parts.
     """
+    if is_bridge(model):
+        return None
     for name, module in _named_modules(model):
         kind = type(module)
         if getattr(module, "parametrizations", None):

@@ -373,10 +373,17 @@ def eval_mode(model: Model) -> Iterator[None]:
 
 
 def weights_stamp(model: Model) -> tuple[tuple[int, ...], ...]:
-    """Changes when a parameter is replaced, moved, or written to by anything that autograd sees; or a flag is set."""
-    flags = tuple(int(value) for value in vars(_inside(model).cfg).values() if isinstance(value, bool))
-    parameters = list(_inside(model).parameters())
-    return (flags, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
+    """Changes when a parameter is replaced, moved, or written to by anything that autograd sees; when a flag is set; or
+    when a torch hook is put on a module. (Hooks on hook points do not count here.)
+    """
+    marks = [tuple(int(value) for value in vars(_inside(model).cfg).values() if isinstance(value, bool))]
+    for module in _inside(model).modules():
+        weights = [weight for weight in module._parameters.values() if weight is not None]
+        marks += [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        if not hasattr(module, "fwd_hooks"):
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            marks += [(id(hook),) for hook in hooks]
+    return tuple(marks)
 
 
 def parameters_of(model: Model) -> Iterator[torch.nn.Parameter]:

@@ -29,19 +29,21 @@ from sinklens.models.identities import (
     probe_tokens,
     probing,
 )
-from sinklens.models.view import Model, forward, has_hook, model_id, weights_stamp
+from sinklens.models.state import current_stamp, in_usual_state
+from sinklens.models.view import Model, forward, has_hook, model_id
 
 _TRIED: weakref.WeakKeyDictionary[Model, tuple[object, dict[tuple[int, str], str]]] = weakref.WeakKeyDictionary()
 """Stamp of the weights; first block of a kind and hook to what is wrong with an edit there."""
 
 
+@in_usual_state
 def check_writable(model: Model, template: str, layers: Sequence[int]) -> None:
     """Make sure that an edit at a hook point (``blocks.{layer}.attn.hook_pattern``) takes effect in some blocks.
 
     Raises:
         NotApplicableError: it does not, or reaches only a part of what reads the activation.
     """
-    name, measured, stamp = template.removeprefix("blocks.{layer}."), identities(model), weights_stamp(model)
+    name, measured, stamp = template.removeprefix("blocks.{layer}."), identities(model), current_stamp(model)
     if name not in HOOKS:
         return
     measured.check_layout(template, layers)

@@ -36,7 +36,7 @@ def html(line: str, table: pd.DataFrame | Sequence[Mapping[str, object]] | None 
     if table is None or table.empty:
         return found
     first = table.head(ROWS)
-    cells = {str(name): [_cell(value) for value in first.iloc[:, i]] for i, name in enumerate(first.columns)}
+    cells = {printable(str(name)): [_cell(value) for value in first.iloc[:, i]] for i, name in enumerate(first.columns)}
     with pd.option_context("display.max_colwidth", None):
         found += pd.DataFrame(cells).to_html(index=False, escape=True, border=0)
     left = len(table) - len(first)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sinklens.errors import InputError
 from sinklens.models.state import foreign_hooks, foreign_part
-from sinklens.models.view import Model, is_bridge
+from sinklens.models.view import Model
 from sinklens.pairs.ablations import EditLike
 from sinklens.readouts.named import ReadoutLike, readout_name
 from sinklens.records.fingerprint import unstable_in
@@ -28,7 +28,7 @@ def check_kept(model: Model, request: Request, execution: Execution) -> None:
             f"there are hooks on the model, and {where} knows nothing of them: call model.reset_hooks() or leave the "
             "with of model.hooks first, or sweep in memory with the engine local"
         )
-    if not is_bridge(model) and (part := foreign_part(model)) is not None:
+    if (part := foreign_part(model)) is not None:
         raise InputError(
             f"the model has {part}, and {where} knows nothing of it but its weights: sweep in memory with the engine "
             "local"

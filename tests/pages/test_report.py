@@ -11,7 +11,7 @@ import pytest
 
 import sinklens as sl
 from sinklens.chain.verdicts import findings
-from sinklens.errors import InputError
+from sinklens.errors import InputError, WriteError
 from sinklens.pages.page import render, report
 from sinklens.records.text import effect_text, interval_text
 from tests.helpers.made_results import HOSTILE, made_result
@@ -145,7 +145,7 @@ def test_report_appears_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WriteError, match="disk full"):
         report(tmp_path / "run")
     assert path.read_text() == "the old one"
     assert sorted(os.listdir(tmp_path / "run")) == before

@@ -65,7 +65,8 @@ def unsupported(model: Model, length: int) -> str | None:
         return "hooks that are installed on the model"
     if (part := foreign_part(model)) is not None:
         return part
-    if (failing := next((name for name in _STANDS_ON if not identities(model).holds(name)), None)) is not None:
+    measured = identities(model)
+    if (failing := next((name for name in _STANDS_ON if not measured.holds(name)), None)) is not None:
         return f"a model without {IDENTITIES[failing].formula}"
     has = options(model)
     if has.attention_dir != "causal" or has.positions not in ("rotary", "standard"):
