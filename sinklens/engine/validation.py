@@ -6,6 +6,7 @@ down; here each is one sentence.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -71,7 +72,7 @@ def validate(
                     f"not in {patch.run!r}"
                 )
     # Behind the places: these ask for blocks that are there.
-    for template, layers in _written(patches, runs):
+    for template, layers in _written(patches, runs).items():
         check_writable(model, template, layers)
     needing = {(id(part.edit), part.layers): part for patch in patches for part in patch.parts if part.edit.needs}
     for part in needing.values():
@@ -114,10 +115,14 @@ def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int
             raise InputError(f"units {patch.units} are not all in 0..{size - 1} ({name}): {patch.describe()}")
 
 
-def _written(patches: Sequence[Patch], runs: Runs) -> set[tuple[str, tuple[int, ...]]]:
+def _written(patches: Sequence[Patch], runs: Runs) -> dict[str, tuple[int, ...]]:
     """Hook points that are written to, and in which blocks."""
     every = [*patches, *(root for roots in runs.values() for root in roots)]
-    return {(part.site.template, part.layers) for patch in every for part in patch.parts}
+    blocks: dict[str, set[int]] = defaultdict(set)
+    for patch in every:
+        for part in patch.parts:
+            blocks[part.site.template].update(part.layers)
+    return {template: tuple(sorted(layers)) for template, layers in blocks.items()}
 
 
 def check_needs(model: Model, patch: Patch) -> None:

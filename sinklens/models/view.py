@@ -373,8 +373,9 @@ def eval_mode(model: Model) -> Iterator[None]:
 
 
 def weights_stamp(model: Model) -> tuple[tuple[int, ...], ...]:
-    """Changes when a parameter is replaced, moved, or written to by anything that autograd sees; when a flag is set; or
-    when a torch hook is put on a module. (Hooks on hook points do not count here.)
+    """Changes when a parameter is replaced, moved or written to, a flag is set, or a torch hook put on a module.
+
+    Of writes those count that autograd sees; hooks on hook points do not.
     """
     marks = [tuple(int(value) for value in vars(_inside(model).cfg).values() if isinstance(value, bool))]
     for module in _inside(model).modules():

@@ -36,9 +36,10 @@ def html(line: str, table: pd.DataFrame | Sequence[Mapping[str, object]] | None 
     if table is None or table.empty:
         return found
     first = table.head(ROWS)
-    cells = {printable(str(name)): [_cell(value) for value in first.iloc[:, i]] for i, name in enumerate(first.columns)}
+    cells = [[_cell(value) for value in row] for row in first.itertuples(index=False, name=None)]
+    names = [clip(name, _LONGEST) for name in first.columns]
     with pd.option_context("display.max_colwidth", None):
-        found += pd.DataFrame(cells).to_html(index=False, escape=True, border=0)
+        found += pd.DataFrame(cells, columns=names).to_html(index=False, escape=True, border=0)
     left = len(table) - len(first)
     return found + (f"<div>and {left:,} more rows</div>" if left else "")
 
