@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-KEY = b"sinklens.shard"
+KEY = b"sinklens/shard"
 """Of the seal in a shard's metadata."""
 DIGITS = 32
 """Hexadecimal digits that are kept of a digest."""
