@@ -66,6 +66,8 @@ class EngineStats:
     """Peak memory: allocated on the GPU, or resident in the whole process on a CPU (where that can be asked)."""
     path: str = "packed"
     """``packed`` for sinklens's own forward pass, ``model`` for TransformerLens's."""
+    reason: str = ""
+    """What the packed pass does not know, where TransformerLens's was run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +170,7 @@ class PatchRunner:
         self.allow_nonfinite, self.once = allow_nonfinite, once
         self._store: ActivationStore | None = None
         self._packed: PackedModel | None = None
-        self._checked = False
+        self._checked, self._unpacked = False, ""
         self._seen: Snapshot | None = None
 
     def _prepare(
@@ -234,8 +236,9 @@ class PatchRunner:
             except DifferentModelError as error:
                 logger.warning("patches run through TransformerLens: the fast pass differs on this model (%s)", error)
                 self._packed, self._checked, job = None, True, None
+                self._unpacked = f"the fast pass differs on this model ({error})"
             if job is None:
-                stats.path, stats.n_forwards = "model", 0
+                stats.path, stats.reason, stats.n_forwards = "model", self._unpacked, 0
                 job = self._plain_job(patches)
                 self._batches(job, stats, progress)
             stats.n_forwards += self._captured([]).n_forwards - captured
@@ -256,7 +259,9 @@ class PatchRunner:
     def _packed_job(self, patches: Sequence[Patch]) -> PackedJob | None:
         if self._checked and self._packed is None:
             return None
-        if unpackable(self.model, self.tokens.shape[1], self.readouts, self.runs, patches) is not None:
+        why = unpackable(self.model, self.tokens.shape[1], self.readouts, self.runs, patches)
+        if why is not None:
+            self._unpacked = why
             return None
         for name in dict.fromkeys(part.site.at(part.start) for patch in patches for part in patch.parts):
             check_hook_name(self.model, name)
