@@ -19,8 +19,10 @@ from sinklens.engine.apply import gather
 from sinklens.engine.hooks import Program, execute, readouts_in, root_ops
 from sinklens.engine.memory import is_out_of_memory, release_cached
 from sinklens.engine.trust import read
+from sinklens.engine.validation import check_edits
 from sinklens.errors import EditError, EngineError, InputError
 from sinklens.metrics.sums import running_sum
+from sinklens.models.identities import identities
 from sinklens.models.state import foreign_hooks, in_usual_state
 from sinklens.models.view import Model, device_of
 from sinklens.patches import Runs
@@ -166,9 +168,15 @@ def capture_runs(
 
     Raises:
         InputError: when an activation that is kept is not finite, or the vocabulary does not have the tokens.
+        NotApplicableError: when a root edit would have no effect, or an activation has other axes than its site says.
         EngineError: when a hook does not exist or never fires.
     """
     check_ids(model, tokens)
+    wants = list(wants)
+    check_edits(model, [root for roots in runs.values() for root in roots])
+    measured = identities(model)
+    for site, layers in [*((r.site, r.layers) for r in readouts), *((want.site, (want.layer,)) for want in wants)]:
+        measured.check_layout(site.template, layers)
     store = ActivationStore(tokens.shape[1])
     wanted: dict[str, dict[tuple[HookSite, int], tuple[int, ...] | None]] = {}
     for run in runs:

@@ -72,11 +72,7 @@ def validate(
                     f"not in {patch.run!r}"
                 )
     # Behind the places: these ask for blocks that are there.
-    for template, layers in _written(patches, runs).items():
-        check_writable(model, template, layers)
-    needing = {(id(part.edit), part.layers): part for patch in patches for part in patch.parts if part.edit.needs}
-    for part in needing.values():
-        check_needs(model, part)
+    check_edits(model, [*patches, *(root for roots in runs.values() for root in roots)])
 
 
 def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int) -> None:
@@ -115,14 +111,22 @@ def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int
             raise InputError(f"units {patch.units} are not all in 0..{size - 1} ({name}): {patch.describe()}")
 
 
-def _written(patches: Sequence[Patch], runs: Runs) -> dict[str, tuple[int, ...]]:
-    """Hook points that are written to, and in which blocks."""
-    every = [*patches, *(root for roots in runs.values() for root in roots)]
-    blocks: dict[str, set[int]] = defaultdict(set)
-    for patch in every:
-        for part in patch.parts:
-            blocks[part.site.template].update(part.layers)
-    return {template: tuple(sorted(layers)) for template, layers in blocks.items()}
+def check_edits(model: Model, patches: Sequence[Patch]) -> None:
+    """Make sure that edits take effect where these patches are, and are what they say they are.
+
+    Raises:
+        NotApplicableError: the model goes on without what is written there, or does not compute what an edit needs.
+    """
+    written: dict[str, set[int]] = defaultdict(set)
+    needing: dict[tuple[int, tuple[int, ...]], Patch] = {}
+    for part in (part for patch in patches for part in patch.parts):
+        written[part.site.template].update(part.layers)
+        if part.edit.needs:
+            needing[id(part.edit), part.layers] = part
+    for template, layers in written.items():
+        check_writable(model, template, sorted(layers))
+    for part in needing.values():
+        check_needs(model, part)
 
 
 def check_needs(model: Model, patch: Patch) -> None:
