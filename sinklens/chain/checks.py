@@ -95,7 +95,7 @@ def _of_vectors(setting: Setting) -> list[Asked]:
     asked: list[Asked] = [
         ("norm", "residual norm after the formation block", RESID_POST, block, lambda x, _layer: x.float().norm(dim=-1))
     ]
-    if neurons:
+    if neurons and identities(setting.model).holds("dense_mlp", block):
         quantity = "super-neuron activation (mean magnitude)"
         asked.insert(0, ("neurons", quantity, MLP_POST, block, lambda x, _layer: x[:, neurons].float().abs().mean(-1)))
     if identities(setting.model).holds("norm_before_attention", setting.readout_layers):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sinklens import metrics
 from sinklens.engine.capture import Want, capture_runs
+from sinklens.models.identities import identities
 from sinklens.sites import MLP_POST, PATTERN
 from sinklens.stages.base import Setting
 
@@ -22,7 +23,9 @@ def first_prompt(setting: Setting) -> dict[str, ByRun]:
       measured; NaN at the last position, which no later query sees;
     * ``neurons`` [prompt pos neuron]: activations of the super neurons.
     """
-    block, runs, neurons = setting.formation.layer, setting.pair.runs, list(setting.formation.neurons)
+    block, runs = setting.formation.layer, setting.pair.runs
+    dense = identities(setting.model).holds("dense_mlp", (block,))
+    neurons = list(setting.formation.neurons) if dense else []
     wants = [
         Want(run, site, layer)
         for run in runs

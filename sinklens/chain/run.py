@@ -23,7 +23,7 @@ from sinklens.chain.first_prompt import first_prompt
 from sinklens.chain.result import METRIC, ChainResult
 from sinklens.chain.scoring import SINK, Trial
 from sinklens.engine.run import PatchResult, Progress
-from sinklens.engine.validation import check_needs
+from sinklens.engine.validation import check_edits
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation
 from sinklens.models.state import in_usual_state
@@ -222,7 +222,7 @@ def _trials(setting: Setting, stages: Sequence[Stage], draws: int) -> tuple[list
                     try:
                         stage.check(setting, experiment)
                         patch = experiment.build(setting, stage, direction, setting.study.generator(name))
-                        check_needs(setting.model, patch)
+                        check_edits(setting.model, [patch])
                     except NotApplicableError as error:
                         skipped[f"{stage.name}/{experiment.edit}"] = str(error)
                         continue

@@ -224,7 +224,13 @@ def _give_weights_to_norms(model: Any) -> None:
 
     for module in model.modules():
         if isinstance(module, NormalizationBridge) and getattr(module.original_component, "weight", None) is None:
-            module.weight = 1.0
+            norm = module.original_component
+            if "weight" in norm._parameters:  # torch's own norm, which takes tensors only
+                some = next(model.parameters())
+                del norm._parameters["weight"]
+                norm.weight = torch.ones(norm.normalized_shape, dtype=some.dtype, device=some.device)
+            else:
+                module.weight = 1.0
 
 
 def _convert(hf_model: PreTrainedModel, dtype: torch.dtype) -> Any:

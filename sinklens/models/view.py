@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -427,16 +428,68 @@ def damaged_weight(model: Model) -> str | None:
 
 
 def weight_digest(model: Model) -> str:
-    """SHA-256 over every parameter's name, shape, dtype and bytes, in the order of the names.
+    """SHA-256 over the config, and every parameter's name, shape, dtype and bytes, in the order of the names.
 
-    Parameters are streamed one at a time, so the digest needs no second copy of the model. The two backends name their
-    parameters differently, so the same weights have one digest on each.
+    The same weights compute something else with another window, rotary base or activation function, so the config
+    counts. Parameters are streamed one at a time, so the digest needs no second copy of the model. The two backends
+    name their parameters differently, so the same weights have one digest on each.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_config_text(model).encode())
     for name, parameter in sorted(_inside(model).named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+# What a config says of a model's name, its place and its loading, and not of what it computes.
+_ASIDE = [
+    "_name_or_path",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "device",
+    "n_devices",
+    "model_name",
+    "tokenizer_name",
+    "seed",
+    "init_weights",
+    "checkpoint_index",
+    "checkpoint_label_type",
+    "checkpoint_value",
+    "default_prepend_bos",
+    "tokenizer_prepends_bos",
+    "n_params",
+    "architectures",
+    "original_architecture",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "from_checkpoint",
+    "use_attn_result",
+    "use_attn_in",
+    "use_split_qkv_input",
+    "use_hook_mlp_in",
+    "ungroup_grouped_query_attention",
+]
+
+
+def _config_text(model: Model) -> str:
+    """The config's plain values, in the order of their names."""
+    inside = _inside(model)
+    wrapped = vars(inside).get("original_model") or getattr(inside, "original_model", None)
+    config = wrapped.config.to_dict() if is_bridge(model) and wrapped is not None else dict(vars(inside.cfg))
+    return json.dumps(_plain(config), sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items() if key not in _ASIDE}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
 # --- Text ------------------------------------------------------------------------------------------------------------
