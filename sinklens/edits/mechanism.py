@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from typing_extensions import override
 
 from sinklens.edits.base import Edit, EditSite, Gathered, Read, SourceEdit, need
 from sinklens.edits.general import Rescale
+from sinklens.errors import InputError
 from sinklens.sites import MLP_POST, RESID_PRE, HookSite
 
 MeanAxis: TypeAlias = Literal["prompts", "positions", "global"]
@@ -33,13 +35,29 @@ def amplification(
         strength: the factor lambda.
         axis: mu is the mean over the prompts at ``position``, over the positions of each prompt (its own mu), or over
             all prompts and positions.
+
+    Raises:
+        InputError: another axis, or a strength that is no finite number.
     """
+    check_amplification(strength, axis)
     mean = {layer: _mean(values.detach().float(), position, axis) for layer, values in z.items()}
     return Rescale(
         "amplify_variance",
         mean,
         {layer: torch.tensor(float(strength), dtype=torch.float32, device="cpu") for layer in z},
     )
+
+
+def check_amplification(strength: float, axis: str) -> None:
+    """Make sure that :func:`amplification` can be asked for so.
+
+    Raises:
+        InputError: another axis, or a strength that is no finite number.
+    """
+    if axis not in get_args(MeanAxis):
+        raise InputError(f"axis {axis!r}: choose {', '.join(get_args(MeanAxis))}")
+    if not math.isfinite(strength):
+        raise InputError(f"strength {strength} must be a finite number")
 
 
 def _mean(z: Tensor, position: int, axis: MeanAxis) -> Tensor:

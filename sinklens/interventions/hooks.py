@@ -21,12 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens import edits
+from sinklens.edits.mechanism import check_amplification
 from sinklens.engine.apply import Op, apply_edit, gather
 from sinklens.engine.places import group_of, pairs_of
 from sinklens.errors import InputError
 from sinklens.models.identities import block_weights, check_writes_directly
 from sinklens.models.view import Model, model_shape
 from sinklens.patches import Patch
+from sinklens.records.integers import whole_numbers
 from sinklens.sites import ATTN_OUT, MLP_OUT, MLP_POST, PATTERN, RESID_POST, HookSite, K, V, Z
 
 Hook = Callable[[Tensor, Any], Tensor | None]
@@ -139,8 +141,9 @@ def amplify_variance(
         norm_only: the control: scale ``z`` uniformly to the norm that the amplified one has.
 
     Raises:
-        InputError: when the mean is to be taken over a batch of one prompt.
+        InputError: when the mean is to be taken over a batch of one prompt; another axis; no finite strength.
     """
+    check_amplification(strength, axis)
 
     def edit_for(layer: int, act: Tensor) -> edits.Edit:
         amplified = edits.amplification({layer: act}, position, strength, axis)
@@ -219,11 +222,15 @@ def densify_down_projection(
 
     Raises:
         NotApplicableError: a row of W_out is not what its neuron adds to the residual stream.
+        InputError: a neuron that the block does not have, or one that is given twice.
     """
     check_writes_directly(model, layer)
-    rows = block_weights(model, layer).W_out.detach()[list(neurons)].float()
+    W_out, chosen = block_weights(model, layer).W_out.detach(), whole_numbers(neurons, "neurons")
+    if len(set(chosen)) != len(chosen) or not all(0 <= neuron < len(W_out) for neuron in chosen):
+        raise InputError(f"neurons {chosen} must be different ones in 0..{len(W_out) - 1}")
+    rows = W_out[list(chosen)].float()
     rotated = edits.rotate_rows(rows, torch.Generator().manual_seed(seed))
-    edit = edits.DensifyRows("densified", tuple(neurons), rows, rotated)
+    edit = edits.DensifyRows("densified", chosen, rows, rotated)
     return hooks_of(Patch(MLP_OUT, (layer,), tuple(positions), edit))
 
 

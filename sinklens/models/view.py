@@ -442,7 +442,7 @@ def weight_digest(model: Model) -> str:
 
 
 # What a config says of a model's name, its place and its loading, and not of what it computes.
-_ASIDE = [
+_ASIDE = (
     "_name_or_path",
     "_attn_implementation",
     "_attn_implementation_internal",
@@ -473,7 +473,7 @@ _ASIDE = [
     "use_split_qkv_input",
     "use_hook_mlp_in",
     "ungroup_grouped_query_attention",
-]
+)
 
 
 def _config_text(model: Model) -> str:

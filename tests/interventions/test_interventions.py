@@ -455,3 +455,15 @@ def test_hooks_can_be_used_again(model, tokens, cache):
         first = logits_of(model, tokens, hooks)
         logits_of(model, tiny_tokens(N, LENGTH - 2, seed=2), hooks)
         assert torch.equal(logits_of(model, tokens, hooks), first), name
+
+
+def test_what_makes_no_sense_is_refused(tiny_llama):
+    with pytest.raises(InputError, match="axis 'zzz': choose prompts, positions, global"):
+        interventions.amplify_variance(5, [1], 4.0, axis="zzz")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="strength nan must be a finite number"):
+        interventions.amplify_variance(5, [1], float("nan"))
+    for neurons in ([3, 3, 7], [9999], [-1]):
+        with pytest.raises(InputError, match=r"must be different ones in 0\.\."):
+            interventions.densify_down_projection(tiny_llama, 1, neurons)
+    with pytest.raises(InputError, match="whole number"):
+        interventions.densify_down_projection(tiny_llama, 1, [3.0])  # type: ignore[list-item]
