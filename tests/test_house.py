@@ -74,7 +74,7 @@ def test_public_names_are_listed_once() -> None:
     ("command", "words"),
     [
         ("-m sinklens.cli --help", ("chain", "sweep", "analyse")),
-        pytest.param("-m sinklens.analysis.capabilities --help", ("usage", "FAMILY"), marks=pytest.mark.slow),
+        pytest.param("-m sinklens.analysis.capabilities_page --help", ("usage", "FAMILY"), marks=pytest.mark.slow),
         pytest.param("analyses/onset.py --help", ("--model", "--prompts"), marks=pytest.mark.slow),
     ],
     ids=["cli", "capabilities", "analysis"],

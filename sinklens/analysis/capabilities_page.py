@@ -45,7 +45,8 @@ other axes than its site says.
 """
 RUNS = """## What runs
 
-Every stage of the chain and every analysis, on the model as `load_model` loads it.
+Every stage of the chain and every analysis, on the model as `load_model` loads it, of the families that it was tried
+on last.
 """
 
 
@@ -57,8 +58,8 @@ class Measured:
     """Key of :data:`sinklens.models.families.FAMILIES`."""
     near: tuple[Fidelity, ...]
     """On every backend, in every dtype."""
-    runs: Capabilities
-    """What runs on it."""
+    runs: Capabilities | None = None
+    """What runs on it; None where that was not tried."""
 
     @property
     def version(self) -> str:
@@ -71,11 +72,21 @@ def measure(family: str) -> Measured:
     return Measured(family, tuple(fidelity(family)), capabilities(family))
 
 
+def measure_near(family: str) -> Measured:
+    """Load a family on every backend."""
+    return Measured(family, tuple(fidelity(family)))
+
+
 def page(found: Sequence[Measured]) -> str:
     """The whole page."""
+    best: dict[tuple[str, str], Measured] = {}
+    for item in found:  # of what was measured twice, that with more
+        best[item.version, item.family] = item if item.runs is not None else best.get((item.version, item.family), item)
+    found = list(best.values())
     families = list(dict.fromkeys(item.family for item in found))
-    newest = {item.family: item for item in found}
-    first = [next(item for item in found if item.family == family) for family in families]
+    tried = [item for item in found if item.runs is not None]
+    newest = {item.family: item for item in tried}
+    first = list({item.family: item for item in reversed(tried)}.values())[::-1]
     sections = [NEAR + "\n" + _near(found, families), HOLDS + "\n" + _holds(found), RUNS + "\n" + markdown(first)]
     changed = [newest[item.family] for item in first if _cells(newest[item.family]) != _cells(item)]
     if changed:
@@ -86,7 +97,12 @@ def page(found: Sequence[Measured]) -> str:
 
 
 def _cells(item: Measured) -> list[tuple[bool, str]]:
-    return [(one.runs, one.reason) for one in item.runs.found]
+    return [(one.runs, one.reason) for one in _tried(item).found]
+
+
+def _tried(item: Measured) -> Capabilities:
+    assert item.runs is not None
+    return item.runs
 
 
 def _near(found: Sequence[Measured], families: Sequence[str]) -> str:
@@ -142,9 +158,9 @@ def markdown(found: Sequence[Measured]) -> str:
         return f"{'yes' if item.runs else 'no'} [{reasons.index(item.reason) + 1}]"
 
     lines = ["| | loads as | " + " | ".join(parts()) + " |", "|---|---|" + "---|" * len(parts())]
-    for one in found:
-        backend = one.runs.backend.removeprefix("Transformer").removesuffix("Transformer") or "–"
-        lines.append(f"| {one.runs.title} | {backend} | " + " | ".join(cell(item) for item in one.runs.found) + " |")
+    for one in map(_tried, found):
+        backend = one.backend.removeprefix("Transformer").removesuffix("Transformer") or "–"
+        lines.append(f"| {one.title} | {backend} | " + " | ".join(cell(item) for item in one.found) + " |")
     return "\n".join([*lines, "", *_numbered(reasons)])
 
 
@@ -163,14 +179,16 @@ def from_json(text: str) -> list[Measured]:
         Measured(
             item["family"],
             tuple(Fidelity(**{**near, **_tuples(near)}) for near in item["near"]),
-            Capabilities(
-                item["runs"]["title"],
-                item["runs"]["backend"],
-                tuple(Capability(**one) for one in item["runs"]["found"]),
-            ),
+            _runs(item["runs"]),
         )
         for item in json.loads(text)
     ]
+
+
+def _runs(runs: dict[str, Any] | None) -> Capabilities | None:
+    if runs is None:
+        return None
+    return Capabilities(runs["title"], runs["backend"], tuple(Capability(**one) for one in runs["found"]))
 
 
 def _tuples(near: dict[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -183,6 +201,7 @@ def main() -> None:
     parser.add_argument("action", choices=("measure", "write"))
     parser.add_argument("files", nargs="+", help="the file that is written, and families; or the files that are read")
     parser.add_argument("--workers", type=int, default=2, help="processes that measure")
+    parser.add_argument("--near", action="store_true", help="measure how near models are, and not what runs on them")
     given = parser.parse_args()
     if given.action == "write":
         found = [item for file in given.files for item in from_json(Path(file).read_text(encoding="utf-8"))]
@@ -190,7 +209,7 @@ def main() -> None:
         return
     file, *families = given.files
     with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(measure, families or FAMILIES))
+        found = list(pool.map(measure_near if given.near else measure, families or FAMILIES))
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(to_json(found), encoding="utf-8")
 

@@ -361,7 +361,6 @@ def can_check_blocks(model: Any, given: Sight) -> bool:
     return len(given.states) == len(model.blocks) + 1 and all(state.isfinite().all() for state in given.states)
 
 
-@torch.no_grad()
 def check_blocks(model: Any, given: Sight) -> None:
     """Make sure of every block of a HookedTransformer by itself: what it adds to the given model's residual stream.
 
@@ -369,8 +368,16 @@ def check_blocks(model: Any, given: Sight) -> None:
     what is wrong in one. It is one forward pass of the model, a block at a time.
 
     Raises:
-        DifferenceError: a block adds something else.
+        DifferenceError: a block adds something else, or does not run in this dtype.
     """
+    try:
+        _check_blocks(model, given)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+        raise DifferenceError(f"it does not run: {_reason(error)}") from error
+
+
+@torch.no_grad()
+def _check_blocks(model: Any, given: Sight) -> None:
     count = len(model.blocks)
     weight = next(model.parameters())
     precise = {weight.dtype, given.states[0].dtype} == {torch.float32}

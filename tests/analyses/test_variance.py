@@ -68,6 +68,9 @@ def test_every_family_is_measured_and_drawn(arch, monkeypatch):
     study = study_of(tiny_model(arch))
     for name in NAMES:
         result = sl.run_analysis(sl.analysis.load_analysis(name), study)
+        if (arch, name) == ("gemma2", "w_o_alignment"):  # a norm stands behind attention
+            assert "cannot be read off W_O" in result.findings.verdict.reason
+            continue
         assert result.findings.verdict.outcome != "not measurable"
         assert np.isfinite(numbers_of(result.findings)).all()
         assert result.figure is not None
@@ -170,9 +173,9 @@ def test_variance_of_averaged_coin_tosses_falls_with_their_number():
 def test_variance_decay_takes_both_an_outlier_and_a_decay():
     tokens, model = coin_tosses(), planted_model()
     tokens[:, 0] = PLUS  # as a BOS would be: no variance at the first position
-    same = run("variance_decay", planted_study(tokens, model), layers=(0,))
-    assert same.verdict.outcome == "does not hold"
-    assert same.verdict.estimate.value == pytest.approx(0, abs=1e-6)
+    same = sl.run_analysis(sl.analysis.load_analysis("variance_decay"), planted_study(tokens, model), layers=(0,))
+    assert same.findings.verdict.outcome == "not measurable"
+    assert "the same in all prompts" in same.findings.verdict.reason
     model.add_hook("blocks.0.attn.hook_pattern", attend_to_oneself, is_permanent=True)
     flat = run("variance_decay", planted_study(coin_tosses(), model), layers=(0,))
     assert flat.verdict.outcome == "does not hold"

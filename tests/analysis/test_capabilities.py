@@ -28,6 +28,7 @@ def found() -> dict[str, Measured]:
 @pytest.mark.parametrize("family", SOME)
 def test_everything_runs_or_says_why_not(found, family):
     here = found[family].runs
+    assert here is not None
     assert [item.part for item in here.found] == parts()
     for item in here.found:
         assert item.runs or item.reason

@@ -30,7 +30,10 @@ pytestmark = pytest.mark.slow
             ["--engine", "ray", "--workers", "1", "--gpus-per-worker", "1.5"],
             ["gpus_per_worker 1.5 must be from"],
         ),
-        (["--engine", "ray", "--workers", "1", "--gpus-per-worker", "nan"], ["gpus_per_worker nan must be from 0"]),
+        (
+            ["--engine", "ray", "--workers", "1", "--gpus-per-worker", "nan"],
+            ["gpus-per-worker nan must be a finite number"],
+        ),
         (["--engine", "ray", "--workers", "1", "--ray-address", "ray://a:1"], ["must be HOST:PORT or auto"]),
         (["--engine", "ray", "--workers", "1", "--ray-address", "127.0.0.1"], ["must be HOST:PORT or auto"]),
         (
@@ -71,7 +74,7 @@ def test_ctrl_c_leaves_no_processes(here: Path, tiny_folder: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err
-    assert err.splitlines()[0].startswith("Grid:") and len(err.splitlines()) == 3
+    assert err.splitlines()[0].startswith("Grid:") and len(err.splitlines()) <= 4
     assert "run the same command again to go on" in err.splitlines()[2]
     assert psutil.wait_procs(children, timeout=10)[1] == []
     part = SweepResult.load(here / "run")
