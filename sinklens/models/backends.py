@@ -224,7 +224,7 @@ def _give_weights_to_norms(model: Any) -> None:
 
     for module in model.modules():
         if isinstance(module, NormalizationBridge) and getattr(module.original_component, "weight", None) is None:
-            norm = module.original_component
+            norm: Any = module.original_component
             if "weight" in norm._parameters:  # torch's own norm, which takes tensors only
                 some = next(model.parameters())
                 del norm._parameters["weight"]
