@@ -22,6 +22,8 @@ from tests.helpers.command_line import invoke
 from tests.helpers.synthetic import synthetic_result
 from tests.helpers.tiny import tiny_model, tiny_tokens
 
+pytestmark = pytest.mark.slow
+
 N = int(os.environ.get("SINKLENS_FUZZ", "300")) // 10
 OTHERS = (None, True, -1, 1.5, "text", "", [], {}, [[1]], {"a": {}}, 10**400, "\ud800")
 """What somebody may have put in the place of a value."""

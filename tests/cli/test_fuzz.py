@@ -23,6 +23,8 @@ from sinklens.cli import of_analysis, of_sweep
 from sinklens.cli.signature import command_of
 from tests.helpers.command_line import LINE, Outcome, invoke, snapshot
 
+pytestmark = pytest.mark.slow
+
 N = int(os.environ.get("SINKLENS_FUZZ", "300"))
 SEED = int(os.environ.get("SINKLENS_FUZZ_SEED", "0"))
 BASE = ["--prompts", "texts.txt", "--length", "16", "--n", "2", "--device", "cpu"]

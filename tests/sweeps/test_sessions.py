@@ -21,6 +21,8 @@ from sinklens.models.load import load_model
 from sinklens.sweeps import Interrupted, SweepResult, Worker
 from tests.helpers.sweeps import FORMATION, TARGET, run, tiny_batch
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {"stages": "z", "layers": "0-1", "positions": "4"}
 
 
