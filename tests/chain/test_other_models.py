@@ -48,7 +48,9 @@ def test_what_applies_equals_plain_hooks_and_the_rest_is_named(arch: str) -> Non
     tokens, formation = tiny_tokens(N, 12), formation_of(model)
     batch = sl.prompts.from_tokens(model, tokens)
     result = sl.run_chain(model, batch, target=TARGET, formation=formation, min_gap=1e-6, control_draws=1)
-    assert set(result.config["not_applicable"]) == LEFT_OUT[arch]
+    # Whether a bridge calls a norm behind the MLP ln2 differs between versions: then there is no readout either.
+    optional = {"w_o_alignment/readout"} if arch == "olmo2" else set()
+    assert set(result.config["not_applicable"]) - optional == LEFT_OUT[arch]
     pair = induced_pair(model, batch, formation, TARGET)
     setting = Setting(Study.of(model, batch, formation, rows=8), pair, LAYERS)
     metric = attention_received("sink", LAYERS, (TARGET,), N)
