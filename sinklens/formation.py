@@ -252,7 +252,8 @@ def _profile_readouts(model: Model, n_layers: int) -> list[Readout]:
     def received(act: Tensor, _rows: object) -> Tensor:
         return metrics.attention_received(act)
 
-    with_mlp = tuple(block for block in blocks if MLP_OUT.at(block) in identities(model).fired)
+    fired = identities(model).fired
+    with_mlp = tuple(block for block in blocks if MLP_OUT.at(block) in fired)
     return [
         Readout("before", RESID_PRE, blocks, norm),
         Readout("after", RESID_POST, blocks, norm),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sinklens.errors import InputError
-from sinklens.models.identities import identities, require
+from sinklens.models.identities import identities
 from sinklens.models.view import Model, ModelShape, device_of, model_shape
 from sinklens.models.writes import check_writable
 from sinklens.patches import Patch, Runs
@@ -125,19 +125,10 @@ def check_edits(model: Model, patches: Sequence[Patch]) -> None:
             needing[id(part.edit), part.layers] = part
     for template, layers in written.items():
         check_writable(model, template, sorted(layers))
+    measured = identities(model)
     for part in needing.values():
-        check_needs(model, part)
-
-
-def check_needs(model: Model, patch: Patch) -> None:
-    """Make sure that the model computes what the edits of a patch stand on (:attr:`sinklens.Edit.needs`).
-
-    Raises:
-        NotApplicableError: it does not.
-    """
-    for part in patch.parts:
         for identity in part.edit.needs:
-            require(model, identity, part.layers)
+            measured.require(identity, part.layers)
 
 
 def _validate_reads(patch: Patch) -> None:

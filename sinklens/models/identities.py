@@ -44,13 +44,13 @@ from sinklens.models.view import (
     ModelShape,
     device_of,
     dtype_of,
-    eval_mode,
     has_hook,
     model_id,
     model_shape,
     vocabulary_size,
     without_hooks,
 )
+from sinklens.sites import LN2_NORMALIZED, MLP_POST, PATTERN, RESID_PRE, ROT_K, ROT_Q, SITES, HookSite, unit_count
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Relative error that rounding may make: activations are compared in float32, so a sublayer's output rounds once."""
@@ -225,8 +225,8 @@ def probe_tokens(model: Model) -> Int[Tensor, "prompt pos"]:
 
 @contextmanager
 def probing(model: Model, hooks: Sequence[tuple[str, Callable[[Tensor, object], Tensor | None]]]) -> Iterator[None]:
-    """The model with these hooks alone, in eval mode, without gradients and warnings."""
-    with torch.no_grad(), eval_mode(model), without_hooks(model), warnings.catch_warnings():
+    """The model with these hooks alone and without warnings; to be called in its usual state."""
+    with without_hooks(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with model.hooks(fwd_hooks=list(hooks)):
             yield
@@ -243,21 +243,18 @@ def keeper(held: dict[str, Tensor], name: str) -> Callable[[Tensor, object], Non
 
 def by_token(act: Tensor, name: str) -> Tensor:
     """``[token, ...]``; attention keeps its axes, ``[prompt, head, query, key]``."""
-    return act if name in _ATTENTION else act.flatten(0, 1)
+    return act if "query" in _AXES[name] else act.flatten(0, 1)
 
 
 def _oddity(shape: ModelShape, name: str, act: Tensor) -> str:
     """What is not as the axes of the hook point's site say; empty where all is."""
-    units = {"heads": shape.n_heads, "kv_heads": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
-    unit = _UNITS.get(name, "d_model")
-    if name in _ATTENTION:
-        right = tuple(act.shape) == (2, units[unit], N_TOKENS, N_TOKENS)
-        axes = f"[prompt, {units[unit]} heads, query, key]"
-    else:
-        right = tuple(act.shape[:2]) == (2, N_TOKENS) and act.ndim == (4 if "heads" in unit else 3)
-        right = right and act.shape[2] == units[unit]  # a mixture of experts shows something else as neurons
-        axes = f"[prompt, position, {units[unit]} {unit.removeprefix('kv_')}, ...]"
-    return "" if right else f"is of shape {list(act.shape)} for 2 prompts of {N_TOKENS} tokens, and not {axes}"
+    site = HookSite(name, _AXES[name])
+    sizes = {"batch": 2, "pos": N_TOKENS, "query": N_TOKENS, "key": N_TOKENS, site.unit_name: unit_count(site, shape)}
+    wanted = [sizes.get(axis) for axis in site.axes]
+    if act.ndim == len(wanted) and all(size in (None, n) for size, n in zip(wanted, act.shape, strict=True)):
+        return ""
+    axes = ", ".join(axis if size is None else f"{size} {axis}" for axis, size in zip(site.axes, wanted, strict=True))
+    return f"is of shape {list(act.shape)} for 2 prompts of {N_TOKENS} tokens, and not [{axes}]"
 
 
 def _activations(model: Model, n_layers: int) -> dict[tuple[int, str], Tensor]:
@@ -272,15 +269,6 @@ def _activations(model: Model, n_layers: int) -> dict[tuple[int, str], Tensor]:
     with probing(model, hooks):
         model(probe_tokens(model), return_type=None)
     return {(layer, name): act for layer, acts in held.items() for name, act in acts.items()}
-
-
-_ATTENTION = ("attn.hook_attn_scores", "attn.hook_pattern")
-_UNITS = {
-    **dict.fromkeys(("attn.hook_q", "attn.hook_rot_q", "attn.hook_z", *_ATTENTION), "heads"),
-    **dict.fromkeys(("attn.hook_k", "attn.hook_rot_k", "attn.hook_v"), "kv_heads"),
-    **dict.fromkeys(("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"), "d_mlp"),
-}
-"""What the third axis of an activation holds; d_model where nothing is said."""
 
 
 class LacksError(Exception):
@@ -492,6 +480,17 @@ IDENTITIES: dict[str, Identity] = {
         ),
     )
 }
+_AXES: dict[str, tuple[str, ...]] = {
+    **{
+        site.template.removeprefix("blocks.{layer}."): site.axes
+        for site in (*SITES.values(), ROT_Q, ROT_K, LN2_NORMALIZED)
+    },
+    "hook_resid_mid": RESID_PRE.axes,
+    "attn.hook_attn_scores": PATTERN.axes,
+    "mlp.hook_pre": MLP_POST.axes,
+    "mlp.hook_pre_linear": MLP_POST.axes,
+}
+"""The axes of every hook point that is looked at."""
 _OTHERS = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k")
 HOOKS = tuple(dict.fromkeys([*(hook for identity in IDENTITIES.values() for hook in identity.hooks), *_OTHERS]))
 """What is looked at in every block."""

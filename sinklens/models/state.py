@@ -31,8 +31,6 @@ R = TypeVar("R")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
-# The flags of TransformerLens that add hook points, or give some another shape; numbers do not depend on them.
-_FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in", "ungroup_grouped_query_attention")
 # Modules that TransformerLens itself makes use of.
 _PLAIN = (torch.nn.ModuleList, torch.nn.Identity)
 
@@ -321,19 +319,16 @@ def snapshot(model: Model) -> Snapshot:
     It reads every weight once: a twentieth of a second for 135M parameters on one core.
     """
     assert isinstance(model, torch.nn.Module)
-    weights = [weight.detach() for weight in model.parameters()]
-    versions = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
-    cfg = getattr(model, "cfg", None)
+    cfg, modules = getattr(model, "cfg", None), modules_of(model)
     return (
-        versions,
-        _sums(weights),
-        tuple((id(module), type(module), id(vars(module).get("forward"))) for module in modules_of(model)),
-        tuple(_settings(module) for module in modules_of(model)),
+        weights_stamp(model),  # type: ignore[arg-type]
+        _sums([weight.detach() for weight in model.parameters()]),
+        tuple((id(module), type(module), id(vars(module).get("forward"))) for module in modules),
+        tuple(_settings(module) for module in modules),
         tuple((name, value) for name, value in vars(cfg).items() if isinstance(value, (bool, int, float, str)))
         if cfg is not None
         else (),
         tuple(id(hook) for hook in foreign_hooks(model)),  # type: ignore[arg-type]
-        tuple(bool(getattr(cfg, flag, False)) for flag in _FLAGS),
     )
 
 

@@ -258,11 +258,6 @@ def check_hook_name(model: Model, name: str) -> None:
     raise EngineError(f"{model_id(model)} has no hook point {name!r}{hint}")
 
 
-def carries_hooks(model: Model) -> bool:
-    """Whether somebody has hooks on the model at the moment."""
-    return any(point.fwd_hooks for point in _inside(model).hook_dict.values())
-
-
 @contextmanager
 def without_hooks(model: Model) -> Iterator[None]:
     """The hooks that somebody has on the hook points taken off inside a ``with``, and put back behind it."""
@@ -358,19 +353,6 @@ def _bridge_final_residual(model: Model, tokens: Int[Tensor, "batch pos"]) -> Fl
 
 
 # --- Parameters and where they are -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def eval_mode(model: Model) -> Iterator[None]:
-    """Every submodule in eval mode inside a ``with``, and as it was behind it."""
-    training = [module for module in _inside(model).modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def weights_stamp(model: Model) -> tuple[tuple[int, ...], ...]:
@@ -479,8 +461,7 @@ _ASIDE = (
 def _config_text(model: Model) -> str:
     """The config's plain values, in the order of their names."""
     inside = _inside(model)
-    wrapped = vars(inside).get("original_model") or getattr(inside, "original_model", None)
-    config = wrapped.config.to_dict() if is_bridge(model) and wrapped is not None else dict(vars(inside.cfg))
+    config = inside.original_model.config.to_dict() if is_bridge(model) else vars(inside.cfg)
     return json.dumps(_plain(config), sort_keys=True)
 
 

@@ -29,7 +29,7 @@ from sinklens.pairs.pair import SinkPair
 from sinklens.pairs.subset import roots_for_prompts
 from sinklens.prompts import PromptBatch
 from sinklens.records.fingerprint import fingerprint_of
-from sinklens.records.registry import enter
+from sinklens.records.registry import enter, is_the_package_s
 from sinklens.sites import HookSite
 from sinklens.statistics import generator
 
@@ -96,6 +96,8 @@ class NamedEdit:
     """``(context) -> Edit``."""
 
 
+KIND = "an edit"
+"""What the registry calls them."""
 EDITS: dict[str, NamedEdit] = {}
 """Edits by name."""
 
@@ -106,7 +108,7 @@ def register_edit(edit: NamedEdit) -> NamedEdit:
     Raises:
         ValueError: the name is taken (see :mod:`sinklens.records.registry`).
     """
-    return enter(EDITS, "an edit", edit.name, edit)
+    return enter(EDITS, KIND, edit.name, edit)
 
 
 EditLike = str | NamedEdit | Edit
@@ -126,7 +128,7 @@ def read_edit(edit: EditLike) -> EditLike:
     named = edit if isinstance(edit, NamedEdit) else EDITS.get(edit) if isinstance(edit, str) else None
     if named is None:
         raise InputError(f"edit {edit!r} is not known: choose from {', '.join(EDITS)}, or give an Edit")
-    return named.name if _OWN.get(named.name) is named else named
+    return named.name if is_the_package_s(EDITS, KIND, named.name, named) else named
 
 
 def make_edit(edit: EditLike, context: EditContext) -> Edit:
@@ -156,6 +158,3 @@ for _edit in (
     NamedEdit("resample", lambda context: _ablation("resample", context)),
 ):
     register_edit(_edit)
-
-_OWN = dict(EDITS)
-"""Those of the package."""

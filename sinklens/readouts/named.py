@@ -23,7 +23,7 @@ from sinklens.patches import Positions
 from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens
 from sinklens.readouts.build import attention_ordinary, attention_received, over_positions, vector_readout
 from sinklens.records.fingerprint import fingerprint_of
-from sinklens.records.registry import enter
+from sinklens.records.registry import enter, is_the_package_s
 from sinklens.sites import LOGITS, PATTERN, RESID_PRE
 
 Reduce = Callable[[Tensor, Rows], Tensor]
@@ -79,6 +79,8 @@ class NamedReadout:
 ReadoutLike = str | NamedReadout | Readout | Reduce
 """A name or what has one, a readout, or a function ``(logits [row pos d_vocab], rows) -> [row]``."""
 
+KIND = "a readout"
+"""What the registry calls them."""
 READOUTS: dict[str, NamedReadout] = {}
 """Readouts by name."""
 
@@ -89,7 +91,7 @@ def register_readout(readout: NamedReadout) -> NamedReadout:
     Raises:
         ValueError: the name is taken (see :mod:`sinklens.records.registry`).
     """
-    return enter(READOUTS, "a readout", readout.name, readout)
+    return enter(READOUTS, KIND, readout.name, readout)
 
 
 def named_readout(readout: str | NamedReadout) -> NamedReadout:
@@ -141,7 +143,7 @@ def read_readout(readout: ReadoutLike) -> ReadoutLike:
     """
     named = _named(readout)
     if named is not None:
-        return named.name if _OWN.get(named.name) is named else named
+        return named.name if is_the_package_s(READOUTS, KIND, named.name, named) else named
     if not isinstance(readout, Readout) and not callable(readout):
         raise InputError(f"readout {readout!r} must be a name, a Readout, or a function of logits and rows")
     return readout
@@ -150,7 +152,7 @@ def read_readout(readout: ReadoutLike) -> ReadoutLike:
 def fingerprint(readout: ReadoutLike) -> object:
     """What tells a readout from another, in plain data."""
     named = _named(readout)
-    if named is not None and _OWN.get(named.name) is named:
+    if named is not None and is_the_package_s(READOUTS, KIND, named.name, named):
         return named.name  # what a name of the package means changes with the version alone
     return [readout_name(readout), fingerprint_of(readout if named is None else replace(named, help=""))]
 
@@ -329,6 +331,3 @@ for _readout in (
     NamedReadout("loss", _loss, help="mean next-token cross entropy, nats"),
 ):
     register_readout(_readout)
-
-_OWN = dict(READOUTS)
-"""Those of the package."""

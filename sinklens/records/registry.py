@@ -8,6 +8,7 @@ From anywhere else the name is taken.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TypeVar
 
 Thing = TypeVar("Thing")
@@ -42,9 +43,9 @@ def enter(known: dict[str, Thing], kind: str, name: str, thing: Thing) -> Thing:
     return thing
 
 
-def is_own(kind: str, name: str) -> bool:
-    """Whether a name of that kind was given by the package itself."""
-    return _FROM.get((kind, name)) == _PACKAGE
+def is_the_package_s(known: Mapping[str, object], kind: str, name: str, thing: object) -> bool:
+    """Whether ``thing`` is what the package itself has made known by that name."""
+    return known.get(name) is thing and _FROM.get((kind, name)) == _PACKAGE
 
 
 def _place(module: dict[str, object]) -> str:

@@ -9,7 +9,7 @@ from sinklens.errors import InputError
 from sinklens.models.view import ModelShape
 from sinklens.records.fingerprint import fingerprint_of
 from sinklens.records.ranges import Numbers, Range, names_in, parse, read, short, within
-from sinklens.records.registry import is_own
+from sinklens.records.registry import is_the_package_s
 from sinklens.sites import OWN_SITES, SITES, UNIT_KINDS, HookSite, site_name, unit_count
 from sinklens.stages import STAGES, Stage
 from sinklens.stages.base import KIND
@@ -45,7 +45,7 @@ def place_fingerprint(place: Place) -> object:
     """What tells a place from another, in plain data: of the package's own the name, of the user's its contents too."""
     found = find_place(place)
     if isinstance(found, Stage):
-        own = is_own(KIND, found.name) and STAGES.get(found.name) is found
+        own = is_the_package_s(STAGES, KIND, found.name, found)
         return found.name if own else [found.name, fingerprint_of((found.site, found.layers, found.units))]
     if isinstance(place, str) and place in OWN_SITES:
         return place

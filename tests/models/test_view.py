@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from sinklens.models.hooked import Rotary, attention_weights, can_take_apart
+from sinklens.models.state import foreign_hooks
 from sinklens.models.view import (
     Model,
     backend_name,
     bos_token,
     bytes_of,
     can_resume,
-    carries_hooks,
     context_length,
     damaged_weight,
     device_of,
@@ -160,10 +160,10 @@ def test_what_both_backends_answer(tiny_llama: Any, tiny_bridge: Any) -> None:
         assert bytes_of(model) >= 4 * weights
         assert can_resume(model) == supports_resume(model) == can_take_apart(model)
         assert backend_name(model) == type(model).__name__
-        assert not carries_hooks(model)
+        assert not foreign_hooks(model)
         with model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: x)]):  # noqa: ARG005
-            assert carries_hooks(model)
-        assert hooks_left(model) == [] and not carries_hooks(model)
+            assert foreign_hooks(model)
+        assert hooks_left(model) == [] and not foreign_hooks(model)
     assert not can_resume(tiny_bridge)
 
 
