@@ -95,8 +95,8 @@ SITES: dict[str, HookSite] = {
     "mlp_post": MLP_POST,
 }
 """Sites by short name."""
-OWN_SITES = frozenset(SITES)
-"""Names of the package's own."""
+KIND = "a site"
+"""What the registry calls them."""
 
 UNIT_KINDS = {"heads": ("head", "kv_head"), "neurons": ("d_mlp",), "dims": ("d_model",)}
 """What units are called, and the axes that they are along."""
@@ -108,7 +108,7 @@ def register_site(name: str, site: HookSite) -> HookSite:
     Raises:
         ValueError: the name is taken (see :mod:`sinklens.records.registry`).
     """
-    return enter(SITES, "a site", name, site)
+    return enter(SITES, KIND, name, site)
 
 
 def site_name(site: HookSite) -> str:

@@ -45,7 +45,7 @@ def enter(known: dict[str, Thing], kind: str, name: str, thing: Thing) -> Thing:
 
 def is_the_package_s(known: Mapping[str, object], kind: str, name: str, thing: object) -> bool:
     """Whether ``thing`` is what the package itself has made known by that name."""
-    return known.get(name) is thing and _FROM.get((kind, name)) == _PACKAGE
+    return known.get(name) is thing and _FROM.get((kind, name), _PACKAGE) == _PACKAGE
 
 
 def _place(module: dict[str, object]) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
+from sinklens import sites
 from sinklens.errors import InputError
 from sinklens.models.view import ModelShape
 from sinklens.records.fingerprint import fingerprint_of
 from sinklens.records.ranges import Numbers, Range, names_in, parse, read, short, within
 from sinklens.records.registry import is_the_package_s
-from sinklens.sites import OWN_SITES, SITES, UNIT_KINDS, HookSite, site_name, unit_count
+from sinklens.sites import SITES, UNIT_KINDS, HookSite, site_name, unit_count
 from sinklens.stages import STAGES, Stage
 from sinklens.stages.base import KIND
 
@@ -47,7 +48,7 @@ def place_fingerprint(place: Place) -> object:
     if isinstance(found, Stage):
         own = is_the_package_s(STAGES, KIND, found.name, found)
         return found.name if own else [found.name, fingerprint_of((found.site, found.layers, found.units))]
-    if isinstance(place, str) and place in OWN_SITES:
+    if isinstance(place, str) and is_the_package_s(SITES, sites.KIND, place, found):
         return place
     return [*([place] if isinstance(place, str) else []), found.template, list(found.axes)]
 
