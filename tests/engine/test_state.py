@@ -518,3 +518,66 @@ def test_the_usual_state_is_left_in_the_order_of_entering(tiny_llama: Any) -> No
     assert torch.is_grad_enabled()
     with usual_state(tiny_llama, gradients=True):
         assert torch.is_grad_enabled()
+
+
+def other_activation(model: Any) -> None:
+    for block in model.blocks:
+        block.mlp.act_fn = torch.relu
+
+
+def other_scale(model: Any) -> None:
+    for block in model.blocks:
+        block.attn.attn_scale *= 3
+
+
+def other_rotation(model: Any) -> None:
+    for block in model.blocks:
+        block.attn.rotary_sin.mul_(-1)
+
+
+def other_scale_inside(model: Any) -> None:
+    for module in model.original_model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling *= 3
+
+
+@pytest.mark.parametrize(
+    ("backend", "change"),
+    [
+        ("hooked", other_activation),
+        ("hooked", other_scale),
+        ("hooked", other_rotation),
+        ("bridge", other_scale_inside),
+    ],
+)
+def test_a_runner_sees_what_is_no_parameter(backend: Any, change: Callable[[Any], None]) -> None:
+    """Settings and buffers that change between two calls: runs and rows are those of a new runner."""
+    model = tiny_model("llama", backend)
+    runner = PatchRunner(model, TOKENS, measured(), runs=RUNS)
+    before = runner.run(PATCHES)
+    assert torch.equal(runner.run(PATCHES).values["norm"], before.values["norm"])
+    change(model)
+    after, fresh = runner.run(PATCHES), run(model)
+    assert not torch.allclose(after.values["norm"], before.values["norm"], rtol=1e-3)
+    for name in ("received", "norm"):
+        assert torch.equal(after.values[name], fresh.values[name])
+        assert torch.equal(after.runs["base"][name], fresh.runs["base"][name])
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_flags_that_take_a_hook_point_take_its_stage_alone(backend: Any) -> None:
+    """With split inputs of queries, keys and values nothing passes through the one normed input."""
+    model = tiny_model("llama", backend)
+    batch, formation = (
+        sl.prompts.from_tokens(model, TOKENS),
+        Formation(1, (0,) * N, tuple(SuperNeuron(i, None, 0.0, 0.0, 0.0) for i in (3, 7)), (OutlierDim(2, 0.0, 0.0),)),
+    )
+    options: dict[str, Any] = {"target": AT, "formation": formation, "min_gap": 1e-6, "control_draws": 1}
+    plain = sl.run_chain(model, batch, **options)
+    model.set_use_split_qkv_input(True)
+    flagged = sl.run_chain(model, batch, **options)
+    keys = ["stage", "edit", "control", "direction"]
+    kept = plain.scores[plain.scores.stage != "rmsnorm_filter"].set_index(keys).effect
+    assert {key.partition("/")[0] for key in flagged.config["not_applicable"]} == {"rmsnorm_filter"}
+    np.testing.assert_allclose(flagged.scores.set_index(keys).effect.loc[kept.index], kept, atol=1e-4)
+    assert model.cfg.use_split_qkv_input

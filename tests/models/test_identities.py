@@ -8,11 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from sinklens import sites
+from sinklens.edits import AttendSelf
 from sinklens.errors import NotApplicableError
+from sinklens.formation import Formation
 from sinklens.models.identities import HOOKS, IDENTITIES, check_writes_directly, identities, require
 from sinklens.models.load import load_model
 from sinklens.models.writes import check_writable
-from tests.helpers.tiny import HOOKED, N_LAYERS, hooks_left, slow_but, tiny_hf, tiny_model
+from sinklens.patches import Patch
+from sinklens.prompts import from_tokens
+from sinklens.readouts.base import Readout
+from sinklens.study import Study
+from tests.helpers.tiny import HOOKED, N_LAYERS, hooks_left, slow_but, tiny_hf, tiny_model, tiny_tokens
 
 ALL = range(N_LAYERS)
 BEHIND = {"heads_write", "neurons_write"}
@@ -154,3 +161,28 @@ def test_edits_that_a_bridge_ignores_are_refused() -> None:
     for name in HOOKS:
         if name != "hook_resid_mid":
             check_writable(llama, "blocks.{layer}." + name, ALL)
+
+
+@pytest.mark.backend
+def test_what_is_measured_without_patches_is_held_to_the_same() -> None:
+    """A study's own passes: an edit that the model ignores, and an activation with other axes than its site says."""
+    model = tiny_model("gptj", "bridge")
+    batch = from_tokens(model, tiny_tokens(2, 12))
+    study = Study.of(model, batch, Formation(1, (0, 0), (), ()))
+    norm = Readout("norm", sites.RESID_POST, (1,), lambda act, rows: act.float().norm(dim=(1, 2)))  # noqa: ARG005
+    with pytest.raises(NotApplicableError, match=r"hook_pattern has no effect"):
+        study.measure([norm], [Patch(sites.PATTERN, (0,), (5,), AttendSelf())])
+    latent = load_model(tiny_hf("deepseek_v3"), device="cpu")
+    other = Study.of(latent, from_tokens(latent, tiny_tokens(2, 12)), Formation(1, (0, 0), (), ()))
+    with pytest.raises(NotApplicableError, match=r"hook_v is of shape .* and not \[2 batch, 13 pos, "):
+        other.activations(sites.V, (0,))
+
+
+@pytest.mark.backend
+def test_norms_without_weights_are_no_obstacle() -> None:
+    """OPT can have them: logits are Hugging Face's, and an edit of what they give is not lost."""
+    hf, tokens = tiny_hf("opt", layer_norm_elementwise_affine=False), tiny_tokens(2, 12)
+    model = load_model(hf, backend="bridge", device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, return_type="logits"), hf(tokens).logits, atol=1e-4, rtol=1e-4)
+    check_writable(model, "blocks.{layer}.ln1.hook_normalized", (1,))

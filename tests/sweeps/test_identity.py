@@ -14,6 +14,7 @@ import torch
 
 import sinklens as sl
 from sinklens.edits import Edit, EditSite, Function
+from sinklens.models.load import load_model
 from sinklens.pairs import EDITS, NamedEdit, register_edit
 from sinklens.readouts import READOUTS, NamedReadout, register_readout
 from sinklens.readouts.build import vector_readout
@@ -21,6 +22,7 @@ from sinklens.sites import RESID_POST, RESID_PRE, SITES, register_site
 from sinklens.stages import STAGES, register
 from sinklens.sweeps import Companion
 from tests.helpers.sweeps import run
+from tests.helpers.tiny import tiny_hf
 
 A = 3
 VECTOR = torch.zeros(101)
@@ -174,3 +176,16 @@ def test_hooks_on_the_model_are_refused_with_a_folder(
     finally:
         handle.remove()
     assert np.array_equal(run(model_, tmp_path, **SMALL).table.value, plain.value)
+
+
+@pytest.mark.parametrize("config", [{"sliding_window": 6}, {"rms_norm_eps": 0.1}, {"hidden_act": "relu"}])
+def test_the_same_weights_under_another_config_are_another_model(config: dict[str, Any], tmp_path: Path) -> None:
+    """A window, an epsilon or an activation function changes every number and no weight."""
+    first, second = tiny_hf("mistral", sliding_window=None), tiny_hf("mistral", **{"sliding_window": None, **config})
+    second.load_state_dict(first.state_dict())
+    one, other = (load_model(hf, device="cpu") for hf in (first, second))
+    assert sl.models.weight_digest(one) == sl.models.weight_digest(load_model(first, device="cpu"))
+    assert sl.models.weight_digest(one) != sl.models.weight_digest(other)
+    run(one, tmp_path, **SMALL)
+    with pytest.raises(sl.InputError, match=r"holds another sweep \(weight_digest"):
+        run(other, tmp_path, **SMALL)
