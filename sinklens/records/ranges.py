@@ -21,7 +21,7 @@ Numbers: TypeAlias = str | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Between:
-    """In ``Annotated[int, "help", Between(1, 1000)]``: the values that an argument may have."""
+    """In ``Annotated[int, "help", Between(1, 1000)]``: the values that an argument may have; ``Between(1)``: 1 or more."""
 
     least: float
     """The least."""
@@ -30,10 +30,6 @@ class Between:
 
     def __str__(self) -> str:
         return f"{self.least:g} or more" if self.most == math.inf else f"from {self.least:g} to {self.most:.10g}"
-
-
-AtLeast = Between
-"""``AtLeast(1)``, where nothing stands above."""
 
 
 def limits_of(hint: Any) -> tuple[Any, Between | None]:

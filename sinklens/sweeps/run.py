@@ -20,7 +20,7 @@ from sinklens.pairs.ablations import EditLike
 from sinklens.pairs.choice import Target
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.named import ReadoutLike
-from sinklens.records.ranges import SEEDS, AtLeast, Range
+from sinklens.records.ranges import SEEDS, Between, Range
 from sinklens.sweeps.companions import Companions
 from sinklens.sweeps.execution import Execution, Planned
 from sinklens.sweeps.keeping import check_kept
@@ -95,13 +95,13 @@ def sweep(
         float,
         "No effect where the pair moves a readout by less: an absolute difference for shares of attention, for other "
         "readouts that part of the larger value.",
-        AtLeast(0),
+        Between(0),
     ] = 0.01,
     method: Annotated[
         str, "exact; attribution: estimated from gradients; screen: estimated, the strongest and a sample run too."
     ] = "exact",
-    top: Annotated[int, "For screen: how many of the strongest to run.", AtLeast(1)] = 200,
-    sample: Annotated[int, "For screen: how many to draw at random and run.", AtLeast(3)] = 200,
+    top: Annotated[int, "For screen: how many of the strongest to run.", Between(1)] = 200,
+    sample: Annotated[int, "For screen: how many to draw at random and run.", Between(3)] = 200,
     engine: Annotated[
         str, "Who runs the tasks: `local`, this process; `ray`, several, here or on a cluster."
     ] = "local",
@@ -118,11 +118,11 @@ def sweep(
     ] = None,
     shard: Annotated[tuple[int, int] | None, "I/N: run every N-th task only, from the I-th on."] = None,
     force: Annotated[bool, "Replace what an earlier sweep has left there."] = False,
-    task_size: Annotated[int | None, "Patches in a task, which is written at once.", AtLeast(1)] = None,
-    group_size: Annotated[int | None, "Prompts whose runs are kept at once.", AtLeast(1)] = None,
+    task_size: Annotated[int | None, "Patches in a task, which is written at once.", Between(1)] = None,
+    group_size: Annotated[int | None, "Prompts whose runs are kept at once.", Between(1)] = None,
     seed: Annotated[int, "Fixes every random draw.", SEEDS] = 0,
     memory_budget: Annotated[int | None, "Bytes that the activations of one forward pass may take."] = None,
-    max_rows: Annotated[int | None, "Rows per forward pass, in place of the memory budget.", AtLeast(1)] = None,
+    max_rows: Annotated[int | None, "Rows per forward pass, in place of the memory budget.", Between(1)] = None,
     progress: Annotated[Progress | None, "Called with (rows done, rows in all), patches times prompts."] = None,
     planned: Annotated[Planned | None, "Called with the plan and the pending tasks before anything is run."] = None,
     model_spec: Annotated[
