@@ -21,7 +21,7 @@ Numbers: TypeAlias = str | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Between:
-    """In ``Annotated[int, "help", Between(1, 1000)]``: the values that an argument may have; ``Between(1)``: 1 or more."""
+    """In ``Annotated[int, "help", Between(1, 1000)]``: the values that an argument may have."""
 
     least: float
     """The least."""
