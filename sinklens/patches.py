@@ -161,17 +161,17 @@ class Patch:
 
     def _check_source(self) -> None:
         where, source = self.where, self.source_where
-        n = max(len(where.rows), len(source.rows))
         if not where.shared and not source.shared and len(where.rows) != len(source.rows):
             raise InputError(
                 f"positions are given for {len(where.rows)} prompts, and those of the source for {len(source.rows)}"
             )
-        for prompt in range(n):
-            if len(source.at(prompt)) not in (1, len(where.at(prompt))):
-                raise InputError(
-                    f"give one source position for each of the positions {where}, or one for all, not {source}: "
-                    f"{self.describe()}"
-                )
+        prompts = range(max(len(where.rows), len(source.rows)))
+        matched = [(len(where.at(prompt)), len(source.at(prompt))) for prompt in prompts]
+        if any(n_sources != n for n, n_sources in matched) and any(n_sources != 1 for _, n_sources in matched):
+            raise InputError(
+                f"give one source position for each of the positions {where}, or one for all, not {source}: "
+                f"{self.describe()}"
+            )
 
     @property
     def where(self) -> Positions:

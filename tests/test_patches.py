@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from sinklens import edits, sites
-from sinklens.patches import Patch, Source
+from sinklens.edits import Transplant
+from sinklens.errors import InputError
+from sinklens.patches import Patch, Positions, Source
+from sinklens.sites import RESID_PRE
 
 
 def transplant(**changes: Any) -> Patch:
@@ -27,3 +31,27 @@ def test_patch_ids_are_content_hashes():
     assert a.id != transplant(layers=(2,)).id
     one, two = ({1: torch.full((4, 8), value)} for value in (1.0, 2.0))
     assert transplant(edit=edits.Constant("mean", one)).id != transplant(edit=edits.Constant("mean", two)).id
+
+
+@pytest.mark.parametrize(
+    ("positions", "source", "fits"),
+    [
+        ((3, 5), (7, 8), True),
+        ((3, 5), (7,), True),
+        (((3, 5), (4,)), ((7,), (8,)), True),
+        (((3, 5), (4,)), ((7, 8), (9,)), True),
+        ((3,), (7, 8), False),
+        ((3, 5, 6), (7, 8), False),
+        (((3, 5), (4, 6)), ((7,), (8, 9)), False),  # one for all in one prompt, one for each in another
+        (((3, 5), (4,)), (7, 8), False),
+    ],
+)
+def test_source_positions_are_one_for_each_or_one_for_all(positions, source, fits):
+    def patch() -> Patch:
+        return Patch(RESID_PRE, (1,), positions, Transplant(), source=Source("other", source))
+
+    if fits:
+        assert patch().source_where == Positions.of(source)
+        return
+    with pytest.raises(InputError, match="one source position for each of the positions"):
+        patch()

@@ -91,12 +91,6 @@ def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int
                 raise InputError(f"positions {positions} are not all in 0..{length - 1}: {patch.describe()}")
     if any(len(set(positions)) != len(positions) for positions in patch.where.rows):
         raise InputError(f"positions {patch.where} repeat: {patch.describe()}")
-    matched = [(len(patch.where.at(i)), len(patch.source_where.at(i))) for i in range(n_prompts)]
-    if any(n_sources != n for n, n_sources in matched) and any(n_sources != 1 for _, n_sources in matched):
-        raise InputError(
-            f"give one source position for each of the positions {patch.where}, or one for all, not "
-            f"{patch.source_where}: {patch.describe()}"
-        )
     _validate_reads(patch)
     if patch.units is not None:
         size = unit_count(patch.site, shape)
