@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,7 +66,7 @@ def loads(folder: Path, before: Callable[[int], None], log: Path | None = None) 
 
 
 def close(table: pd.DataFrame, expected: pd.DataFrame) -> bool:
-    pd.testing.assert_frame_equal(table, expected, check_exact=False, rtol=0, atol=1e-6, check_categorical=False)
+    pd.testing.assert_frame_equal(table, expected, check_exact=False, rtol=0, atol=1e-5, check_categorical=False)
     return True
 
 
@@ -101,7 +103,7 @@ def test_begun_by_ray_and_finished_here(
     with pytest.raises(Interrupted, match=r"interrupted: \d+ tasks? finished now, \d+ are left; call it again"):
         run(model, tmp_path, progress=progress, model_spec=spec, **RAY)
     before = written(tmp_path)
-    assert 1 <= len(before) <= 2
+    assert 1 <= len(before) <= 3  # the first, and what the two workers had begun meanwhile
     assert close(run(model, tmp_path).table, whole)
     assert before.items() <= written(tmp_path).items()
 
@@ -114,6 +116,17 @@ def test_without_a_folder(model: Any, whole: pd.DataFrame) -> None:
 
 def test_nothing_listens_but_on_the_loopback(ray: Any) -> None:
     assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_nor_where_ray_was_imported_before() -> None:
+    """Ray reads what says so when it is imported, and a notebook may have done that."""
+    code = (
+        "import ray\nfrom sinklens.sweeps.ray.cluster import Cluster, connected\nwith connected(Cluster(1)) as found:\n"
+    )
+    code += "    print([node['NodeManagerAddress'] for node in found.nodes()])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.strip() == "['127.0.0.1']", ran.stderr
 
 
 # -- Workers that die or fail -----------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from sinklens.errors import EngineError, InputError, need
 from sinklens.models.view import Model, devices_of
 
 LOCAL = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Environment of a Ray of our own. The second is how Ray is told, on any system, to listen on the loopback alone."""
+"""Environment of a Ray of our own. The second is how its processes are told, on any system, to listen on the loopback
+alone."""
 ANSWER = 5.0
 """Seconds in which a cluster has to answer."""
 STORE = 128 << 20
@@ -146,7 +147,7 @@ def connected(cluster: Cluster, store: int = 0) -> Iterator[ModuleType]:
         ours = not ray.is_initialized()
         try:
             if ours:
-                with _silent(ray):
+                with _silent(ray), _on_loopback(ray) if cluster.address is None else contextlib.nullcontext():
                     _start(ray, cluster, store)
             _check_size(ray.cluster_resources(), cluster)
             yield ray
@@ -175,6 +176,18 @@ def _start(ray: ModuleType, cluster: Cluster, store: int) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise EngineError(f"Ray cannot start on this machine ({_first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _on_loopback(ray: ModuleType) -> Iterator[None]:
+    """Tell this process to listen on the loopback alone: Ray may have been imported, and ``LOCAL`` not read, before."""
+    inside = ray._private.ray_constants
+    before = getattr(inside, "ENABLE_RAY_CLUSTER", None)
+    inside.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        inside.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager
