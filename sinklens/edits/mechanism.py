@@ -37,9 +37,12 @@ def amplification(
             all prompts and positions.
 
     Raises:
-        InputError: another axis, or a strength that is no finite number.
+        InputError: another axis, a strength that is no finite number, or a position that ``z`` does not have.
     """
     check_amplification(strength, axis)
+    for layer, values in z.items():
+        if not 0 <= position < values.shape[1]:
+            raise InputError(f"position {position} is not in 0..{values.shape[1] - 1}, which block {layer}'s z has")
     mean = {layer: _mean(values.detach().float(), position, axis) for layer, values in z.items()}
     return Rescale(
         "amplify_variance",

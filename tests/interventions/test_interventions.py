@@ -467,3 +467,53 @@ def test_what_makes_no_sense_is_refused(tiny_llama):
             interventions.densify_down_projection(tiny_llama, 1, neurons)
     with pytest.raises(InputError, match="whole number"):
         interventions.densify_down_projection(tiny_llama, 1, [3.0])  # type: ignore[list-item]
+
+
+BEYOND: dict[str, Callable[[], Hooks]] = {
+    "position 99, but the run has positions 0..9": lambda: interventions.block_aggregation(99, [1]),
+    "position 99 is not in 0..9": lambda: interventions.amplify_variance(99, [1], 4.0),
+    "position 12, but": lambda: interventions.ablate_heads(1, [0], [3, 12]),
+    r"unit 999, but there are \d+ \(d_mlp\)": lambda: interventions.ablate_neurons(1, [3, 999], [5]),
+    r"unit 999, but there are \d+ \(d_model\)": lambda: interventions.ablate_dims(1, [999], [5]),
+    r"unit 99, but there are \d+ \(head\)": lambda: interventions.ablate_heads(1, [99], [5]),
+    r"needs values \(\d+,\), but got \(1,\)": lambda: interventions.ablate_neurons(
+        1, [3], [5], mode="mean", values=torch.ones(1)
+    ),
+    r"needs values \(3, \d+,? ?\d*\), but got \(2, 9\)": lambda: interventions.ablate_heads(
+        1, [0], [5], mode="resample", values=torch.ones(2, 9)
+    ),
+    "positions for 2 prompts, but the batch has 3": lambda: interventions.hooks_of(
+        Patch(sites.MLP_OUT, (1,), ((3,), (4,)), edits.Constant())
+    ),
+}
+"""What a run does not have: what is said, and the hooks that ask for it."""
+
+
+@pytest.mark.parametrize("told", BEYOND)
+def test_what_a_run_does_not_have_is_one_sentence(model, tokens, way, told):
+    before = logits_of(model, tokens, [])
+    with pytest.raises(InputError, match=told):
+        logits_of(model, tokens, BEYOND[told](), way)
+    assert torch.equal(logits_of(model, tokens, []), before)
+
+
+def test_what_is_no_place_is_refused_at_once(tiny_llama):
+    with pytest.raises(InputError, match="position True must be a whole number"):
+        interventions.block_aggregation(True, [1])
+    with pytest.raises(InputError, match=r"position 2\.5 must be a whole number"):
+        interventions.permute_z(tiny_llama, 2.5, [1])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"layers 1\.5 must be a whole number"):
+        interventions.block_aggregation(5, [1.5])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="zero ablation takes no values"):
+        interventions.ablate_neurons(1, [0], mode="zero", values=torch.ones(3))
+    with pytest.raises(InputError, match="mean has no block 2"):
+        interventions.amplify_variance(5, [1, 2], 4.0, {1: torch.ones(4, 8)})
+
+
+def test_a_source_of_another_size_is_refused(model, tokens, cache, way):
+    """One prompt of a cache would be taken for all, and a shorter one has no such position."""
+    short = {name: act[:, :4] if act.ndim > 1 else act for name, act in cache.items()}
+    few = {name: act[:2] for name, act in cache.items()}
+    for source, told in ((short, "positions"), (few, "prompts"), ({}, "has no 'blocks.1.hook_attn_out'")):
+        with pytest.raises(InputError, match=told):
+            logits_of(model, tokens, interventions.transplant_attention_output(source, 5, [1]), way)
