@@ -64,6 +64,7 @@ class HookSite:
 
 
 RESID_PRE = HookSite("blocks.{layer}.hook_resid_pre", ("batch", "pos", "d_model"))
+RESID_MID = HookSite("blocks.{layer}.hook_resid_mid", ("batch", "pos", "d_model"))
 RESID_POST = HookSite("blocks.{layer}.hook_resid_post", ("batch", "pos", "d_model"))
 ATTN_OUT = HookSite("blocks.{layer}.hook_attn_out", ("batch", "pos", "d_model"))
 MLP_OUT = HookSite("blocks.{layer}.hook_mlp_out", ("batch", "pos", "d_model"))
@@ -83,6 +84,7 @@ LOGITS = HookSite("logits", ("batch", "pos", "d_vocab"))
 
 SITES: dict[str, HookSite] = {
     "resid_pre": RESID_PRE,
+    "resid_mid": RESID_MID,
     "resid_post": RESID_POST,
     "attn_out": ATTN_OUT,
     "mlp_out": MLP_OUT,

@@ -32,6 +32,8 @@ SCORE_KEYS = ["stage", "edit", "direction", "control"]
 """What one score is about."""
 METRIC = "attention_received"
 """Name of what a chain measures of the sink, unless it is asked for something else."""
+HALF = 0.5
+"""An effect beyond it is nearer to all than to nothing."""
 OF_TOKENS = ("received", "neurons")
 """Fields of a result with a number for every token."""
 
@@ -41,7 +43,8 @@ class ChainResult:
     """Scores, chain matrix, checks, formation and provenance of one chain."""
 
     scores: pd.DataFrame
-    """One row per stage, edit, direction and control: effect, interval, n, n_excluded, layers, units."""
+    """One row per stage, edit, direction and control: effect, interval, median, share of prompts beyond one half, n,
+    n_excluded, predicted, strength (of an edit that has one, such as a factor on a deviation), layers, units, draws."""
     effects: pd.DataFrame
     """The same per prompt and draw, with the metric's values."""
     matrix: pd.DataFrame
@@ -209,7 +212,11 @@ def is_transplant(table: pd.DataFrame) -> pd.Series:
 
 
 def summarise(effects: pd.DataFrame, keys: Sequence[str], seed: int) -> pd.DataFrame:
-    """Mean effect with its interval over prompts, for every combination of ``keys``; draws are averaged first."""
+    """Mean effect with its interval over prompts, for every combination of ``keys``; draws are averaged first.
+
+    Beside it stand the median, and the share of prompts in which the effect is beyond one half: a mean of a half may be
+    all of the effect in half of the prompts and nothing in the others.
+    """
     records = []
     for key, group in effects.groupby(list(keys), sort=False, dropna=False):
         per_prompt = group.groupby("prompt").effect.mean()
@@ -219,6 +226,8 @@ def summarise(effects: pd.DataFrame, keys: Sequence[str], seed: int) -> pd.DataF
             "effect": per_prompt.mean(),
             "ci_low": low,
             "ci_high": high,
+            "median": per_prompt.median(),
+            "share": (per_prompt.dropna() > HALF).mean(),
             "n": int(per_prompt.notna().sum()),
             "n_excluded": int(per_prompt.isna().sum()),
         }

@@ -125,6 +125,7 @@ def scores(effects: pd.DataFrame, trials: Sequence[Trial], seed: int) -> pd.Data
         by_key.setdefault(key, []).append(trial)
     mine = [by_key[tuple(key)] for key in scores[SCORE_KEYS].itertuples(index=False)]
     scores["predicted"] = [m[0].experiment.predicted.of(m[0].direction) for m in mine]
+    scores["strength"] = [float(np.mean([trial.patch.edit.strength for trial in m])) for m in mine]
     scores["layers"] = [list(m[0].patch.layers) for m in mine]
     # Units that differ between draws are in the effects table, not here.
     scores["units"] = [list(m[0].patch.units) if len(m) == 1 and m[0].patch.units else None for m in mine]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pandas as pd
 from rich import box
 from rich.console import Console
@@ -51,6 +54,7 @@ def chain_table(result: ChainResult) -> Table:
         table.add_column(name, no_wrap=True)
     for direction in directions:
         table.add_column(direction, justify="right", no_wrap=True)
+    table.add_column("over ½", justify="right", no_wrap=True)
     table.add_column("n", justify="right")
     keys = ["stage", "edit", "control"]
     previous = ""
@@ -60,17 +64,29 @@ def chain_table(result: ChainResult) -> Table:
         if stage != previous and previous:
             table.add_section()
         cells = [score_text(rows.loc[rows.direction == direction]) for direction in directions]
-        label = f"  control: {control}" if control else edit
+        label = f"  control: {control}" if control else edit + _strength(rows)
         table.add_row(
             stage if stage != previous else "",
             label,
             "" if control else spans(rows.iloc[0].layers, "-"),
             *cells,
+            _shares(rows),
             str(rows.n.min()),
             style="dim" if control else None,
         )
         previous = stage
     return table
+
+
+def _shares(rows: Any) -> str:
+    """Share of the prompts with an effect beyond one half, by direction; runs of earlier versions do not know."""
+    return " ".join(f"{share:.0%}" for share in rows.get("share", ()))
+
+
+def _strength(rows: Any) -> str:
+    """`` (x 1.41)`` where the edit has a strength; runs of earlier versions do not know."""
+    strength = float(rows.strength.iloc[0]) if "strength" in rows else math.nan
+    return "" if math.isnan(strength) else f" (x {strength:.3g})"
 
 
 def chain_footer(result: ChainResult) -> list[str]:

@@ -21,7 +21,9 @@ from sinklens.edits.draws import random_orthonormal, random_permutations, rotate
 from sinklens.edits.general import (
     Constant,
     Function,
+    Masked,
     OfSource,
+    OutsideSubspace,
     PermuteWithin,
     PerPrompt,
     RemoveDirection,
@@ -29,9 +31,11 @@ from sinklens.edits.general import (
     SameNormScaling,
     Subspace,
     Transplant,
+    WrittenBy,
 )
 from sinklens.edits.mechanism import (
     AttendSelf,
+    AttendTo,
     DensifyRows,
     DropDimsBeforeNorm,
     MeanAxis,
@@ -41,15 +45,18 @@ from sinklens.edits.mechanism import (
 
 __all__ = [
     "AttendSelf",
+    "AttendTo",
     "Constant",
     "DensifyRows",
     "DropDimsBeforeNorm",
     "Edit",
     "EditSite",
     "Function",
+    "Masked",
     "MeanAxis",
     "NeuronContribution",
     "OfSource",
+    "OutsideSubspace",
     "PerPrompt",
     "PermuteWithin",
     "Read",
@@ -59,6 +66,7 @@ __all__ = [
     "SourceEdit",
     "Subspace",
     "Transplant",
+    "WrittenBy",
     "amplification",
     "random_orthonormal",
     "random_permutations",

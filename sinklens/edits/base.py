@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -97,6 +98,11 @@ class Edit:
     def needs(self) -> tuple[str, ...]:
         """Identities (:data:`sinklens.models.identities.IDENTITIES`) without which the edit is not what it says."""
         return ()
+
+    @property
+    def strength(self) -> float:
+        """How strong the edit is, where that is a number (the factor on a deviation, say); NaN where it is none."""
+        return math.nan
 
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
         """The edited activation, of the shape of ``x``."""

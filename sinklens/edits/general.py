@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sinklens.edits.base import Edit, EditSite, Gathered, Read, SourceEdit, need, select, select_own
+from sinklens.sites import HookSite
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,12 @@ class Rescale(Edit):
     scale: Mapping[int, Float[Tensor, "..."]] = field(default_factory=dict)
     """Per block, the factor on the deviation; broadcasts against the mean."""
 
+    @property
+    @override
+    def strength(self) -> float:
+        """The factor, averaged over blocks, units and dimensions."""
+        return float(torch.cat([scale.detach().float().flatten().cpu() for scale in self.scale.values()]).mean())
+
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         full, own = self.mean[at.layer], self.mean[at.layer].ndim == x.ndim
@@ -113,6 +120,11 @@ class SameNormScaling(Edit):
     def needs(self) -> tuple[str, ...]:
         return self.of.needs
 
+    @property
+    @override
+    def strength(self) -> float:
+        return self.of.strength
+
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
         target = self.of(x, source, at).flatten(1).norm(dim=-1)
@@ -133,6 +145,60 @@ class Subspace(SourceEdit):
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         basis = self.basis.to(x)
         return x + (need(source, self) - x) @ basis @ basis.T
+
+
+@dataclass(frozen=True, eq=False)
+class OutsideSubspace(Subspace):
+    """Transplant all but the component in the span of an orthonormal basis: ``source - (source - x) B B^T``."""
+
+    name: str = "outside_subspace"
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
+        return x + need(source, self) - super().__call__(x, source, at)
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenBy(SourceEdit):
+    """Carry over what some sites of earlier blocks have written differently, in the span of an orthonormal basis.
+
+    ``x + sum_i (w_i_source - w_i) B B^T`` over the writers ``w_i``, for ``x`` in the residual stream: over all that
+    write to it, this is :class:`Subspace`.
+    """
+
+    name: str = "written_by"
+    basis: Float[Tensor, "d_model rank"] = field(default_factory=lambda: torch.zeros(0, 0))
+    """Orthonormal columns."""
+    writers: tuple[tuple[HookSite, int], ...] = ()
+    """Sites and blocks that write."""
+
+    @property
+    @override
+    def reads(self) -> tuple[Read, ...]:
+        return self.writers
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
+        need(source, self)
+        basis, written = self.basis.to(x), torch.zeros_like(x)
+        for site, block in self.writers:
+            written += at.read_source(site, block) - at.read(site, block)
+        return x + written @ basis @ basis.T
+
+
+@dataclass(frozen=True, eq=False)
+class Masked(SourceEdit):
+    """Transplant only some units, which may be others in every block."""
+
+    name: str = "masked"
+    masks: Mapping[int, Float[Tensor, " unit"]] = field(default_factory=dict)
+    """Per block, 1 for the units that are transplanted and 0 for the rest."""
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
+        mask = select(self.masks[at.layer], x, at.units)
+        mask = mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim))
+        return torch.where(mask > 0, need(source, self), x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +253,11 @@ class OfSource(SourceEdit):
     @override
     def needs(self) -> tuple[str, ...]:
         return self.edit.needs
+
+    @property
+    @override
+    def strength(self) -> float:
+        return self.edit.strength
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002

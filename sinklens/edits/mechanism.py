@@ -84,6 +84,20 @@ class AttendSelf(Edit):
         return own[:, None, :].expand_as(x).clone()
 
 
+@dataclass(frozen=True, eq=False)
+class AttendTo(Edit):
+    """Make a query attend as it is told: its row of ``hook_pattern`` becomes the given weights, in every head."""
+
+    name: str = "attend_to"
+    weights: Float[Tensor, "prompt key"] = field(default_factory=lambda: torch.zeros(0, 0))
+    """For every prompt, the weights of all keys."""
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        own = self.weights.to(x)[at.prompts.to(x.device)]
+        return own[:, None, :].expand_as(x).clone()
+
+
 def contribution(post: Float[Tensor, "pair d_mlp"], neurons: tuple[int, ...], rows: Tensor) -> Tensor:
     """What ``neurons`` write, ``[pair, d_model]``: their activations times their rows ``[neuron, d_model]``."""
     return post[:, list(neurons)].to(rows.dtype) @ rows

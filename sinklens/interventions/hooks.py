@@ -191,8 +191,8 @@ def amplify_variance(
         norm_only: the control: scale ``z`` uniformly to the norm that the amplified one has.
 
     Raises:
-        InputError: when the mean is to be taken over a batch of one prompt; another axis; no finite strength; a block without
-            a mean.
+        InputError: when the mean is to be taken over a batch of one prompt; another axis; no finite strength; a block
+            without a mean.
     """
     check_amplification(strength, axis)
     at, blocks = _one(position, "position"), whole_numbers(layers, "layers")

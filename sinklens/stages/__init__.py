@@ -30,6 +30,7 @@ from sinklens.stages.base import (
 )
 from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_dims, other_neurons, other_positions
 from sinklens.stages.down_projection import DOWN_PROJECTION
+from sinklens.stages.links import EARLY_MLPS, READING
 from sinklens.stages.qk_locking import QK_LOCKING
 from sinklens.stages.rmsnorm_filter import RMSNORM_FILTER
 from sinklens.stages.super_neurons import SUPER_NEURONS
@@ -41,18 +42,23 @@ CHAIN: tuple[Stage, ...] = tuple(
     for stage in (VALUE_AGGREGATION, W_O_ALIGNMENT, SUPER_NEURONS, DOWN_PROJECTION, RMSNORM_FILTER, QK_LOCKING)
 )
 """The six stages, in order."""
+LINKED: tuple[Stage, ...] = (*CHAIN[:2], register(EARLY_MLPS), register(READING), *CHAIN[2:])
+"""The same with two more between W_O and the super neurons: what carries the one's output to the others."""
 
 __all__ = [
     "CHAIN",
     "DOWN_PROJECTION",
+    "EARLY_MLPS",
     "ELSEWHERE",
     "Experiment",
     "ISOLATED",
+    "LINKED",
     "NOTHING",
     "Need",
     "Prediction",
     "QK_LOCKING",
     "STAGES",
+    "READING",
     "REMOVED",
     "RMSNORM_FILTER",
     "SPARED",

@@ -8,8 +8,8 @@ where the source comes from follows from the pair and the direction.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 from jaxtyping import Float
 from torch import Generator, Tensor
@@ -29,6 +29,9 @@ from sinklens.readouts.build import vector_readout
 from sinklens.records.registry import enter
 from sinklens.sites import HookSite
 from sinklens.study import Study
+
+Vectors: TypeAlias = dict[int, Float[Tensor, "prompt unit *rest"]]
+"""By block, the activation at one position of every prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +158,12 @@ class Setting:
             self._stores[key] = capture_runs(self.model, self.batch.tokens, runs, wants, max_rows=self.max_rows)
         return self._stores[key]
 
+    def at(self, source: Source, site: HookSite, layers: Sequence[int]) -> Vectors:
+        """A run's activations at one position of every prompt: the source's, or the target where it names none."""
+        index = Positions.of(source.positions or self.pair.target).single(self.batch.n)
+        store = self.activations(source.run, site, layers)
+        return {layer: store.at(source.run, site, layer, index).float() for layer in layers}
+
     def spread(
         self, source: Source, site: HookSite, layers: Sequence[int], positions: Where | None = None
     ) -> dict[int, tuple[Tensor, Tensor]]:
@@ -165,10 +174,7 @@ class Setting:
         """
         if self.batch.n < 2:
             raise InputError(f"a variance over prompts needs at least 2 prompts, there is {self.batch.n}")
-        where = source.positions or positions or self.pair.target
-        index = Positions.of(where).single(self.batch.n)
-        store = self.activations(source.run, site, layers)
-        found = {layer: store.at(source.run, site, layer, index).float() for layer in layers}
+        found = self.at(replace(source, positions=source.positions or positions), site, layers)
         return {layer: (x.mean(0), x.std(0)) for layer, x in found.items()}
 
     def ordinary_moments(self, site: HookSite, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:

@@ -7,12 +7,14 @@ from einops import rearrange
 from torch import Generator, Tensor
 
 from sinklens import edits, metrics
+from sinklens.errors import NotApplicableError
 from sinklens.pairs.pair import Direction
-from sinklens.patches import Patch
+from sinklens.patches import Patch, Source
 from sinklens.readouts.base import Readout
 from sinklens.sites import K, Q, V
 from sinklens.stages.base import NOTHING, REMOVED, SPARED, Build, Experiment, Setting, Stage
 from sinklens.stages.controls import TRANSPLANT
+from sinklens.stages.replacements import Ends, mean_of, replacement
 
 
 def query_directions(setting: Setting, layers: tuple[int, ...]) -> dict[int, Tensor]:
@@ -49,6 +51,32 @@ def _value_instead(setting: Setting, stage: Stage, direction: Direction, _genera
     return setting.patch(direction, V, stage.layers(setting), edits.Transplant())
 
 
+def _random_key(_setting: Setting, ends: Ends, layer: int, generator: Generator) -> Tensor:
+    key = mean_of(ends.sink, layer)
+    drawn = torch.randn(key.shape[1:], generator=generator).to(key)
+    return (drawn / drawn.norm(dim=-1, keepdim=True) * key.norm(dim=-1, keepdim=True)).expand_as(key)
+
+
+def _natural_key(setting: Setting, ends: Ends, layer: int, _generator: Generator) -> Tensor:
+    if setting.pair.is_natural:
+        raise NotApplicableError("the natural sink's own key is what is there already")
+    sinks = Source(setting.pair.without.run, setting.study.sink)
+    return mean_of(setting.at(sinks, K, QK_LOCKING.layers(setting)), layer).expand_as(ends.sink[layer])
+
+
+CONSTANT = (
+    # Every prompt gets the same key: if keys are locked, which prompt it comes from does not count.
+    replacement("constant_key", lambda _, ends, layer, __: mean_of(ends.sink, layer), SPARED, varies=True),
+    replacement("constant_key", _random_key, REMOVED, control="random_key", drawn=True),
+    replacement("constant_key", lambda _, ends, layer, __: mean_of(ends.other, layer), REMOVED, control="ordinary_key"),
+    replacement("constant_key", lambda _, ends, layer, __: torch.zeros_like(ends.sink[layer]), REMOVED, control="zero"),
+    replacement("natural_key", _natural_key, SPARED),
+    replacement("natural_key", _random_key, REMOVED, control="random_key", drawn=True),
+)
+"""One key for all prompts: with the sink, without, of the same norm in a random direction per head, zero, and that of
+the sink which the data has."""
+
+
 def _locking_readout(setting: Setting, stage: Stage) -> Readout:
     directions = query_directions(setting, stage.layers(setting))
     return setting.readout(
@@ -68,6 +96,7 @@ QK_LOCKING = Stage(
         Experiment("transplant", _value_instead, NOTHING, control="value"),
         Experiment("query_direction_removed", _drop_direction(False), REMOVED),
         Experiment("query_direction_removed", _drop_direction(True), SPARED, control="random_direction", drawn=True),
+        *CONSTANT,
     ),
     readout=_locking_readout,
 )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Generator
 
 from sinklens import edits, metrics
+from sinklens.edits.draws import others
 from sinklens.pairs.pair import Direction
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout
 from sinklens.sites import LN1_NORMALIZED
-from sinklens.stages.base import REMOVED, SPARED, Build, Experiment, Need, Setting, Stage
+from sinklens.stages.base import ISOLATED, NOTHING, REMOVED, SPARED, Build, Experiment, Need, Setting, Stage
 from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_dims
+from sinklens.stages.replacements import mean_of, replacement
 
 
 def _drop_dims(denominator_only: bool, random_dims: bool) -> Build:
@@ -24,6 +27,32 @@ def _drop_dims(denominator_only: bool, random_dims: bool) -> Build:
         return setting.patch(direction, stage.site, stage.layers(setting), setting.removal(direction, edit))
 
     return build
+
+
+def _largest(random_dims: bool) -> Build:
+    """Only the largest entries of the input as attention sees it, as many as there are outlier dimensions."""
+
+    def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
+        layers, m = stage.layers(setting), len(setting.formation.dims)
+        masks = {}
+        for layer, x in setting.at(setting.pair.with_sink, stage.site, layers).items():
+            size = (x * setting.study.weights(layer).ln1_w.detach().to(x)).abs().mean(0)
+            top = size.topk(m).indices
+            if random_dims:
+                top = torch.tensor(others(len(size), tuple(top.tolist()), generator, m), device=size.device)
+            masks[layer] = torch.zeros_like(size).index_fill_(0, top, 1.0)
+        return setting.patch(direction, stage.site, layers, edits.Masked("largest_dims", masks))
+
+    return build
+
+
+CONSTANT = (
+    replacement("constant_input", lambda _, ends, layer, __: mean_of(ends.sink, layer), SPARED, varies=True),
+    replacement(
+        "constant_input", lambda _, ends, layer, __: mean_of(ends.other, layer), REMOVED, control="ordinary_input"
+    ),
+)
+"""The same input in every prompt: the mean over prompts with the sink, and as a control the one without."""
 
 
 def _energy_readout(setting: Setting, stage: Stage) -> Readout:
@@ -44,6 +73,9 @@ RMSNORM_FILTER = Stage(
         Experiment("dims_removed", _drop_dims(False, True), SPARED, control="other_dims", drawn=True),
         Experiment("denominator_only", _drop_dims(True, False), REMOVED),
         Experiment("denominator_only", _drop_dims(True, True), SPARED, control="other_dims", drawn=True),
+        *CONSTANT,
+        Experiment("largest_dims", _largest(False), ISOLATED),
+        Experiment("largest_dims", _largest(True), NOTHING, control="other_dims", drawn=True),
     ),
     readout=_energy_readout,
 )

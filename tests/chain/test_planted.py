@@ -15,12 +15,14 @@ import torch
 
 from sinklens import stages
 from sinklens.chain.run import run_chain
-from sinklens.edits import Transplant
+from sinklens.edits import AttendTo, Transplant
 from sinklens.edits.base import need
 from sinklens.errors import EngineError, InputError
 from sinklens.formation import find_formation
+from sinklens.pairs import induced_pair
 from sinklens.prompts import from_tokens
-from tests.helpers.planted import OUTLIER, SUPER, planted_model, prompts, value
+from sinklens.study import Study
+from tests.helpers.planted import MIRROR, OUTLIER, SUPER, planted_model, prompts, value
 
 LENGTH, TARGET = 16, 5
 BASE = [np.mean([1 / (i + 1) for i in range(TARGET + 1, LENGTH)]), 0.0]
@@ -65,9 +67,24 @@ ALL, NONE = ([1, 1], [1, 1]), ([0, 0], [0, 0])
 GONE, SPARED = ([0, 0], [1, 1]), ([1, 1], [0, 0])
 BY_HAND = {
     ("value_aggregation", "transplant", ""): ALL,
+    # The values are 1 and 0.95 in the anchored run (mean 0.97) and 0 and 0.32 in the base run (mean 0.16): the neuron
+    # fires beyond one half, so the mean decides, whatever varies about it.
+    ("value_aggregation", "deviation_exchanged", ""): NONE,
+    ("value_aggregation", "mean_exchanged", ""): ALL,
+    ("value_aggregation", "no_variance", ""): SPARED,
+    ("value_aggregation", "no_variance", "other_prompt"): SPARED,
+    ("value_aggregation", "no_write", ""): GONE,
+    ("value_aggregation", "ordinary_write", ""): GONE,
+    # The five tokens before have a mean of -0.2 and 0.2; with the target's own they are the base run itself.
+    ("value_aggregation", "one_source", "all_but_itself"): GONE,
+    ("value_aggregation", "one_source", "all_sources"): GONE,
     ("w_o_alignment", "transplant", ""): ALL,
     # attn_out lies in dimension 0, and the super neuron reads dimensions 0 and 3.
     ("w_o_alignment", "reading_subspace", ""): ALL,
+    ("reading", "transplant", ""): ALL,
+    ("reading", "reading_subspace", ""): ALL,
+    ("reading", "reading_subspace", "all_the_rest"): NONE,
+    ("reading", "read_of_attention", ""): ALL,
     ("super_neurons", "transplant", ""): ALL,
     ("super_neurons", "transplant", "random_neurons"): NONE,
     ("super_neurons", "transplant", "all_the_others"): NONE,
@@ -80,7 +97,17 @@ BY_HAND = {
     ("down_projection", "transplant", ""): ALL,
     ("down_projection", "outlier_dims", ""): ALL,
     ("down_projection", "outlier_dims", "other_dims"): NONE,
+    ("down_projection", "spike_exchanged", ""): ALL,
+    ("down_projection", "spike_exchanged", "other_dims"): NONE,
+    # The key turns round: later queries avoid the target, which in prompt 0 had its share of attention.
+    ("down_projection", "spike_flipped", ""): ([-BASE[0] / (1 - BASE[0]), 0], [1 / (1 - BASE[0]), 1]),
+    ("down_projection", "spike_flipped", "other_dims"): SPARED,
+    ("down_projection", "dense_direction", "spike_moved"): GONE,
     ("rmsnorm_filter", "transplant", ""): ALL,
+    ("rmsnorm_filter", "constant_input", ""): SPARED,
+    ("rmsnorm_filter", "constant_input", "ordinary_input"): GONE,
+    ("rmsnorm_filter", "largest_dims", ""): ALL,
+    ("rmsnorm_filter", "largest_dims", "other_dims"): NONE,
     ("rmsnorm_filter", "dims_removed", ""): GONE,
     ("rmsnorm_filter", "dims_removed", "other_dims"): SPARED,
     # Without the outlier in the denominator the key is hundreds of times larger: the target takes all of the
@@ -90,6 +117,12 @@ BY_HAND = {
     # Attention in the block that is read does not depend on its own values.
     ("qk_locking", "transplant", "value"): NONE,
     ("qk_locking", "query_direction_removed", ""): GONE,
+    ("qk_locking", "constant_key", ""): SPARED,
+    ("qk_locking", "constant_key", "ordinary_key"): GONE,
+    ("qk_locking", "constant_key", "zero"): GONE,
+    # The first token is a sink in prompt 1 alone, so the mean of the two keys is half of one: in prompt 0 enough for
+    # all of the attention, and nothing beside the whole key that prompt 1 has at position 0.
+    ("qk_locking", "natural_key", ""): ([1, 0], [0, 1]),
 }
 
 
@@ -138,6 +171,63 @@ def test_moment_matching_fires_where_the_arithmetic_says(model, batch, formation
     rescaled = own.mean() + (own - own.mean()) * np.ptp(z) / np.ptp(own)
     assert (rescaled > 0.5).all()
     np.testing.assert_allclose(rows.query("direction == 'noise'").effect, [0, 0], atol=2e-3)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_whether_variance_is_the_cause(symmetric):
+    """In one model a value above one half makes a sink, in the other one that is far from the mean on either side.
+
+    In the second the target is a plus in one prompt and a minus in the other: its own value is 1 or -1, the values that
+    it averages cancel, and both means over prompts are 0. Position 0 is a sink of its own in both.
+    """
+    model = planted_model(symmetric=symmetric)
+    tokens = prompts(LENGTH)
+    if symmetric:
+        tokens[1] = 1 - tokens[0]
+    batch = from_tokens(model, tokens)
+    neurons = [SUPER, MIRROR] if symmetric else [SUPER]
+    formation = find_formation(model, batch, layer=0, super_neurons=neurons, outlier_dims=[OUTLIER])
+    formation = replace(formation, sink_positions=(0, 0))
+    names = ("deviation_exchanged", "mean_exchanged", "no_variance", "no_write")
+    stage = chosen(stages.VALUE_AGGREGATION, ("transplant", ""), *((name, "") for name in names))
+    result = run_chain(model, batch, target=TARGET, stages=(stage,), formation=formation, readout_blocks=1)
+    found = {
+        name: tuple(result.score("value_aggregation", name, way).effect for way in ("denoise", "noise"))
+        for name in names
+    }
+    varies, mean = (found["deviation_exchanged"], found["mean_exchanged"])
+    assert (varies, mean)[symmetric] == pytest.approx((0, 0), abs=2e-3)
+    assert (mean, varies)[symmetric] == pytest.approx((1, 1), abs=2e-3)
+    assert found["no_variance"] == pytest.approx((0, 1) if symmetric else (1, 0), abs=2e-3)
+    assert found["no_write"] == pytest.approx((0, 1), abs=2e-3)
+
+
+def test_one_source_is_enough_where_its_token_is(model, batch, formation):
+    """Attending to one earlier token alone the target has that token's value: the neuron fires for a plus."""
+    stage = chosen(stages.VALUE_AGGREGATION, ("transplant", ""), ("one_source", ""))
+    result = run_chain(
+        model, batch, target=TARGET, stages=(stage,), formation=formation, readout_blocks=1, control_draws=8
+    )
+    setting = stages.Setting(Study.of(model, batch, formation), induced_pair(model, batch, formation, TARGET), (1,))
+    fires = []
+    for draw in range(8):
+        drawn = setting.study.generator(f"value_aggregation/one_source//{draw}")
+        patch = stage.experiments[1].build(setting, stage, "denoise", drawn)
+        assert isinstance(patch.edit, AttendTo)
+        source = patch.edit.weights.argmax(-1)
+        assert ((source > 0) & (source < TARGET)).all()
+        fires.append([value(int(batch.tokens[i, j])) > 0.5 for i, j in enumerate(source)])
+    rows = result.effects.query("edit == 'one_source' and direction == 'denoise'").sort_values(["draw", "prompt"])
+    assert 0 < np.mean(fires) < 1
+    np.testing.assert_allclose(rows.effect, np.ravel(fires).astype(float), atol=2e-3)
+
+
+def test_what_stands_beside_the_mean(result):
+    """A median and the share of prompts beyond one half: of a key that makes a sink in one prompt of two."""
+    row = result.score("qk_locking", "natural_key", "denoise")
+    assert (row["median"], row.share) == (pytest.approx(0.5, abs=2e-3), 0.5)
+    row = result.score("super_neurons", "zero", "noise")
+    assert (row["median"], row.share) == (pytest.approx(1, abs=2e-3), 1.0)
 
 
 def test_the_natural_sink(model):

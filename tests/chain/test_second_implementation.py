@@ -16,7 +16,7 @@ from sinklens.chain.result import ChainResult
 from sinklens.chain.run import run_chain
 from sinklens.formation import Formation, find_formation
 from sinklens.models.load import REGISTRY
-from sinklens.stages import QK_LOCKING, SUPER_NEURONS, VALUE_AGGREGATION
+from sinklens.stages import EARLY_MLPS, QK_LOCKING, SUPER_NEURONS, VALUE_AGGREGATION
 from tests.helpers import hf_chain
 from tests.helpers.hf_chain import Recording, Swap
 
@@ -52,7 +52,7 @@ def formation(smollm2: Any, batch: prompts.PromptBatch) -> Formation:
 @pytest.fixture(scope="module")
 def result(smollm2: Any, batch: prompts.PromptBatch, formation: Formation) -> ChainResult:
     # With all their edits and controls: those run in the same batches as the transplants, and must not leak.
-    stages = (VALUE_AGGREGATION, SUPER_NEURONS, QK_LOCKING)
+    stages = (VALUE_AGGREGATION, EARLY_MLPS, SUPER_NEURONS, QK_LOCKING)
     return run_chain(smollm2, batch, target=TARGET, stages=stages, formation=formation, control_draws=1)
 
 
@@ -77,19 +77,50 @@ class Second:
     def metric(self, run: Recording) -> np.ndarray:
         return hf_chain.metric(run, TARGET, self.after).numpy()
 
+    def of_swaps(self, direction: str, swaps: Sequence[Swap], *, masked: bool = True) -> np.ndarray:
+        """The effect of some swaps, per prompt."""
+        denoise = direction == "denoise"
+        alone = None if denoise or not masked else (TARGET, self.up_to)
+        patched = self.metric(self.run(alone=alone, swaps=swaps))
+        base, anchored = self.metric(self.base), self.metric(self.anchored)
+        return (patched - base if denoise else anchored - patched) / (anchored - base)
+
+    def replaced(self, edit: str, direction: str) -> list[Swap]:
+        """What the edits that replace an activation put at the target, from the two runs."""
+        here, there = (self.base, self.anchored) if direction == "denoise" else (self.anchored, self.base)
+        early = range(self.layer)
+        if edit in ("mlps_alone", "attention_alone"):
+            of_mlps, of_attention = (there, here) if edit == "mlps_alone" else (here, there)
+            return [
+                Swap(hf_chain.MLP_OUT, early, TARGET, of_mlps),
+                Swap(hf_chain.ATTN_OUT, self.up_to, TARGET, of_attention),
+            ]
+        place, blocks = (hf_chain.KEY, self.after) if edit == "constant_key" else (hf_chain.Z, self.up_to)
+
+        def put(block: int) -> Tensor:
+            sink, base = self.anchored.seen[place, block], self.base.seen[place, block]
+            mine, other = here.seen[place, block], there.seen[place, block]
+            return {
+                "no_variance": sink.mean(0, keepdim=True).expand_as(sink),
+                "constant_key": sink.mean(0, keepdim=True).expand_as(sink),
+                "ordinary_write": base.mean(0, keepdim=True).expand_as(base),
+                "no_write": torch.zeros_like(sink),
+                "mean_exchanged": mine - mine.mean(0) + other.mean(0),
+                "deviation_exchanged": other - other.mean(0) + mine.mean(0),
+            }[edit]
+
+        made = Recording(seen={(place, block): put(block) for block in blocks})
+        return [Swap(place, blocks, TARGET, made)]
+
     def effect(self, stage: str, direction: str, *, position: int = TARGET, masked: bool = True) -> np.ndarray:
         """Per prompt; `position` and `masked` are for doing it wrong."""
-        denoise = direction == "denoise"
-        source = self.anchored if denoise else self.base
+        source = self.anchored if direction == "denoise" else self.base
         swap = {
             "value_aggregation": Swap(hf_chain.Z, self.up_to, position, source),
             "super_neurons": Swap(hf_chain.POST, [self.layer], position, source, self.neurons),
             "qk_locking": Swap(hf_chain.KEY, self.after, position, source),
         }[stage]
-        alone = None if denoise or not masked else (TARGET, self.up_to)
-        patched = self.metric(self.run(alone=alone, swaps=[swap]))
-        base, anchored = self.metric(self.base), self.metric(self.anchored)
-        return (patched - base if denoise else anchored - patched) / (anchored - base)
+        return self.of_swaps(direction, [swap], masked=masked)
 
 
 def n_hooks(model: Any) -> int:
@@ -108,10 +139,10 @@ def second(batch: prompts.PromptBatch, formation: Formation) -> Iterator[Second]
     assert n_hooks(model) == hooks
 
 
-def effects_of(result: ChainResult, stage: str, direction: str) -> np.ndarray:
+def effects_of(result: ChainResult, stage: str, direction: str, edit: str = "transplant") -> np.ndarray:
     rows = result.effects.to_dict("records")
     mine = [row for row in rows if (row["stage"], row["direction"]) == (stage, direction)]
-    mine = [row for row in mine if (row["edit"], row["control"]) == ("transplant", "")]
+    mine = [row for row in mine if (row["edit"], row["control"]) == (edit, "")]
     assert [row["prompt"] for row in mine] == list(range(N_PROMPTS))
     return np.array([row["effect"] for row in mine])
 
@@ -137,6 +168,20 @@ def test_effect_of_a_transplant(result: ChainResult, second: Second, stage: str,
     np.testing.assert_allclose(effects_of(result, stage, direction), found, rtol=0, atol=EFFECT_TOLERANCE)
     if stage == "value_aggregation":
         np.testing.assert_allclose(found, 1, rtol=0, atol=EFFECT_TOLERANCE)
+
+
+REPLACED = {
+    "value_aggregation": ("no_variance", "no_write", "ordinary_write", "mean_exchanged", "deviation_exchanged"),
+    "early_mlps": ("mlps_alone", "attention_alone"),
+    "qk_locking": ("constant_key",),
+}
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize(("stage", "edit"), [(stage, edit) for stage, edits in REPLACED.items() for edit in edits])
+def test_effect_of_a_replacement(result: ChainResult, second: Second, stage: str, edit: str, direction: str) -> None:
+    found = second.of_swaps(direction, second.replaced(edit, direction))
+    np.testing.assert_allclose(effects_of(result, stage, direction, edit), found, rtol=0, atol=EFFECT_TOLERANCE)
 
 
 @pytest.mark.parametrize(

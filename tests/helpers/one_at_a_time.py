@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinklens.edits import AttendTo, Edit, OfSource, PerPrompt
 from sinklens.interventions.hooks import Hooks, hooks_of
 from sinklens.patches import Patch, Positions, Runs, Source
 from sinklens.readouts.base import Readout, Rows
@@ -24,14 +25,17 @@ def _for_prompt(patch: Patch, prompt: int) -> Patch:
     source = patch.source
     if source is not None and source.positions is not None:
         source = Source(source.run, Positions.of(source.positions).at(prompt))
-    edit = patch.edit
-    if hasattr(edit, "values") and edit.name == "resample":
-        edit = replace(edit, values={k: v[prompt : prompt + 1] for k, v in edit.values.items()})  # type: ignore[call-arg]
-    inner = getattr(edit, "edit", None)
-    if inner is not None and inner.name == "resample":
-        inner = replace(inner, values={k: v[prompt : prompt + 1] for k, v in inner.values.items()})
-        edit = replace(edit, edit=inner)  # type: ignore[call-arg]
-    return replace(patch, positions=patch.where.at(prompt), source=source, edit=edit)
+    return replace(patch, positions=patch.where.at(prompt), source=source, edit=_edit_for(patch.edit, prompt))
+
+
+def _edit_for(edit: Edit, prompt: int) -> Edit:
+    if isinstance(edit, PerPrompt):
+        return replace(edit, values={layer: x[prompt : prompt + 1] for layer, x in edit.values.items()})
+    if isinstance(edit, AttendTo):
+        return replace(edit, weights=edit.weights[prompt : prompt + 1])
+    if isinstance(edit, OfSource):
+        return replace(edit, edit=_edit_for(edit.edit, prompt))
+    return edit
 
 
 def cache_of(model: Any, tokens: Tensor, hooks: Hooks, names: set[str]) -> dict[str, Tensor]:

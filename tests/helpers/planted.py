@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 D_MODEL, D_MLP, D_HEAD = 8, 12, 2
-SUPER, OUTLIER = 0, 2
+SUPER, MIRROR, OUTLIER = 0, 1, 2
 PLUS, MINUS, SMALL_PLUS = 0, 1, 2
 SIGNS = {PLUS: 1.0, MINUS: -1.0, SMALL_PLUS: 0.9}
 
@@ -30,8 +30,12 @@ def value(token: int) -> float:
     return 0.5 * sign / ((sign * sign + 1) / D_MODEL) ** 0.5
 
 
-def planted_model() -> Any:
-    """The model, a HookedTransformer in float32."""
+def planted_model(*, symmetric: bool = False) -> Any:
+    """The model, a HookedTransformer in float32.
+
+    ``symmetric``: neuron 1 does for a negative dimension 0 what neuron 0 does for a positive one. Then it is how far
+    the value deviates that makes a sink, and not its mean.
+    """
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     cfg = HookedTransformerConfig(
@@ -69,6 +73,11 @@ def planted_model() -> Any:
             first.mlp.W_gate[3, other] = 0.5 + 0.05 * other
             first.mlp.W_in[0, other], first.mlp.W_in[3, other] = 0.5 + 0.03 * other, 0.2
             first.mlp.W_out[other, 4] = 0.1
+        if symmetric:
+            mirrored = first.mlp
+            mirrored.W_gate[:, MIRROR] = mirrored.W_gate[:, SUPER]
+            mirrored.W_gate[0, MIRROR], mirrored.W_in[:, MIRROR] = -10.0, -mirrored.W_in[:, SUPER]
+            mirrored.W_out[MIRROR] = mirrored.W_out[SUPER]
         second.attn.W_Q[0, 3, 0] = 4.0
         second.attn.W_K[0, OUTLIER, 0] = 8.0
         second.attn.W_V[0, 1, 1] = 1.0
