@@ -68,7 +68,8 @@ class Execution:
             shard = whole_numbers(shard, "shard")
             if len(shard) != 2 or not 1 <= shard[0] <= shard[1]:
                 raise InputError(f"shard {'/'.join(map(str, shard))}: write I/N with I in 1-N, such as 1/4")
-        return Execution(**{field.name: arguments[field.name] for field in fields(Execution)} | {"shard": shard})
+        given: dict[str, Any] = {field.name: arguments[field.name] for field in fields(Execution)}
+        return Execution(**{**given, "shard": shard})
 
     @property
     def limits(self) -> dict[str, Any]:
