@@ -15,7 +15,7 @@ from sinklens.attribution.qk import Attention, attention, nodes_for_fix
 from sinklens.attribution.trace import Node, Trace, trace_run, without
 from sinklens.engine.apply import Op, edited, gather
 from sinklens.engine.capture import warn_of_split
-from sinklens.engine.memory import is_out_of_memory, release_cached, row_budget
+from sinklens.engine.memory import check_limits, is_out_of_memory, release_cached, row_budget
 from sinklens.engine.places import NOWHERE, PlaceGroup, group_parts, pairs_of, parts_of
 from sinklens.engine.validation import validate
 from sinklens.errors import EngineError, InputError
@@ -136,6 +136,7 @@ class Estimation:
         self, needs: Needs, memory_budget: int | None, max_rows: int | None
     ) -> Iterator[tuple[Tensor, dict[str, Trace]]]:
         """Traces of every run over one batch of prompts after the other, as many as fit."""
+        check_limits(memory_budget, max_rows)
         rows = max_rows or self._rows(needs, memory_budget)
         begin = 0
         if foreign_hooks(self.model):

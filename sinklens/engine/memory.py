@@ -7,6 +7,7 @@ import sys
 import torch
 
 from sinklens.models.view import Model, ModelShape, device_of, dtype_of, model_shape
+from sinklens.records.ranges import Between, check_number
 
 CPU_BUDGET = 1 << 28
 """Default budget for activations on the CPU, bytes. More rows at once are slower there: they fall out of the caches."""
@@ -39,8 +40,24 @@ def bytes_per_row(shape: ModelShape, length: int, itemsize: int, logits: bool = 
     return residual + max(attention + projections, mlp) + (2 * length * shape.d_vocab * itemsize if logits else 0)
 
 
+def check_limits(memory_budget: int | None, max_rows: int | None) -> None:
+    """Make sure that what a forward pass may take is a number of bytes, and of rows, where it is given.
+
+    Raises:
+        InputError: it is not.
+    """
+    for name, value in (("memory_budget", memory_budget), ("max_rows", max_rows)):
+        if value is not None:
+            check_number(name, value, Between(1), whole=True)
+
+
 def row_budget(model: Model, length: int, budget: int | None, logits: bool = False) -> int:
-    """Rows of ``length`` tokens for one forward pass within ``budget`` bytes: at least 1, at most :data:`MAX_ROWS`."""
+    """Rows of ``length`` tokens for one forward pass within ``budget`` bytes: at least 1, at most :data:`MAX_ROWS`.
+
+    Raises:
+        InputError: the budget is no number of bytes.
+    """
+    check_limits(budget, None)
     budget = default_budget(device_of(model)) if budget is None else budget
     return max(1, min(MAX_ROWS, budget // bytes_per_row(model_shape(model), length, dtype_of(model).itemsize, logits)))
 

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinklens.engine.capture import ActivationStore, Want, capture_runs
-from sinklens.engine.memory import is_out_of_memory, peak_bytes, release_cached, row_budget
+from sinklens.engine.memory import check_limits, is_out_of_memory, peak_bytes, release_cached, row_budget
 from sinklens.engine.pace import Pace
 from sinklens.engine.packed import DifferentModelError, PackedJob, PackedModel, unpackable
 from sinklens.engine.plain import PlainJob, plain_wants
@@ -124,7 +124,7 @@ def run_patches(
 
     Raises:
         InputError: a block, position or unit that the model or the prompts do not have; non-finite activations of a
-            run.
+            run; a limit that is no number of bytes or rows.
         EngineError: a hook that does not exist or never fired, an edit that changed nothing, a readout that is not
             finite, one row that does not fit in memory.
     """
@@ -176,6 +176,7 @@ class PatchRunner:
     def _prepare(
         self, prompts: PromptBatch | Int[Tensor, "prompt pos"], memory_budget: int | None, max_rows: int | None
     ) -> None:
+        check_limits(memory_budget, max_rows)
         model = self.model
         self.tokens = prompts.tokens if isinstance(prompts, PromptBatch) else prompts
         self.device = device_of(model)

@@ -70,6 +70,7 @@ def to_hooked(
             model = _convert(private_copy(hf_model), dtype)
             compare.check_same_weights(model, checked)
             compare.check_same_windows(model, checked, probe.windows)
+            compare.check_same_settings(model, checked, tables=not probe.windows)
         model.eval()
         model.cfg.model_name = name
         _attach_tokenizer(model, tokenizer)
@@ -154,8 +155,10 @@ def to_bridge(
     with _quiet_transformer_lens(), _says_wrong("TransformerBridge", name, cure):
         checked = _build_bridge(probe.model, name)
         compare.check_same(checked, theirs, probe.tokens)
-        del checked
         model = _build_bridge(private_copy(hf_model, dtype=dtype, device=device, shared=take), name)
+        compare.check_same_weights(model, checked)
+        compare.check_same_settings(model, checked, tables=False)  # which grow with the prompts that were run
+        del checked
         compare.check_in_precision(model, reference, theirs if probe.as_given else None, probe.tokens)
     model.cfg.n_ctx = compare.context_of(hf_model.config) or model.cfg.n_ctx  # MPT: taken to be 2048
     _attach_tokenizer(model, tokenizer)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -413,10 +414,50 @@ def check_same_weights(model: Any, reference: Any) -> None:
     known = dict(reference.named_parameters())
     for name, weight in model.named_parameters():
         if (other := known.get(name)) is not None and other.shape == weight.shape:
-            rounded = other.to(model.cfg.dtype).float()  # experts stay float32, with rounded values in them
+            rounded = other.to(
+                weight.device, model.cfg.dtype
+            ).float()  # experts stay float32, with rounded values in them
             off = ((weight.float() - rounded).abs().max() / rounded.abs().max().clamp_min(1e-30)).item()
             if not off <= 2 * torch.finfo(model.cfg.dtype).eps:
                 raise DifferenceError(f"its weight {name} is not the one that was given")
+
+
+@torch.no_grad()
+def check_same_settings(model: Any, reference: Any, *, tables: bool = True) -> None:
+    """Make sure that a model computes with the same settings as ``reference``, which was compared in float32: numbers
+    and functions of every module and of the config, and tables such as masks and rotary cosines.
+
+    In 16 bits a scale that is slightly off hides in the rounding of the logits. Modules are matched by name.
+
+    Args:
+        model: the model.
+        reference: the one that was compared, in another dtype, or with fewer blocks.
+        tables: whether the tables are the same; not where the reference has shorter windows.
+
+    Raises:
+        DifferenceError: it does not.
+    """
+    known = dict(reference.named_modules())
+    pairs = [("config", model.cfg, reference.cfg)]
+    pairs += [(name, module, known[name]) for name, module in model.named_modules() if name in known]
+    for name, ours, theirs in pairs:
+        for key, value in vars(ours).items():
+            other = vars(theirs).get(key, value)
+            number = isinstance(value, float) and isinstance(other, float) and value != other
+            named = isinstance(value, FunctionType | BuiltinFunctionType) and not key.startswith("_")
+            if number or (named and _title(value) != _title(other)):
+                raise DifferenceError(f"its {key} of {name or 'the model'} is another one than in float32")
+    held = dict(reference.named_buffers()) if tables else {}
+    for name, table in model.named_buffers():
+        other = held.get(name)
+        if other is not None and other.shape == table.shape:
+            eps = torch.finfo(table.dtype).eps if table.is_floating_point() else 0.0
+            if not torch.allclose(table.float(), other.float().to(table.device), rtol=2 * eps, atol=2 * eps):
+                raise DifferenceError(f"its table {name} is another one than in float32")
+
+
+def _title(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def check_same_windows(model: Any, reference: Any, windows: dict[str, int]) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
+import numpy as np
+
 from sinklens.errors import InputError
 
 Range: TypeAlias = str | int | Iterable[int]
@@ -40,22 +42,40 @@ def limits_of(hint: Any) -> tuple[Any, Between | None]:
     return kind, next((item for item in extra if isinstance(item, Between)), None)
 
 
-def check_arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Make sure that arguments are what the function's annotations say, as far as these are numbers or choices.
+def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], *, limits: bool = True) -> None:
+    """Make sure that arguments are what the function's annotations say, as far as these are numbers, texts, choices,
+    true or false, or functions.
+
+    Args:
+        function: whose arguments they are.
+        values: argument to its value.
+        limits: whether a number has to lie within its :class:`Between`, and a choice to be one, too.
 
     Raises:
-        InputError: another type, a number that is not finite or out of its :class:`Between`, another choice.
+        InputError: another type, a number that is not finite or out of its limits, another choice.
     """
     hints = typing.get_type_hints(function, include_extras=True)
     for name, value in values.items():
-        kind, limits = limits_of(hints.get(name))
-        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        kind, between = limits_of(hints.get(name))
+        kinds = set(typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,))
         if value is None and type(None) in kinds:
             continue
-        if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+        kinds -= {type(None)}
+        if limits and typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
             raise InputError(f"{name} {shown(value)} must be one of {', '.join(map(str, typing.get_args(kind)))}")
-        if int in kinds or float in kinds:
-            check_number(name, value, limits or Between(-math.inf), whole=float not in kinds)
+        if kinds and kinds <= {int, float}:
+            check_number(name, value, (between if limits else None) or Between(-math.inf), whole=float not in kinds)
+        for wanted, what, fits in _KINDS:
+            if {typing.get_origin(item) or item for item in kinds} == {wanted} and not fits(value):
+                raise InputError(f"{name} {shown(value)} must be {what}")
+
+
+_KINDS: tuple[tuple[object, str, Callable[[Any], bool]], ...] = (
+    (str, "a text", lambda value: isinstance(value, str)),
+    (bool, "True or False", lambda value: isinstance(value, (bool, np.bool_))),
+    (Callable, "a function", callable),
+)
+"""Types of arguments that are no numbers: what they are called, and what tells them."""
 
 
 def check_number(name: str, value: Any, limits: Between, *, whole: bool = False) -> None:
@@ -66,6 +86,8 @@ def check_number(name: str, value: Any, limits: Between, *, whole: bool = False)
     """
     what = "a whole number" if whole else "a finite number"
     try:
+        if _is_truth(value) or isinstance(value, (str, bytes)):
+            raise TypeError
         number = operator.index(value) if whole else float(value)
         good = limits.least <= number <= limits.most and (whole or math.isfinite(number))
     except (TypeError, ValueError, OverflowError):

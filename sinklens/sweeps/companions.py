@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from sinklens.errors import InputError
 from sinklens.pairs.ablations import EditLike, read_edit
@@ -48,7 +48,7 @@ def read_companions(given: Companions) -> tuple[Companion, ...]:
     Raises:
         InputError: an unknown place or edit, a text of another form, or a site without blocks.
     """
-    several = [given] if isinstance(given, (str, Companion)) else given
+    several: Sequence[Any] = given if isinstance(given, list | tuple) else [given]
     split = [part for item in several for part in (item.split() if isinstance(item, str) else [item])]
     return tuple(_read(_of_text(part) if isinstance(part, str) else part) for part in split)
 

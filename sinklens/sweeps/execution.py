@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sinklens.engine.memory import row_budget
+from sinklens.engine.memory import check_limits, row_budget
 from sinklens.engine.run import Progress
 from sinklens.errors import InputError
 from sinklens.models.view import Model
+from sinklens.records.integers import whole_numbers
+from sinklens.records.ranges import shown
 from sinklens.sweeps.plan import ModelSpec, Plan
 from sinklens.sweeps.ray.cluster import Cluster, cluster_of
 from sinklens.sweeps.store import FolderSink, MemorySink
@@ -55,12 +58,18 @@ class Execution:
         """How the arguments of :func:`sinklens.sweep` want it.
 
         Raises:
-            InputError: a shard that cannot be.
+            InputError: a shard that cannot be, a folder that is no path, limits that are no numbers of bytes or rows.
         """
-        shard = arguments["shard"]
-        if shard is not None and not 1 <= shard[0] <= shard[1]:
-            raise InputError(f"shard {shard[0]}/{shard[1]}: write I/N with I in 1-N, such as 1/4")
-        return Execution(**{field.name: arguments[field.name] for field in fields(Execution)})
+        check_limits(arguments["memory_budget"], arguments["max_rows"])
+        out, shard = arguments["out"], arguments["shard"]
+        if out is not None and not isinstance(out, str | os.PathLike):
+            raise InputError(f"out {shown(out)} must be the path of a folder")
+        if shard is not None:
+            shard = whole_numbers(shard, "shard")
+            if len(shard) != 2 or not 1 <= shard[0] <= shard[1]:
+                raise InputError(f"shard {'/'.join(map(str, shard))}: write I/N with I in 1-N, such as 1/4")
+        given: dict[str, Any] = {field.name: arguments[field.name] for field in fields(Execution)}
+        return Execution(**{**given, "shard": shard})
 
     @property
     def limits(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from sinklens import sites
 from sinklens.errors import InputError
 from sinklens.models.view import ModelShape
 from sinklens.records.fingerprint import fingerprint_of
-from sinklens.records.ranges import Numbers, Range, names_in, parse, read, short, within
+from sinklens.records.ranges import Numbers, Range, names_in, parse, read, short, shown, within
 from sinklens.records.registry import is_the_package_s
 from sinklens.sites import SITES, UNIT_KINDS, HookSite, site_name, unit_count
 from sinklens.stages import STAGES, Stage
@@ -32,8 +32,10 @@ def find_place(place: Place) -> Stage | HookSite:
     Raises:
         InputError: there is none.
     """
-    if not isinstance(place, str):
+    if isinstance(place, Stage | HookSite):
         return place
+    if not isinstance(place, str):
+        raise InputError(f"stage {shown(place)} must be the name of a stage or a site, or one itself")
     known = {**SITES, **STAGES}
     if place in known:
         return known[place]

@@ -12,7 +12,8 @@ from sinklens.pairs import InducedKind, PairChoice
 from sinklens.pairs.ablations import EditLike, read_edit
 from sinklens.pairs.choice import DIRECTIONS, Target
 from sinklens.readouts.named import ReadoutLike, read_readout, readout_name
-from sinklens.records.ranges import Numbers, names_in, read, within
+from sinklens.records.integers import as_plain, is_several, whole_number, whole_numbers
+from sinklens.records.ranges import Numbers, check_seed, names_in, read, shown, within
 from sinklens.sweeps.companions import Companion, read_companions
 from sinklens.sweeps.places import Place, Units, find_place, place_name, read_units
 
@@ -119,6 +120,9 @@ class Request:
         return within("positions", self.positions, length, f"the positions of prompts of {length} tokens")
 
 
+_WHOLE = ("window", "top", "sample", "seed", "group_size", "task_size")
+
+
 def _read(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that are lists and ranges, as the fields have them."""
     layers, answers = given["pair_layers"], given["answers"]
@@ -130,11 +134,21 @@ def _read(given: Mapping[str, Any]) -> dict[str, Any]:
         "positions": read("positions", given["positions"], ("all", "target")),
         "units": None if given["units"] is None else read_units(given["units"]),
         "directions": None if given["directions"] is None else listed(given["directions"]),
-        "pair_layers": None if layers is None else tuple(layers),
+        "pair_layers": None if layers is None else whole_numbers(layers, "block"),
         "readout_layers": read("readout_layers", given["readout_layers"], ("all", "formation", "last")),
-        "answers": None if answers is None else tuple(tuple(int(token) for token in tokens) for tokens in answers),
+        "answers": None if answers is None else _read_answers(answers),
         "companions": read_companions(given["companions"]),
+        # NumPy's and torch's numbers as Python's own, which JSON has and which generators take.
+        **{name: whole_number(given[name], name) for name in _WHOLE if given[name] is not None},
+        **{name: float(given[name]) for name in ("eps", "min_gap")},
     }
+
+
+def _read_answers(given: Any) -> tuple[tuple[int, ...], ...]:
+    pair = as_plain(given)
+    if not is_several(pair) or len(pair) != 2 or not all(is_several(as_plain(tokens)) for tokens in pair):
+        raise InputError(f"answers {shown(given)} must be the answers and the alternatives: two lists of token ids")
+    return tuple(whole_numbers(tokens, "answer") for tokens in pair)
 
 
 def listed(given: Any) -> tuple[Any, ...]:
@@ -185,6 +199,9 @@ def _check_numbers(request: Request) -> None:
             raise InputError(f"{name} {value} must be at least 1")
     if request.top < 1 or request.sample < 3:
         raise InputError(f"top {request.top} must be at least 1, and sample {request.sample} at least 3")
+    if request.formation is not None and not isinstance(request.formation, Formation):
+        raise InputError(f"formation {shown(request.formation)} must be what find_formation gives")
+    check_seed(request.seed)
     if not request.min_gap >= 0:
         raise InputError(f"min_gap {request.min_gap} must be 0 or more")
 

@@ -20,7 +20,7 @@ from sinklens.pairs.ablations import EditLike
 from sinklens.pairs.choice import Target
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.named import ReadoutLike
-from sinklens.records.ranges import SEEDS, Between, Range
+from sinklens.records.ranges import SEEDS, Between, Range, check_arguments
 from sinklens.sweeps.companions import Companions
 from sinklens.sweeps.execution import Execution, Planned
 from sinklens.sweeps.keeping import check_kept
@@ -148,6 +148,8 @@ def sweep(
             again with the same ``out`` to go on. A second Ctrl-C is heard at once.
     """
     arguments = locals()
+    # Whether numbers are within their limits is said in words of their own.
+    check_arguments(sweep, arguments, limits=False)
     return run_sweep(model, batch, Request.of(arguments), Execution.of(arguments))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -136,6 +137,51 @@ def test_a_single_row_is_enough_to_find_a_mixing_edit(model: Any) -> None:
     mixing = patched(lambda x, source: x * 2 - x.mean(0) + 0 * source)
     with pytest.raises(EditError, match="'mine'"):
         run_patches(model, TOKENS[:1], [mixing], [NORM], runs=RUNS)
+
+
+@dataclass(frozen=True)
+class Centred:
+    """A function of the caller's that is a dataclass."""
+
+    share: float = 1.0
+
+    def __call__(self, x: Tensor, source: Tensor) -> Tensor:
+        return 2 * x - self.share * x.mean(0) + 0 * source
+
+
+@torch.jit.script
+def scripted(x: Tensor, source: Tensor) -> Tensor:
+    return 2 * x - x.mean(0) + 0 * source
+
+
+class AroundTheMean(torch.nn.Module):
+    def forward(self, stack: Tensor) -> Tensor:
+        return stack[0] - stack[0].mean()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Centred(),
+        scripted,
+        lambda x, source: 2 * x.cumsum(0) + 0 * source,
+        lambda x, source: x / (1 + x.abs().amax()) + 0 * source,
+        lambda x, source: torch.cat([3 * x[:1], 2 * x[1:]]) + 0 * source,
+    ],
+    ids=["dataclass", "scripted", "running sum", "largest", "the first"],
+)
+def test_functions_of_any_kind_that_mix_rows_are_refused(model: Any, edit: Callable[..., Any]) -> None:
+    for prompts in (TOKENS, TOKENS[:1]):  # with a single row, too, which is beside others in the next batch
+        with pytest.raises(EditError, match="other rows lie beside it"):
+            run_patches(model, prompts, [patched(edit)], [NORM], runs=RUNS)
+    assert not trust.is_ours(edits.Function("mine", edit))
+
+
+def test_a_module_inside_a_module_of_torch_is_not_trusted(model: Any) -> None:
+    mixing = Readout("wrong", sites.RESID_POST, (3,), norm, torch.nn.Sequential(AroundTheMean()))
+    assert not trust.is_ours(mixing)
+    with pytest.raises(EditError, match="combine of the readout 'wrong'"):
+        run(model, [patched(in_place)], (mixing,))
 
 
 def test_edits_that_cannot_be_are_refused_in_estimates_and_runs(model: Any) -> None:

@@ -224,6 +224,83 @@ def test_a_fault_of_the_second_conversion_is_found(monkeypatch: pytest.MonkeyPat
         load_model(tiny_hf("llama"), device="cpu", dtype="bfloat16", backend="hooked")
 
 
+def scales_attention_a_little(model: Any) -> None:
+    model.blocks[1].attn.attn_scale *= 1.002
+
+
+def adds_more_to_the_norms(model: Any) -> None:
+    model.blocks[0].ln1.eps *= 100
+
+
+def has_another_activation(model: Any) -> None:
+    model.blocks[1].mlp.act_fn = torch.nn.functional.gelu
+
+
+def turns_a_position_late(model: Any) -> None:
+    model.blocks[2].attn.rotary_sin.copy_(model.blocks[2].attn.rotary_sin.roll(1, 0))
+
+
+def caps_the_logits(model: Any) -> None:
+    model.cfg.output_logits_soft_cap = 50.0
+
+
+@needs_hooked
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        scales_attention_a_little,
+        adds_more_to_the_norms,
+        has_another_activation,
+        turns_a_position_late,
+        caps_the_logits,
+        swaps_heads,
+        drops_a_norm_weight,
+    ],
+)
+def test_a_fault_of_the_conversion_in_sixteen_bits_alone(
+    fault: Callable[[Any], None], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of them change the logits by less than the rounding does."""
+    convert = backends._convert
+
+    def wrong(hf_model: Any, precision: torch.dtype) -> Any:
+        converted = convert(hf_model, precision)
+        if precision == dtype:
+            with torch.no_grad():
+                fault(converted)
+        return converted
+
+    monkeypatch.setattr(backends, "_convert", wrong)
+    with pytest.raises(InputError, match="wrongly"):
+        load_model(tiny_hf("llama"), device="cpu", dtype=dtype, backend="hooked")
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("what", ["a bias", "scaling", "an old weight"])
+@torch.no_grad()
+def test_a_fault_of_the_bridge_in_sixteen_bits_alone(
+    what: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = backends._build_bridge
+
+    def wrong(hf_model: Any, name: str) -> Any:
+        if hf_model.lm_head.weight.dtype == dtype:
+            layer = hf_model.model.layers[1]
+            if what == "a bias":
+                layer.self_attn.k_proj.bias.data.zero_()
+            elif what == "scaling":
+                layer.self_attn.scaling *= 1.002
+            else:
+                layer.mlp.up_proj.weight.data[3] = 0
+        return build(hf_model, name)
+
+    monkeypatch.setattr(backends, "_build_bridge", wrong)
+    with pytest.raises(InputError, match="TransformerBridge computes .* wrongly"):
+        load_model(tiny_hf("qwen2"), device="cpu", dtype=dtype, backend="bridge")
+
+
 @pytest.mark.backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("what", ["scaling", "norm", "heads"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -96,10 +97,22 @@ def test_arguments_are_held_to_their_annotations() -> None:
         top: int | None = None,
         kind: Literal["one", "two"] = "one",
         free: Any = None,
+        word: str | None = None,
+        yes: bool = False,
+        call: Callable[[int], None] | None = None,
+        several: str | int | Sequence[int] = "all",
     ) -> None: ...
 
     check_arguments(function, {"draws": np.int64(10), "scale": 2, "top": None, "kind": "two", "free": object()})
+    check_arguments(function, {"word": "w", "yes": np.bool_(True), "call": print, "several": [1, 2]})
+    check_arguments(function, {"draws": 99, "kind": "three"}, limits=False)
     for name, value, message in (
+        ("draws", True, "whole number"),
+        ("scale", "1.5", "finite number"),
+        ("scale", False, "finite number"),
+        ("word", 5, "word 5 must be a text"),
+        ("yes", 1, "must be True or False"),
+        ("call", "print", "must be a function"),
         ("draws", 0, "draws 0 must be a whole number, from 1 to 10"),
         ("draws", 11, "from 1 to 10"),
         ("draws", 2.0, "whole number"),
