@@ -81,8 +81,9 @@ $(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(VENV)/.installed $@
 
-.venv-tl4/.installed: $(REQUIREMENTS)
+.venv-tl4/.installed: $(REQUIREMENTS) Makefile
 	$(PYTHON) -m venv .venv-tl4
 	sed 's/^transformer-lens==.*/transformer-lens==4.3.0/' constraints.txt > .venv-tl4/constraints.txt
-	.venv-tl4/bin/python -m pip install --quiet --constraint .venv-tl4/constraints.txt --editable '.[viz]' pytest hypothesis
+	.venv-tl4/bin/python -m pip install --quiet --constraint .venv-tl4/constraints.txt --editable '.[viz]' \
+	  pytest pytest-xdist hypothesis nbmake ipykernel
 	@touch $@

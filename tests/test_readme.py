@@ -124,6 +124,7 @@ def test_every_file_that_is_named_exists(page: Path):
 
 @pytest.mark.smollm2
 @pytest.mark.slow
+@pytest.mark.backend
 def test_the_first_page_s_example_runs(tmp_path, monkeypatch):
     pytest.importorskip("plotly")
     monkeypatch.chdir(tmp_path)
@@ -136,6 +137,7 @@ def test_the_first_page_s_example_runs(tmp_path, monkeypatch):
 
 @pytest.mark.smollm2
 @pytest.mark.slow
+@pytest.mark.backend
 def test_the_sweep_s_example_prints_what_the_page_says(capsys):
     pytest.importorskip("plotly")
     (example,) = blocks((ROOT / "sinklens" / "sweeps" / "README.md").read_text(encoding="utf-8"), "python")

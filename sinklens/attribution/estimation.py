@@ -65,7 +65,7 @@ def estimate(
     """Estimate what every patch changes each readout by, on every prompt.
 
     Args:
-        model: a ``HookedTransformer``, or (without the QK fix) a ``TransformerBridge``.
+        model: the model, of either backend.
         prompts: equal-length prompts, ``[prompt pos]``.
         patches: any sequence, also one that builds its patches when they are asked for.
         readouts: what to estimate; ``reduce`` and ``combine`` must pass gradients on.

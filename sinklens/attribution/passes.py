@@ -115,7 +115,7 @@ class Estimation:
         keep, wrt = needs.keep.setdefault(patch.run, set()), needs.wrt.setdefault(patch.run, set())
         for layer in self._moving(patch):
             if self._fixed(patch.site):
-                more_keep, more_wrt = nodes_for_fix(layer)
+                more_keep, more_wrt = nodes_for_fix(self.model, layer)
                 keep |= more_keep
                 wrt |= more_wrt
             else:

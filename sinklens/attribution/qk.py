@@ -29,25 +29,26 @@ from torch import Tensor
 from sinklens.attribution.trace import Node, Trace
 from sinklens.errors import NotApplicableError
 from sinklens.metrics.sums import running_sum
-from sinklens.models.hooked import AttentionWeights, attention_weights, can_take_apart
-from sinklens.models.view import Model, backend_name, model_id
+from sinklens.models.meeting import Meeting, meeting, rotary_sites
+from sinklens.models.view import Model, model_id
 from sinklens.sites import PATTERN, K, Q
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How far the recomputed pattern may be from the model's; a lower precision is given more."""
 
 
-def nodes_for_fix(layer: int) -> tuple[set[Node], set[Node]]:
+def nodes_for_fix(model: Model, layer: int) -> tuple[set[Node], set[Node]]:
     """What the fix needs of the patched run in a block: activations, and activations with gradients."""
-    return {Node(Q, layer), Node(K, layer)}, {Node(PATTERN, layer, before=True)}
+    keep = {Node(site, layer) for site in (Q, K, *rotary_sites(model, layer))}
+    return keep, {Node(PATTERN, layer, before=True)}
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
     """One block's attention in the patched run, recomputed from its queries and keys."""
 
-    weights: AttentionWeights
-    """The model's own, for its norms and rotation."""
+    meeting: Meeting
+    """How the model's queries and keys come to meet: norms and rotation."""
     q: Float[Tensor, "prompt pos head d_head"]
     """Queries as they meet the keys: normed and rotated where the model does that, and divided by the scale."""
     k: Float[Tensor, "prompt pos head d_head"]
@@ -63,8 +64,7 @@ class Attention:
         self, old: Tensor, new: Tensor, prompts: Tensor, positions: Tensor, heads: Int[Tensor, "pair unit"]
     ) -> Float[Tensor, "readout pair unit"]:
         """The estimate for queries ``old`` that become ``new`` (each ``[pair, unit, d_head]``), head by head."""
-        weights = self.weights
-        moved = (_place(weights, new, positions, "q") - _place(weights, old, positions, "q")) / weights.scale
+        moved = self.meeting.queries(new, positions) - self.meeting.queries(old, positions)
         keys = self.k[prompts[:, None], :, heads]  # [pair, unit, key, d_head]
         change = torch.einsum("pud,pukd->puk", moved, keys)
         at = (prompts[:, None], heads, positions[:, None])
@@ -109,7 +109,7 @@ class Attention:
         self, old: Tensor, new: Tensor, prompts: Tensor, positions: Tensor, units: Tensor
     ) -> tuple[Float[Tensor, "pair head query"], Int[Tensor, "pair head"]]:
         """How patched keys change every query's score, and the query heads that read them."""
-        moved = _place(self.weights, new, positions, "k") - _place(self.weights, old, positions, "k")
+        moved = self.meeting.keys(new, positions) - self.meeting.keys(old, positions)
         heads = (units[:, :, None] * self.group + torch.arange(self.group, device=units.device)).flatten(1)
         queries = self.q[prompts[:, None], :, heads]  # [pair, head, query, d_head]
         change = torch.einsum("phd,phqd->phq", moved.repeat_interleave(self.group, 1), queries).double()
@@ -138,16 +138,16 @@ def attention(model: Model, layer: int, trace: Trace, readouts: list[str]) -> At
     Raises:
         NotApplicableError: the model's pattern is not what its queries and keys give by the rules known here.
     """
-    if not can_take_apart(model):
-        raise NotApplicableError(
-            f"the QK fix needs a HookedTransformer, and this model is a {backend_name(model)}: run queries and keys "
-            "exactly, or pass qk_fix=False"
-        )
     raw_q, raw_k = trace.acts[Node(Q, layer)], trace.acts[Node(K, layer)]
-    weights = attention_weights(model, layer, length=raw_q.shape[1])
-    every = torch.arange(raw_q.shape[1], device=raw_q.device).repeat(len(raw_q))
-    q = _place(weights, raw_q.flatten(0, 1), every, "q").view_as(raw_q) / weights.scale
-    k = _place(weights, raw_k.flatten(0, 1), every, "k").view_as(raw_k)
+    length = raw_q.shape[1]
+    passed = {site: Node(site, layer) for site in rotary_sites(model, layer)}
+    seen = {site: trace.acts[node] for site, node in passed.items() if node in trace.acts}
+    found = meeting(model, layer, length, seen)
+    if found is None:
+        raise NotApplicableError(_cannot(model))
+    every = torch.arange(length, device=raw_q.device).repeat(len(raw_q))
+    q = found.queries(raw_q.flatten(0, 1), every).view_as(raw_q)
+    k = found.keys(raw_k.flatten(0, 1), every).view_as(raw_k)
     group = raw_q.shape[2] // raw_k.shape[2]
     k = k.repeat_interleave(group, 2)
     scores = torch.einsum("pqhd,pkhd->phqk", q, k).double()
@@ -157,14 +157,19 @@ def attention(model: Model, layer: int, trace: Trace, readouts: list[str]) -> At
     node = Node(PATTERN, layer, before=True)
     theirs = node.site.from_canonical(trace.acts[node])
     if not torch.allclose(pattern, theirs.double(), rtol=0, atol=TOLERANCE.get(theirs.dtype, 3e-2)):
-        raise NotApplicableError(
-            f"the attention of {model_id(model)} cannot be recomputed from its queries and keys: run these exactly, "
-            "or pass qk_fix=False"
-        )
+        raise NotApplicableError(_cannot(model))
     grads = [trace.grads.get((name, node)) for name in readouts]
     full = [torch.zeros_like(pattern) if g is None else node.site.from_canonical(g).double() for g in grads]
     grad = torch.stack(full)
-    return Attention(weights, q, k, log_pattern, grad - (grad * pattern).sum(-1, keepdim=True), group)
+    return Attention(found, q, k, log_pattern, grad - (grad * pattern).sum(-1, keepdim=True), group)
+
+
+def _cannot(model: Model) -> str:
+    return (
+        f"the attention of {model_id(model)} cannot be recomputed from its queries and keys, which estimates of "
+        'patched queries and keys need: leave these sites out, or run them exactly (a sweep\'s method="exact", '
+        "--method exact); sl.attribution's own functions can do without it (qk_fix=False), less exactly"
+    )
 
 
 def _sum_rows(change: Tensor, pattern: Tensor, centred: Float[Tensor, "readout *row key"]) -> Tensor:
@@ -177,14 +182,3 @@ def _others(x: Float[Tensor, "... key"]) -> Float[Tensor, "... key"]:
     before = torch.nn.functional.pad(running_sum(x[..., :-1], -1), (1, 0))
     after = torch.nn.functional.pad(running_sum(x[..., 1:].flip(-1), -1).flip(-1), (0, 1))
     return before + after
-
-
-def _place(
-    weights: AttentionWeights, x: Float[Tensor, "pair unit d_head"], positions: Int[Tensor, " pair"], which: str
-) -> Float[Tensor, "pair unit d_head"]:
-    """Queries or keys as they meet each other: the model's norm, then the rotation of each pair's own position."""
-    norm = weights.q_norm if which == "q" else weights.k_norm
-    if norm is not None:
-        x = norm(x.to(weights.W_Q.device)).to(x.device)
-    x = x if x.dtype == torch.float64 else x.float()
-    return x if weights.rotary is None else weights.rotary.turned(x, positions)

@@ -81,6 +81,7 @@ def test_every_experiment_of_the_paper_is_there():
     assert set(NAMES) >= PAPER
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize("name", NAMES)
 def test_a_verdict_is_complete(shared, name):
     result = shared[1][name]

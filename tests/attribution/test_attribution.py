@@ -303,19 +303,62 @@ def test_what_does_not_exist_is_refused(llama, options, match):
 
 
 def test_a_bridge_gives_the_same_estimates(llama):
-    """Of everything but the fix, which it refuses in one sentence."""
+    """Those of queries and keys with the fix and without."""
     bridge = tiny_model("llama", "bridge")
     patches = [transplant(site, (layer,)) for site in SITES.values() for layer in (0, 2)]
-    expected = changes(llama, patches, received(), qk_fix=False)
-    torch.testing.assert_close(changes(bridge, patches, received(), qk_fix=False), expected, atol=1e-6, rtol=1e-3)
+    for fix in (True, False):
+        expected = changes(llama, patches, received(), qk_fix=fix)
+        torch.testing.assert_close(changes(bridge, patches, received(), qk_fix=fix), expected, atol=1e-6, rtol=1e-3)
     sizes = [
         grad_drop(model, tokens_for(llama), patches, [received()], runs=RUNS, qk_fix=False).changes[SINK]
         for model in (llama, bridge)
     ]
     torch.testing.assert_close(sizes[1], sizes[0], atol=1e-6, rtol=1e-3)
     assert not hooks_left(bridge)
-    with pytest.raises(NotApplicableError, match="qk_fix=False"):
-        changes(bridge, [transplant(sites.K)], received())
+
+
+MEETING = (
+    *("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "phi", "phi3", "olmo", "llama3", "gemma", "gemma3"),
+    *("falcon", "stablelm", "cohere", "granite", "smollm3", "mixtral", "qwen3_moe"),
+)
+"""Families whose bridges' queries and keys meet in the usual way."""
+OTHERWISE = ("gemma2", "olmo2", "olmo3", "olmoe", "mpt", "bloom", "gpt_oss")
+"""And those of which it is another: caps, norms over all heads, biases by position, attention to nothing."""
+
+
+def on_both(*quick: str, of: Sequence[str]) -> list[Any]:
+    """The names as parameters: the quick ones with both versions of TransformerLens, the rest are slow."""
+    return [pytest.param(name, marks=pytest.mark.backend if name in quick else pytest.mark.slow) for name in of]
+
+
+@pytest.mark.parametrize("family", on_both("llama", "qwen3", "gpt2", "gpt_neox", "cohere", of=MEETING))
+def test_the_softmax_is_exact_on_a_bridge(family):
+    """Rotations of all or some dimensions, in halves or of neighbours; norms; learned positions; biases."""
+    bridge, block = tiny_model(family, "bridge"), received((2,))
+    own: dict[str, Any] = {"layers": (2,), "source": Source("anchored")}
+    patches = [
+        patch
+        for site in (sites.Q, sites.K)
+        for patch in (
+            transplant(site, **own, positions=(7,), units=(0,)),
+            transplant(site, **own, positions=(TARGET, 6, 9)),
+            transplant(site, (2,), source=Source("base", (0, 1)), positions=(TARGET, 8), run="anchored"),
+            transplant(site, (2,), source=None, edit=edits.Constant(), positions=(TARGET, 9)),
+        )
+    ]
+    expected = exact(bridge, patches, block)
+    assert (expected.abs().amax(-1) > 1e-6).all()
+    torch.testing.assert_close(changes(bridge, patches, block), expected, atol=2e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", on_both("gemma2", "olmo2", "bloom", of=OTHERWISE))
+def test_attention_of_another_kind_is_refused_with_what_can_be_done(family):
+    """From a sweep, the command line and these functions; a cap also where it does nothing in the run."""
+    bridge = tiny_model(family, "bridge")
+    for site in (sites.Q, sites.K):
+        with pytest.raises(NotApplicableError, match=r'method="exact", --method exact\); .*qk_fix=False'):
+            changes(bridge, [transplant(site)], received())
+        assert changes(bridge, [transplant(site)], received(), qk_fix=False).abs().max() > 0
 
 
 def test_rows_know_their_prompts(llama):

@@ -59,6 +59,16 @@ def test_rows_are_those_of_an_exact_sweep(model, batch, formation, estimated):
     assert abs(exact.table.value - estimated.table.value).max() > 1e-3
 
 
+@pytest.mark.backend
+def test_a_bridge_s_sweep_estimates_the_same(batch, formation, estimated):
+    """Keys among it: the same numbers from another class of models, and the only one that newer versions have."""
+    found = sweep(tiny_model("llama", "bridge"), batch, formation=formation, min_gap=0, method="attribution", **GRID)
+    assert {"k", "resid_pre"} < {*found.table.stage}
+    torch.testing.assert_close(
+        torch.tensor(found.table.value.array), torch.tensor(estimated.table.value.array), atol=1e-6, rtol=1e-3
+    )
+
+
 def test_effects_are_estimated_changes_over_the_pair_s_difference(model, batch, formation, estimated):
     """Denoised it counts from the run without the sink, noised from the run with it."""
     pair = induced_pair(model, batch, formation, TARGET)
