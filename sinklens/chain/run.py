@@ -28,7 +28,7 @@ from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model, dtype_of
-from sinklens.pairs import InducedKind, PairChoice, make_pair
+from sinklens.pairs import InducedKind, PairChoice
 from sinklens.pairs.choice import Target
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
@@ -114,8 +114,8 @@ def score_chain(
     _check(choice, study, stages, readout_blocks, control_draws, min_gap)
     named = study.named_readout(metric)
     seed, model, batch = study.seed, study.model, study.batch
-    pair = make_pair(choice, model, batch, study.formation, seed=seed, max_rows=study.max_rows)
-    setting = Setting(study, pair, study.after_formation(readout_blocks))
+    setting = Setting.of(study, choice, readout_blocks)
+    pair = setting.pair
 
     trials, skipped = _trials(setting, stages, control_draws)
     scored = [stage for stage in stages if any(trial.stage is stage for trial in trials)]

@@ -21,6 +21,7 @@ from sinklens.edits.draws import random_orthonormal, random_permutations, rotate
 from sinklens.edits.general import (
     Constant,
     Function,
+    Interpolate,
     Masked,
     OfSource,
     OutsideSubspace,
@@ -52,6 +53,7 @@ __all__ = [
     "Edit",
     "EditSite",
     "Function",
+    "Interpolate",
     "Masked",
     "MeanAxis",
     "NeuronContribution",

@@ -26,6 +26,25 @@ class Transplant(SourceEdit):
 
 
 @dataclass(frozen=True, eq=False)
+class Interpolate(SourceEdit):
+    """Go a part of the way to the source: ``x + amount (source - x)``, beyond it with an amount above 1."""
+
+    name: str = "interpolate"
+    amount: float = 0.5
+    """The part of the way."""
+
+    @property
+    @override
+    def strength(self) -> float:
+        return self.amount
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
+        # The ends are exact: all of the way is the source itself.
+        return torch.lerp(x, need(source, self), self.amount)
+
+
+@dataclass(frozen=True, eq=False)
 class Function(SourceEdit):
     """A function of the activation and the source's: the short way to an edit of your own.
 

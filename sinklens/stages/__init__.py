@@ -32,10 +32,10 @@ from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_dims, other_ne
 from sinklens.stages.down_projection import DOWN_PROJECTION
 from sinklens.stages.links import EARLY_MLPS, READING
 from sinklens.stages.qk_locking import QK_LOCKING
-from sinklens.stages.rmsnorm_filter import RMSNORM_FILTER
+from sinklens.stages.rmsnorm_filter import RMSNORM_FILTER, largest_dims, only_dims
 from sinklens.stages.super_neurons import SUPER_NEURONS
 from sinklens.stages.value_aggregation import VALUE_AGGREGATION
-from sinklens.stages.w_o_alignment import W_O_ALIGNMENT
+from sinklens.stages.w_o_alignment import W_O_ALIGNMENT, reading_subspace
 
 CHAIN: tuple[Stage, ...] = tuple(
     register(stage)
@@ -70,6 +70,9 @@ __all__ = [
     "W_O_ALIGNMENT",
     "at_formation",
     "experiment_kind",
+    "largest_dims",
+    "only_dims",
+    "reading_subspace",
     "other_dims",
     "other_neurons",
     "other_positions",

@@ -21,7 +21,8 @@ from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.identities import identities
 from sinklens.models.view import BlockWeights, Model, ModelShape
-from sinklens.pairs.pair import Direction, SinkPair
+from sinklens.pairs.choice import Direction, PairChoice
+from sinklens.pairs.pair import SinkPair, make_pair
 from sinklens.patches import Patch, Positions, Source, Where
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
@@ -45,6 +46,17 @@ class Setting:
     readout_layers: tuple[int, ...]
     """Blocks just after formation in which the metric is measured."""
     _stores: dict = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, study: Study, choice: PairChoice, readout_blocks: int = 4) -> Setting:
+        """The runs that were chosen, on a study's prompts.
+
+        Raises:
+            InputError: a choice that does not fit the prompts (see :func:`sinklens.make_pair`).
+            NotApplicableError: the formation block is the last.
+        """
+        pair = make_pair(choice, study.model, study.batch, study.formation, seed=study.seed, max_rows=study.max_rows)
+        return cls(study, pair, study.after_formation(readout_blocks))
 
     @property
     def model(self) -> Model:

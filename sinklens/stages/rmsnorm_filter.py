@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Generator
 
@@ -29,19 +31,32 @@ def _drop_dims(denominator_only: bool, random_dims: bool) -> Build:
     return build
 
 
+def largest_dims(setting: Setting, layers: Sequence[int], m: int) -> dict[int, tuple[int, ...]]:
+    """Per block, the ``m`` dimensions that are largest in the sink's input as attention sees it: behind the norm's
+    weight, mean magnitude over prompts.
+    """
+    found = {}
+    for layer, x in setting.at(setting.pair.with_sink, LN1_NORMALIZED, layers).items():
+        size = (x * setting.study.weights(layer).ln1_w.detach().to(x)).abs().mean(0)
+        found[layer] = tuple(size.topk(min(m, len(size))).indices.tolist())
+    return found
+
+
+def only_dims(name: str, dims: Mapping[int, tuple[int, ...]], d_model: int) -> edits.Masked:
+    """An edit that exchanges some dimensions alone, in every block its own."""
+    masks = {layer: torch.zeros(d_model).index_fill_(0, torch.tensor(chosen), 1.0) for layer, chosen in dims.items()}
+    return edits.Masked(name, masks)
+
+
 def _largest(random_dims: bool) -> Build:
-    """Only the largest entries of the input as attention sees it, as many as there are outlier dimensions."""
+    """As many of the largest dimensions as there are outlier dimensions."""
 
     def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
-        layers, m = stage.layers(setting), len(setting.formation.dims)
-        masks = {}
-        for layer, x in setting.at(setting.pair.with_sink, stage.site, layers).items():
-            size = (x * setting.study.weights(layer).ln1_w.detach().to(x)).abs().mean(0)
-            top = size.topk(m).indices
-            if random_dims:
-                top = torch.tensor(others(len(size), tuple(top.tolist()), generator, m), device=size.device)
-            masks[layer] = torch.zeros_like(size).index_fill_(0, top, 1.0)
-        return setting.patch(direction, stage.site, layers, edits.Masked("largest_dims", masks))
+        layers, d_model = stage.layers(setting), setting.shape.d_model
+        dims = largest_dims(setting, layers, len(setting.formation.dims))
+        if random_dims:
+            dims = {layer: others(d_model, top, generator, len(top)) for layer, top in dims.items()}
+        return setting.patch(direction, stage.site, layers, only_dims("largest_dims", dims, d_model))
 
     return build
 

@@ -23,7 +23,7 @@ from tests.helpers.tiny import tiny_hf, tiny_tokens
 N, TARGET, LAYERS = 2, 4, (2, 3)
 OF_NEURONS = {"super_neurons/transplant", "super_neurons/zero", "super_neurons/mean", "super_neurons/resample"}
 OF_ROWS = {"down_projection/outlier_dims", "down_projection/densified"}
-OF_THE_NORM = {"rmsnorm_filter/transplant", "rmsnorm_filter/dims_removed", "rmsnorm_filter/denominator_only"}
+OF_THE_NORM = {f"rmsnorm_filter/{experiment.edit}" for experiment in sl.stages.RMSNORM_FILTER.experiments}
 READ = {"w_o_alignment/reading_subspace"}
 LEFT_OUT = {
     "gemma2": OF_ROWS,
