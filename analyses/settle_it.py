@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from sinklens import edits, metrics, readouts, sites
 
 CLAIM = "The sink goes when the super neurons' down-projections are ablated or made dense, all else fixed."
 MOST, LITTLE = 0.5, 0.1
+GAP = 0.01  # behind some event there may be no sink to remove: prompts with less of one are left out there
 SUPER, RANDOM, STRONGEST = "super neurons", "random neurons", "strongest other neurons"
 EDITS = ZERO, MEAN, DENSE = "zero", "mean", "densified"
 NATURAL, LATER, INDUCED = "natural sink", "natural sink, all later blocks", "induced sink"
@@ -185,6 +187,7 @@ def effects_of_events(study: sl.Study) -> tuple[list[pd.DataFrame], str]:
     known, left_out = {}, ""
     for layer in (layer for step in steps for layer in step.blocks):
         try:
+            study.require("dense_mlp", (layer,))
             known[layer] = study.at_block(layer)
         except (sl.NoSinkError, sl.NotApplicableError) as error:
             left_out += f" Block {layer} is left out of its event: {error}."
@@ -195,7 +198,11 @@ def effects_of_events(study: sl.Study) -> tuple[list[pd.DataFrame], str]:
     ends = [step.blocks[-1] for step in steps if step.blocks[-1] + 1 < n_layers]
     seen = [replace(study.formation, layer=last).after(n_layers) for last in ends]
     seen += [tuple(range(last + 1, n_layers)) for last in ends[-1:]]
-    return measure_events(study, cases, list(dict.fromkeys(seen))) if seen and cases else [], left_out
+    tables = measure_events(study, cases, list(dict.fromkeys(seen))) if seen and cases else []
+    for table in tables:
+        if n_out := int((table.groupby("prompt").removed.count() == 0).sum()):
+            left_out += f" {table.sink[0]}: {n_out} of {study.batch.n} prompts have too little of a sink there."
+    return [table.dropna(subset="removed") for table in tables], left_out
 
 
 def measure_events(
@@ -222,7 +229,8 @@ def measure_events(
     for i, layers in enumerate(blocks):
         before, usual = (sl.analysis.base_reading(effects, whole, f"{name} {i}") for name in ("attention", "ordinary"))
         seen = {"attention": whole[f"attention {i}"], "ordinary": whole[f"ordinary {i}"]}
-        seen |= {"removed": (before - seen["attention"]) / (before - usual)}
+        gap = np.where(before - usual < GAP, np.nan, before - usual)
+        seen |= {"removed": (before - seen["attention"]) / gap}
         tables.append(whole[["prompt", *KEYS[1:], "draw"]].assign(sink=read_in(layers), **seen))
     return tables
 

@@ -184,7 +184,7 @@ def _all_events(
     """
     from sinklens.analysis.suite import Part, write_record
     from sinklens.chain.run import run_chain
-    from sinklens.errors import NoSinkError, NotApplicableError
+    from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableError
     from sinklens.formation import explained, find_formation
     from sinklens.records.files import atomic_folder
     from sinklens.study import Study
@@ -200,11 +200,14 @@ def _all_events(
             there = explained(model, batch, formation, event.layer, memory_budget=budget)
             results[name] = run_chain(model, batch, formation=there, **options)
             results[name].config["command"] = command_line()
-        except (NoSinkError, NotApplicableError) as error:
+            parts[name] = Part(name, "done", seconds=time.perf_counter() - began)
+        except EngineError:
+            raise  # nothing of such a run is to be trusted
+        except InputError as error:
             errors.append(error)
+            measurable = not isinstance(error, (NoSinkError, NotApplicableError))
+            parts[name] = Part(name, "failed" if measurable else "not measurable", str(error))
             typer.echo(f"sinklens: note: event {event} is left out: {error}", err=True)
-        status, reason = ("done", "") if name in results else ("not measurable", str(errors[-1]))
-        parts[name] = Part(name, status, reason, time.perf_counter() - began)
     if not results:
         raise errors[0]
     with atomic_folder(out, force=force) as folder:
