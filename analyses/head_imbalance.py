@@ -50,9 +50,8 @@ def run(
     if study.shape.n_heads < 2:
         raise sl.NotApplicableError("the model has one head in every block: there is nothing to order")
     every, all_prompts = tuple(range(study.shape.n_layers)), np.arange(study.batch.n)
-    spans = {"up_to_formation": study.up_to_formation, "after_formation": every[study.formation.layer + 1 :]}
-    spans |= {"all": every}
-    blocks = spans[span] or study.after_formation()  # which refuses, with the reason
+    blocks = study.after_formation(None) if span == "after_formation" else every
+    blocks = study.up_to_formation if span == "up_to_formation" else blocks
     entropy, output, values = by_head(study, every)
     tau = mean_tau(study, entropy, output, blocks)
     null = permuted(entropy(all_prompts, blocks), output(all_prompts, blocks), permutations, study)

@@ -75,9 +75,9 @@ def run(
     study.require("dense_mlp", (study.formation.layer,))
     kinds, note = edits_that_apply(study)
     cases = [*ablations(study, kinds, rotations, draws), *rescalings(study, scales)]
-    table, left_out = effects_on_sinks(study, study.first(few_prompts), cases, positions)
+    of_sinks, left_out = effects_on_sinks(study, study.first(few_prompts), cases, positions)
     of_events, without = effects_of_events(study.first(event_prompts))
-    table = pd.concat([table, *of_events], ignore_index=True)
+    table: Any = pd.concat([of_sinks, *of_events], ignore_index=True)
     removed = {key: estimate(rows, "removed", study.seed) for key, rows in table.groupby(KEYS)}
     of_super, of_random = ([removed[NATURAL, who, edit] for edit in kinds] for who in (SUPER, RANDOM))
     control = max(of_random, key=lambda x: x.high)
@@ -237,7 +237,8 @@ def measure_events(
 
 def read_in(layers: tuple[int, ...]) -> str:
     """How the table calls the natural sink in these blocks."""
-    return f"{NATURAL}, blocks {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{NATURAL}, block {layers[0]}"
+    first, last = min(layers), max(layers)
+    return f"{NATURAL}, blocks {first}-{last}" if first < last else f"{NATURAL}, block {first}"
 
 
 def estimate(rows: Any, column: str, seed: int) -> sl.Estimate:
