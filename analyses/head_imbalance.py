@@ -75,7 +75,7 @@ def run(
     before = mean_tau(study, entropy, values, blocks)
     numbers |= {f"tau {NAMES[span]} with the variance of the values before averaging": before}
     columns = (quantity(all_prompts, every) for quantity in (entropy, output, values))
-    return sl.Findings(verdict, table(*columns, formation.layer, until), CAPTION, numbers)
+    return sl.Findings(verdict, table(*columns, formation=formation.layer, until=until), CAPTION, numbers)
 
 
 def by_head(study: sl.Study, blocks: tuple[int, ...]) -> tuple[ByHead, ByHead, ByHead]:
