@@ -50,7 +50,9 @@ def run(
     if study.shape.n_heads < 2:
         raise sl.NotApplicableError("the model has one head in every block: there is nothing to order")
     every, all_prompts = tuple(range(study.shape.n_layers)), np.arange(study.batch.n)
-    spans = {"up_to_formation": study.up_to_formation, "after_formation": every[study.formation.layer + 1 :]}
+    formation, n_layers = study.formation, study.shape.n_layers
+    until = min([step.blocks[0] for step in formation.steps if step.blocks[0] > formation.layer], default=n_layers)
+    spans = {"up_to_formation": study.up_to_formation, "after_formation": every[formation.layer + 1 : until]}
     spans |= {"all": every}
     blocks = spans[span] or study.after_formation()  # which refuses, with the reason
     entropy, output, values = by_head(study, every)
@@ -73,7 +75,7 @@ def run(
     before = mean_tau(study, entropy, values, blocks)
     numbers |= {f"tau {NAMES[span]} with the variance of the values before averaging": before}
     columns = (quantity(all_prompts, every) for quantity in (entropy, output, values))
-    return sl.Findings(verdict, table(*columns, formation=study.formation.layer), CAPTION, numbers)
+    return sl.Findings(verdict, table(*columns, formation=formation.layer, until=until), CAPTION, numbers)
 
 
 def by_head(study: sl.Study, blocks: tuple[int, ...]) -> tuple[ByHead, ByHead, ByHead]:
@@ -116,13 +118,14 @@ def permuted(entropy: PerHead, variance: PerHead, draws: int, study: sl.Study) -
     return torch.stack([metrics.kendall_tau(x[None], y[order])[0] for x, y, order in blocks]).nanmean(0)
 
 
-def table(entropy: PerHead, output: PerHead, values: PerHead, formation: int) -> pd.DataFrame:
+def table(entropy: PerHead, output: PerHead, values: PerHead, formation: int, until: int) -> pd.DataFrame:
     """A row for every head."""
     layer, head = np.indices(entropy.shape)
+    later = np.where(layer < until, NAMES["after_formation"], "after the next event")
     columns = {
         "layer": layer,
         "head": head,
-        "blocks": np.where(layer <= formation, NAMES["up_to_formation"], NAMES["after_formation"]),
+        "blocks": np.where(layer <= formation, NAMES["up_to_formation"], later),
         "entropy": entropy,
         "variance": output,
         "relative_variance": output / output.quantile(0.5, dim=1, keepdim=True),

@@ -25,6 +25,9 @@ CAPTION = (
     "Attention received from later queries (mean over heads and prompts) and the residual norm entering each block "
     "(median over prompts), for the sink and for one ordinary position of every prompt, at several prompt lengths."
 )
+WHICH = (
+    " The verdict is about the largest growth of all, whichever event is explained; the numbers are about that event."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +68,8 @@ def run(
         "attention to an ordinary token there": attention["ordinary"],
         "factor by which the formation block multiplies the sink's norm": study.mean(growth),
     }
-    return sl.Findings(verdict, table(tokens, lengths), CAPTION, numbers)
+    note = WHICH if "event" in study.given else ""
+    return sl.Findings(verdict, table(tokens, lengths), CAPTION + note, numbers)
 
 
 def profiles(study: sl.Study, lengths: tuple[int, ...]) -> dict[str, Profile]:

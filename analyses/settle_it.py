@@ -9,15 +9,21 @@ ordinary positions is lost. Every one of these edits must remove more than half,
 neurons less than a tenth; the strongest other neurons at the sink are a harder control. One rotation differs from the
 next by more than one prompt does, so the interval of the dense rows is over rotations.
 
+A model may make its sink in several events, each for the blocks behind it (`sinklens find` lists them). The verdict is
+about the one that is explained (`--event`), by its strongest block. Where there are several formation blocks, each
+event is taken out in all of its blocks, and all events together, and attention is read behind each, before the next,
+and in all blocks behind the last: a sink that an event does not make is told from one that is made anew.
+
 The natural sink decides. A sink that is induced by masking a token is treated alike; and all later blocks are read too,
 because a sink that comes back is not removed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -27,9 +33,11 @@ from sinklens import edits, metrics, readouts, sites
 
 CLAIM = "The sink goes when the super neurons' down-projections are ablated or made dense, all else fixed."
 MOST, LITTLE = 0.5, 0.1
+GAP = 0.01  # behind some event there may be no sink to remove: prompts with less of one are left out there
 SUPER, RANDOM, STRONGEST = "super neurons", "random neurons", "strongest other neurons"
 EDITS = ZERO, MEAN, DENSE = "zero", "mean", "densified"
 NATURAL, LATER, INDUCED = "natural sink", "natural sink, all later blocks", "induced sink"
+SINKS = [NATURAL, LATER, INDUCED]
 KEYS = ["sink", "neurons", "edit"]
 
 
@@ -62,11 +70,14 @@ def run(
     draws: Annotated[int, "sets of random neurons", sl.Between(1, 1000)] = 3,
     positions: Annotated[tuple[int, ...], "positions for the induced sink: the last that fits is taken"] = (5, 10),
     few_prompts: Annotated[int, "prompts for the induced sink, and for all later blocks", sl.Between(1)] = 8,
+    event_prompts: Annotated[int, "prompts for the formation events one by one", sl.Between(1)] = 16,
 ) -> sl.Findings:
     study.require("dense_mlp", (study.formation.layer,))
     kinds, note = edits_that_apply(study)
     cases = [*ablations(study, kinds, rotations, draws), *rescalings(study, scales)]
-    table, left_out = effects_on_sinks(study, study.first(few_prompts), cases, positions)
+    of_sinks, left_out = effects_on_sinks(study, study.first(few_prompts), cases, positions)
+    of_events, without = effects_of_events(study.first(event_prompts))
+    table: Any = pd.concat([of_sinks, *of_events], ignore_index=True)
     removed = {key: estimate(rows, "removed", study.seed) for key, rows in table.groupby(KEYS)}
     of_super, of_random = ([removed[NATURAL, who, edit] for edit in kinds] for who in (SUPER, RANDOM))
     control = max(of_random, key=lambda x: x.high)
@@ -80,13 +91,13 @@ def run(
         rule=f"holds when the intervals of all edits lie above {MOST} and the control's below {LITTLE}",
         holds=all(x.above(MOST) for x in of_super) and control.below(LITTLE),
     )
-    numbers = {f"removed, {', '.join(key)}": x for key, x in removed.items() if key[1] in (SUPER, STRONGEST)}
+    numbers = {f"removed, {', '.join(key)}": x for key, x in removed.items() if key[1].startswith((SUPER, STRONGEST))}
     natural = table[(table.sink == NATURAL) & table.neurons.isin(("none", SUPER))]
     for column in ("residual norm", "massive activations"):
         for edit in ("none", *kinds):
             rows = natural[natural.edit == edit]
             numbers[f"{column} of the natural sink, {edit}"] = estimate(rows, column, study.seed)
-    caption = f"What each edit removes of the sink's attention (means with 95% intervals).{note}{left_out}"
+    caption = f"What each edit removes of the sink's attention (means with 95% intervals).{note}{left_out}{without}"
     return sl.Findings(verdict, table, caption, numbers)
 
 
@@ -130,7 +141,8 @@ def rescalings(study: sl.Study, scales: tuple[float, ...]) -> list[Case]:
 
 def effects_on_sinks(study: sl.Study, few: sl.Study, cases: list[Case], positions: tuple[int, ...]) -> tuple[Any, str]:
     """A table of every case for the natural sink and, on a few prompts, for an induced one; a note if there is none."""
-    near, later, left_out = study.after_formation(), study.after_formation(None), ""
+    near, left_out = study.after_formation(), ""
+    later = tuple(range(near[0], study.shape.n_layers))  # beyond the next event, too
     of_super = [case for case in cases if case.neurons == SUPER]
     tables = [measure(study, study.sink, cases, near).assign(sink=NATURAL)]
     tables += [measure(few, few.sink, of_super, later).assign(sink=LATER)]
@@ -167,6 +179,68 @@ def measure(
     return table.assign(removed=(before - table.attention) / (before - usual))
 
 
+def effects_of_events(study: sl.Study) -> tuple[list[pd.DataFrame], str]:
+    """A table for each event behind it, and for all later blocks: what goes with each and with all; and a note."""
+    steps, n_layers = study.formation.steps, study.shape.n_layers
+    if sum(len(step.blocks) for step in steps) < 2:
+        return [], ""  # there is nothing that the other rows do not say
+    known, left_out = {}, ""
+    for layer in (layer for step in steps for layer in step.blocks):
+        try:
+            study.require("dense_mlp", (layer,))
+            known[layer] = study.at_block(layer)
+        except (sl.NoSinkError, sl.NotApplicableError) as error:
+            left_out += f" Block {layer} is left out of its event: {error}."
+    cases = {f"event {step}": [known[layer] for layer in step.blocks if layer in known] for step in steps}
+    cases = {name: found for name, found in cases.items() if found}
+    if len(cases) > 1:
+        cases["all events"] = list(known.values())
+    ends = [step.blocks[-1] for step in steps if step.blocks[-1] + 1 < n_layers]
+    seen = [replace(study.formation, layer=last).after(n_layers) for last in ends]
+    seen += [tuple(range(last + 1, n_layers)) for last in ends[-1:]]
+    tables = measure_events(study, cases, list(dict.fromkeys(seen))) if seen and cases else []
+    for table in tables:
+        if n_out := int((table.groupby("prompt").removed.count() == 0).sum()):
+            left_out += f" {table.sink[0]}: {n_out} of {study.batch.n} prompts have too little of a sink there."
+    return [table.dropna(subset="removed") for table in tables], left_out
+
+
+def measure_events(
+    study: sl.Study, cases: dict[str, list[sl.Study]], blocks: list[tuple[int, ...]]
+) -> list[pd.DataFrame]:
+    """Attention to the natural sink in each of ``blocks`` with the neurons of each case, or as many others, at zero."""
+    labels, patches = [], []
+    for name, found in cases.items():
+        own = [(at.formation.layer, at.neurons) for at in found]
+        random = [(at.formation.layer, at.other_neurons(f"settle_it/event/{at.formation.layer}")[0]) for at in found]
+        for who, chosen in ((SUPER, own), (RANDOM, random)):
+            labels.append({"neurons": f"{who} of {name}", "edit": ZERO, "draw": 0})
+            first, *more = (
+                sl.Patch(sites.MLP_POST, (layer,), study.sink, edits.Constant(ZERO), units, allow_unchanged=True)
+                for layer, units in chosen
+            )
+            patches.append(replace(first, also=tuple(more)))
+    measured = []
+    for i, layers in enumerate(blocks):
+        measured.append(readouts.attention_received(f"attention {i}", layers, study.sink, study.batch.n))
+        measured.append(readouts.attention_ordinary(f"ordinary {i}", layers, study.ordinary.float()))
+    effects = study.run(patches, measured)
+    whole, tables = sl.analysis.patch_table(effects, labels, {}), []
+    for i, layers in enumerate(blocks):
+        before, usual = (sl.analysis.base_reading(effects, whole, f"{name} {i}") for name in ("attention", "ordinary"))
+        seen = {"attention": whole[f"attention {i}"], "ordinary": whole[f"ordinary {i}"]}
+        gap = np.where(before - usual < GAP, np.nan, before - usual)
+        seen |= {"removed": (before - seen["attention"]) / gap}
+        tables.append(whole[["prompt", *KEYS[1:], "draw"]].assign(sink=read_in(layers), **seen))
+    return tables
+
+
+def read_in(layers: tuple[int, ...]) -> str:
+    """How the table calls the natural sink in these blocks."""
+    first, last = min(layers), max(layers)
+    return f"{NATURAL}, blocks {first}-{last}" if first < last else f"{NATURAL}, block {first}"
+
+
 def estimate(rows: Any, column: str, seed: int) -> sl.Estimate:
     """Mean with its interval over prompts; over rotations where these are what differs."""
     rotated = set(rows.edit) == {DENSE} and set(rows.neurons) == {SUPER}
@@ -174,7 +248,7 @@ def estimate(rows: Any, column: str, seed: int) -> sl.Estimate:
 
 
 def draw(findings: sl.Findings):
-    table: Any = findings.table.query("neurons != 'none'")
+    table: Any = findings.table.query("neurons != 'none' and sink in @SINKS")
     means = {key: estimate(rows, "removed", 0) for key, rows in table.groupby(KEYS, sort=False)}
     ends = [(*key, x.value, x.low, x.high) for key, x in means.items()]
     bars = pd.DataFrame(ends, columns=[*KEYS, "share removed", "low", "high"])

@@ -7,6 +7,8 @@ Everything is found in the data; nothing is assumed about the model or the first
 * A *formation block* makes the sink token's residual norm jump against the other tokens': with
   ``r_l = |h_l[sink]| / median_j |h_l[j]|``, block l is one when ``r_after >= min_ratio`` and
   ``r_after / r_before >= min_jump``. The block to explain is the one with the largest growth ``r_after - r_before``.
+* A *formation step* is a run of formation blocks, one after another. A model may make its sink in several, each for the
+  blocks behind it; ``event`` says which one to explain, by the block of it with the largest growth.
 * *Super neurons* (of that block) have outlying norms of both their W_gate and W_up columns (robust z of each, the
   smaller one counts) and fire selectively: their mean magnitude on the sink token is ``selectivity`` times what they
   reach on other tokens (95th percentile). A plain MLP has no gate, so W_in alone is asked.
@@ -21,7 +23,7 @@ verdict.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,7 +42,7 @@ from sinklens.models.view import BlockWeights, Model, model_shape
 from sinklens.patches import CLEAN
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
-from sinklens.records.ranges import short
+from sinklens.records.ranges import Between, check_number, short, shown, spans
 from sinklens.records.summaries import html, some, summary
 from sinklens.sites import ATTN_OUT, MLP_OUT, MLP_POST, PATTERN, RESID_POST, RESID_PRE
 
@@ -63,6 +65,26 @@ class FormationEvent:
     """Norm of the block's MLP output at the sink token."""
     attn_norm: float
     """Norm of the block's attention output at the sink token."""
+
+    @property
+    def growth(self) -> float:
+        """By how much the ratio grows in the block."""
+        return self.ratio_after - self.ratio_before
+
+
+@dataclass(frozen=True)
+class FormationStep:
+    """Formation blocks in a row, which together make the sink of the blocks behind them: what ``event=`` counts."""
+
+    number: int
+    """Its number, from 1, in the order of the blocks."""
+    blocks: tuple[int, ...]
+    """Its blocks, in order."""
+    layer: int
+    """The one with the largest growth, which is explained."""
+
+    def __str__(self) -> str:
+        return f"{self.number} (block{'s' if len(self.blocks) > 1 else ''} {spans(self.blocks, '-')})"
 
 
 @dataclass(frozen=True)
@@ -114,7 +136,7 @@ class Formation:
         sinks = some(sorted(set(self.sink_positions)))
         return summary(
             self,
-            f"block {self.layer}",
+            f"block {self.layer}" + (f" (event {self.event} of {len(self.steps)})" if len(self.steps) > 1 else ""),
             f"sink at position {sinks} of {len(self.sink_positions)} prompts",
             f"super neurons {some(self.neurons)}" if self.super_neurons else "",
             f"outlier dimensions {some(self.dims)}" if self.outlier_dims else "",
@@ -122,6 +144,37 @@ class Formation:
 
     def _repr_html_(self) -> str:
         return html(repr(self), [vars(event) for event in self.events])
+
+    @property
+    def steps(self) -> tuple[FormationStep, ...]:
+        """The formation blocks, in groups of those that follow one another: the events by their numbers."""
+        groups: list[list[FormationEvent]] = []
+        for event in self.events:
+            if groups and event.layer == groups[-1][-1].layer + 1:
+                groups[-1].append(event)
+            else:
+                groups.append([event])
+        return tuple(
+            FormationStep(number, tuple(event.layer for event in group), _strongest(group).layer)
+            for number, group in enumerate(groups, start=1)
+        )
+
+    @property
+    def event(self) -> int | None:
+        """Number of the event (see :attr:`steps`) that :attr:`layer` belongs to; ``None`` for another block."""
+        return next((step.number for step in self.steps if self.layer in step.blocks), None)
+
+    def step(self, event: int) -> FormationStep:
+        """The event of that number.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = next((step for step in self.steps if step.number == event), None)
+        if found is None:
+            known = ", ".join(map(str, self.steps))
+            raise InputError(f"there is no event {shown(event)}: the formation events of this sink are {known}")
+        return found
 
     @property
     def first(self) -> int:
@@ -138,14 +191,17 @@ class Formation:
         return tuple(range(self.layer + 1))
 
     def after(self, n_layers: int, blocks: int | None = 4) -> tuple[int, ...]:
-        """The ``blocks`` after the formation block, where attention is read (None: all that are left).
+        """The ``blocks`` after the formation block, where attention is read (None: all up to the next event).
+
+        They end before the first block of the next event (see :attr:`steps`): what is behind that one is a sink that
+        has been made anew.
 
         Args:
             n_layers: blocks of the model.
             blocks: how many, where there are as many.
 
         Raises:
-            NotApplicableError: the formation block is the last.
+            NotApplicableError: the formation block is the last, or the next event begins right behind it.
             InputError: fewer than one block is asked for.
         """
         if blocks is not None and blocks < 1:
@@ -155,7 +211,14 @@ class Formation:
             raise NotApplicableError(
                 f"block {self.layer} is the model's last: no later block attends to the sink it forms"
             )
-        return tuple(range(first, n_layers if blocks is None else min(first + blocks, n_layers)))
+        following = next((step for step in self.steps if step.blocks[0] > self.layer), None)
+        end = n_layers if following is None else following.blocks[0]
+        if end == first:
+            raise NotApplicableError(
+                f"event {following} begins right behind block {self.layer}, so that no block is left to read its sink "
+                "in: explain that event, or an earlier block"
+            )
+        return tuple(range(first, end if blocks is None else min(first + blocks, end)))
 
     @property
     def neurons(self) -> tuple[int, ...]:
@@ -174,6 +237,7 @@ def find_formation(
     batch: PromptBatch,
     *,
     layer: int | None = None,
+    event: int | None = None,
     super_neurons: Sequence[int] | None = None,
     outlier_dims: Sequence[int] | None = None,
     eps: float = 0.3,
@@ -190,6 +254,7 @@ def find_formation(
         model: a ``HookedTransformer`` or ``TransformerBridge``.
         batch: equal-length prompts.
         layer: explain this block instead of the one with the largest jump.
+        event: explain the event of this number instead (see :attr:`Formation.steps`), by its strongest block.
         super_neurons: take these neurons instead of looking for them.
         outlier_dims: take these dimensions instead of looking for them.
         eps: attention above which a head counts as having a sink (0.3, Gu et al. 2025).
@@ -203,10 +268,11 @@ def find_formation(
     Raises:
         NoSinkError: no position receives enough attention, no block makes its norm jump, or no neuron qualifies; with
             the numbers that were measured.
-        InputError: activations are not finite, or a block, neuron or dimension does not exist.
+        InputError: activations are not finite, a block, event, neuron or dimension does not exist, or both a block
+            and an event are given.
     """
     shape = model_shape(model)
-    _check_given(shape, layer, super_neurons, outlier_dims)
+    _check_given(shape, layer, super_neurons, outlier_dims, event)
     rows = row_budget(model, batch.length, memory_budget)
     store = capture_runs(model, batch.tokens, CLEAN, [], _profile_readouts(model, shape.n_layers), max_rows=rows)
     received = torch.stack([store.readings["base", "attention", b] for b in range(shape.n_layers)]).cpu()
@@ -215,13 +281,64 @@ def find_formation(
     events = _events(profile, min_ratio, min_jump)
     if layer is None:
         layer = _block_to_explain(profile, events, sinks, eps, min_ratio, min_jump)
-    post, added = _written(model, batch, layer, rows)
+    found = Formation(layer, tuple(sinks.tolist()), (), (), events, profile)
+    return explained(
+        model,
+        batch,
+        found,
+        layer if event is None else found.step(event).layer,
+        super_neurons=super_neurons,
+        outlier_dims=outlier_dims,
+        neuron_z=neuron_z,
+        selectivity=selectivity,
+        dim_z=dim_z,
+        memory_budget=memory_budget,
+    )
+
+
+@in_usual_state
+def explained(
+    model: Model,
+    batch: PromptBatch,
+    formation: Formation,
+    layer: int,
+    *,
+    super_neurons: Sequence[int] | None = None,
+    outlier_dims: Sequence[int] | None = None,
+    neuron_z: float = 5.0,
+    selectivity: float = 10.0,
+    dim_z: float = 10.0,
+    memory_budget: int | None = None,
+) -> Formation:
+    """The same sink, explained by the super neurons and outlier dimensions of one of its blocks.
+
+    Args:
+        model: the model.
+        batch: the prompts that ``formation`` was found on.
+        formation: where the sink forms; its positions, events and profile are kept.
+        layer: the block to explain.
+        super_neurons: as :func:`find_formation` takes them, as are the others.
+        outlier_dims: dimensions.
+        neuron_z: threshold.
+        selectivity: threshold.
+        dim_z: threshold.
+        memory_budget: bytes for one forward pass's activations.
+
+    Raises:
+        NoSinkError: no neuron of the block qualifies.
+    """
+    sinks = torch.tensor(formation.sink_positions, device="cpu")
+    post, added = _written(model, batch, layer, row_budget(model, batch.length, memory_budget))
     neurons = _super_neurons(model, layer, post, sinks, neuron_z, selectivity, super_neurons)
     dims = _outlier_dims(model, layer, post, added, sinks, neurons, dim_z, outlier_dims)
-    return Formation(layer, tuple(sinks.tolist()), neurons, dims, events, profile)
+    return replace(formation, layer=layer, super_neurons=neurons, outlier_dims=dims)
 
 
-def _check_given(shape, layer, neurons, dims) -> None:  # noqa: ANN001
+def _check_given(shape, layer, neurons, dims, event=None) -> None:  # noqa: ANN001
+    if event is not None:
+        check_number("event", event, Between(1), whole=True)
+        if layer is not None:
+            raise InputError(f"give a block ({layer}) or an event ({event}) to explain, not both")
     if neurons and not shape.d_mlp:
         raise NotApplicableError("super_neurons are given, and the model has no dense MLP: leave them out")
     for name, given, top in (
@@ -339,7 +456,11 @@ def _block_to_explain(profile, events, sinks, eps, min_ratio, min_jump) -> int: 
             f"no formation block: {measured}; a jump to {min_ratio} times the others' by a factor of {min_jump} "
             "in one block was asked for"
         )
-    return max(events, key=lambda event: event.ratio_after - event.ratio_before).layer
+    return _strongest(events).layer
+
+
+def _strongest(events: Sequence[FormationEvent]) -> FormationEvent:
+    return max(events, key=lambda event: event.growth)
 
 
 def _super_neurons(model, layer, post, sinks, neuron_z, selectivity, given) -> tuple[SuperNeuron, ...]:  # noqa: ANN001
@@ -400,7 +521,8 @@ def _outlier_dims(model, layer, post, added, sinks, neurons, dim_z, given) -> tu
 
 def formation_to_json(formation: Formation) -> dict[str, Any]:
     """A formation as plain lists and dictionaries."""
-    return {**asdict(formation), "profile": formation.profile.to_dict("records")}
+    told = {"event": formation.event, "steps": [asdict(step) for step in formation.steps]}
+    return {**asdict(formation), **told, "profile": formation.profile.to_dict("records")}
 
 
 def formation_from_json(data: Mapping[str, Any]) -> Formation:

@@ -22,7 +22,7 @@ from sinklens.engine.capture import Want, capture_runs
 from sinklens.engine.memory import row_budget
 from sinklens.engine.run import PatchResult, PatchRunner, Progress
 from sinklens.errors import InputError, NotApplicableError
-from sinklens.formation import Formation, find_formation
+from sinklens.formation import Formation, explained, find_formation
 from sinklens.models.identities import block_weights, require
 from sinklens.models.view import (
     BlockWeights,
@@ -60,7 +60,8 @@ class Study:
     memory_budget: int | None = None
     """Bytes for one forward pass's activations; chosen by device when None."""
     given: dict[str, Any] = field(default_factory=dict)
-    """What :func:`sinklens.find_formation` is told (``layer``, ``super_neurons``, ``outlier_dims``, thresholds)."""
+    """What :func:`sinklens.find_formation` is told (``layer`` or ``event``, ``super_neurons``, ``outlier_dims``,
+    thresholds)."""
     progress: Progress | None = None
     """Called with (rows done, rows in all) while patches run."""
     rows: int | None = None
@@ -127,7 +128,38 @@ class Study:
         bos = bos_token(self.model)
         led = bos is not None and bool((self.batch.tokens[:, 0] == bos).all())
         batch = prompts.random_tokens(self.model, self.batch.n, self.batch.length, seed=self.seed, prepend_bos=led)
-        return replace(self, batch=batch, given=dict(self.given))
+        given = dict(self.given)
+        if given.pop("event", None) is not None:
+            given["layer"] = self.formation.layer  # the same event, whatever its number is in other prompts
+        return replace(self, batch=batch, given=given)
+
+    def at_block(self, layer: int) -> Study:
+        """The same study with the same sink, explained by another of its blocks (see :attr:`Formation.steps`).
+
+        Super neurons and outlier dimensions that are given belong to the block that was explained before: they are
+        looked for anew.
+
+        Raises:
+            NoSinkError: the block has no super neurons.
+        """
+        if layer == self.formation.layer:
+            return self
+        kept = {name: self.given[name] for name in ("neuron_z", "selectivity", "dim_z") if name in self.given}
+        formation = explained(self.model, self.batch, self.formation, layer, memory_budget=self.memory_budget, **kept)
+        dropped = ("event", "super_neurons", "outlier_dims")
+        given = {name: value for name, value in self.given.items() if name not in dropped}
+        other = replace(self, given=given | {"layer": layer})
+        other.formation = formation
+        return other
+
+    def at_event(self, event: int) -> Study:
+        """The same study with another event explained, by its strongest block (see :attr:`Formation.steps`).
+
+        Raises:
+            InputError: there is no event of that number.
+            NoSinkError: its block has no super neurons.
+        """
+        return self.at_block(self.formation.step(event).layer)
 
     def first(self, n: int) -> Study:
         """The same study on its first ``n`` prompts (all, when there are fewer), with the formation found on all."""
@@ -167,10 +199,10 @@ class Study:
         return tuple(range(self.formation.first + 1))
 
     def after_formation(self, blocks: int | None = 4) -> tuple[int, ...]:
-        """The ``blocks`` after the formation block, where attention is read (None: all that are left).
+        """The ``blocks`` after the formation block, where attention is read (None: all up to the next event).
 
         Raises:
-            NotApplicableError: the formation block is the last.
+            NotApplicableError: the formation block is the last, or the next event begins right behind it.
             InputError: fewer than one block is asked for.
         """
         return self.formation.after(self.shape.n_layers, blocks)

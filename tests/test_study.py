@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from sinklens import sites
-from sinklens.errors import InputError, NotApplicableError
+from sinklens.errors import InputError, NoSinkError, NotApplicableError
+from sinklens.prompts import from_tokens
 from sinklens.readouts.base import Readout
+from sinklens.study import Study
 from tests.helpers.analyses import GIVEN, study
+from tests.helpers.planted import OUTLIER, SUPER, planted_twice, prompts
 
 
 def test_measuring_is_what_a_cache_holds():
@@ -64,3 +67,28 @@ def test_controls_are_as_many_others():
 def test_a_study_of_the_last_block_has_no_later_ones():
     with pytest.raises(NotApplicableError, match="block 3 is the model's last"):
         study(given=GIVEN | {"layer": 3}).after_formation()
+
+
+def test_another_event_of_the_same_sink():
+    pytest.importorskip("transformer_lens.HookedTransformer")
+    model = planted_twice()
+    batch = from_tokens(model, prompts(16)[1:].repeat(3, 1))
+    here = Study(model, batch, given={"super_neurons": (3,), "neuron_z": 4.0})
+    assert (here.formation.layer, here.neurons) == (2, (3,))
+    assert here.at_event(2) is here  # what is given of the block that is explained stays
+    other = here.at_event(1)
+    assert (other.formation.layer, other.neurons, other.formation.dims) == (0, (SUPER,), (OUTLIER,))
+    assert other.given == {"neuron_z": 4.0, "layer": 0} and other.sinks.tolist() == here.sinks.tolist()
+    assert (other.after_formation(), here.after_formation()) == ((1,), (3,))
+    with pytest.raises(InputError, match="there is no event 3"):
+        here.at_event(3)
+    with pytest.raises(NoSinkError, match="no super neuron in block 1"):
+        here.at_block(1)
+
+
+def test_random_prompts_have_the_same_event_whatever_its_number_there():
+    pytest.importorskip("transformer_lens.HookedTransformer")
+    model = planted_twice()
+    here = Study(model, from_tokens(model, prompts(16)[1:].repeat(3, 1)), given={"event": 2})
+    assert here.formation.layer == 2
+    assert here.random.given == {"layer": 2} and here.given == {"event": 2}

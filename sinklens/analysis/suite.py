@@ -7,6 +7,7 @@ option, or the code itself. A part that fails is recorded with its reason, and t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -96,8 +97,8 @@ def run_all(
         ends: called when a part ends.
 
     Raises:
-        InputError: a part that does not exist, a folder that is not one of an earlier run, or a target, block, neuron
-            or dimension that the prompts or the model do not have: nothing has been written then.
+        InputError: a part that does not exist, a folder that is not one of an earlier run, or a target, block,
+            event, neuron or dimension that the prompts or the model do not have: nothing has been written then.
         WriteError: there is no room; what was finished is kept, and taken up when there is.
     """
     out = Path(out)
@@ -113,12 +114,12 @@ def run_all(
     suite = _Suite(study, out, target, analyses)
     # What is there stays on record until it is done again: a run that is interrupted has lost nothing.
     parts = {name: part for name, part in earlier.items() if name in names}
-    _record(out, study, parts, config or {})  # first of all: what has it can be taken up
+    write_record(out, study, parts, config or {})  # first of all: what has it can be taken up
     for number, name in enumerate(chosen, start=1):
         begins(name, number, len(chosen))
         part = suite.part(name, keys[name], earlier.get(name))
         parts[name] = part
-        _record(out, study, {name: parts[name] for name in names if name in parts}, config or {})
+        write_record(out, study, {name: parts[name] for name in names if name in parts}, config or {})
         ends(part)
     return SuiteResult(out, {name: parts[name] for name in names if name in parts})
 
@@ -126,9 +127,12 @@ def run_all(
 def _check(study: Study, target: int) -> None:
     """Refuse, before any work, what would make parts fail."""
     PairChoice(target).check(study.batch.length)
-    told = {name: study.given[name] for name in ("layer", "super_neurons", "outlier_dims") if name in study.given}
-    if told:
-        _check_given(study.shape, told.get("layer"), told.get("super_neurons"), told.get("outlier_dims"))
+    told = {name: study.given.get(name) for name in ("layer", "super_neurons", "outlier_dims", "event")}
+    if study.given:
+        _check_given(study.shape, *told.values())
+    if told["event"] is not None:
+        with contextlib.suppress(NoSinkError):  # that is for the parts to say
+            study.formation  # noqa: B018  (which events there are is known when the sink is)
 
 
 class _Suite:
@@ -230,7 +234,8 @@ def _read_part(name: str, data: Mapping[str, Any]) -> Part:
     return part
 
 
-def _record(out: Path, study: Study, parts: Mapping[str, Part], config: Mapping[str, Any]) -> None:
+def write_record(out: Path, study: Study, parts: Mapping[str, Part], config: Mapping[str, Any]) -> None:
+    """Write ``run.json``: what a folder of several parts has, and why the rest is not there."""
     listed = {
         name: {k: v for k, v in asdict(part).items() if k not in ("name", "reused")} for name, part in parts.items()
     }

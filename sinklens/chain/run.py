@@ -51,6 +51,7 @@ def run_chain(
     pair_layers: Sequence[int] | None = None,
     stages: Sequence[Stage] = CHAIN,
     formation: Formation | None = None,
+    event: int | None = None,
     metric: str | NamedReadout = METRIC,
     readout_blocks: int = 4,
     control_draws: int = 3,
@@ -71,6 +72,8 @@ def run_chain(
         pair_layers: blocks of that intervention (see :func:`sinklens.induced_pair` for the default).
         stages: stages to score, the six of the chain by default.
         formation: where the sink forms; found if not given.
+        event: number of the formation event to explain, in place of ``formation`` (see
+            :attr:`sinklens.Formation.steps`); the one with the largest growth by default.
         metric: what is measured of the sink, by name (:data:`sinklens.readouts.named.READOUTS`) or as a
             :class:`~sinklens.readouts.named.NamedReadout`.
         readout_blocks: in how many blocks after the formation block it is measured.
@@ -87,7 +90,18 @@ def run_chain(
         EngineError: an identity failed, or a patch did nothing: the numbers would not be trustworthy.
     """
     choice = PairChoice(target, pair, strength, None if pair_layers is None else whole_numbers(pair_layers, "block"))
-    options: dict[str, Any] = {"seed": seed, "memory_budget": memory_budget, "rows": max_rows, "progress": progress}
+    if formation is not None and event is not None:
+        raise InputError(
+            "give a formation or the number of an event, not both: find_formation(event=) finds its formation"
+        )
+    given = {} if event is None else {"event": event}
+    options: dict[str, Any] = {
+        "given": given,
+        "seed": seed,
+        "memory_budget": memory_budget,
+        "rows": max_rows,
+        "progress": progress,
+    }
     return score_chain(
         Study.of(model, batch, formation, **options),
         choice,

@@ -21,6 +21,7 @@ from sinklens.cli.common import (
     DimsOption,
     Dtype,
     DtypeOption,
+    EventOption,
     JsonOption,
     LengthOption,
     MemoryOption,
@@ -47,6 +48,7 @@ def everything(
     prompts: PromptsOption = "passages",
     bos: BosOption = False,
     block: BlockOption = None,
+    event: EventOption = None,
     super_neurons: NeuronsOption = None,
     outlier_dims: DimsOption = None,
     only: Annotated[str | None, typer.Option(help="Only these parts, such as `formation,onset`.")] = None,
@@ -67,7 +69,7 @@ def everything(
         PairChoice(target).check(length)
         if n < 2:
             fail(TOO_FEW.format(f"--n is {n}"))
-        given = given_formation(block, super_neurons, outlier_dims)
+        given = given_formation(block, super_neurons, outlier_dims, event)
         chosen = () if only is None else names("--only", only)
         allowed = budget(memory_budget)
         run_everything(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +42,7 @@ from sinklens.cli.common import (
     target_of,
     write_report,
 )
-from sinklens.records.ranges import MOST_REPEATS, integers
+from sinklens.records.ranges import MOST_REPEATS, integers, shown
 
 
 def chain(
@@ -58,6 +61,12 @@ def chain(
     prompts: PromptsOption = "passages",
     bos: BosOption = False,
     block: BlockOption = None,
+    event: Annotated[
+        str | None,
+        typer.Option(
+            help="Formation event to explain (`sinklens find` lists them), or `all`: a folder for each in --out."
+        ),
+    ] = None,
     super_neurons: NeuronsOption = None,
     outlier_dims: DimsOption = None,
     readout_blocks: Annotated[int, typer.Option(min=1, help="Blocks after formation to measure attention in.")] = 4,
@@ -83,7 +92,13 @@ def chain(
             if not (math.isfinite(value) and value >= least):
                 fail(f"{name} {value} must be a finite number" + (f", {least} or more" if least == 0 else ""))
         bytes_allowed = budget(memory_budget)
-        given = given_formation(block, super_neurons, outlier_dims)
+        which = _which(event)
+        given = given_formation(block, super_neurons, outlier_dims, which if isinstance(which, int) else None)
+        if which == ALL and given:
+            fail(
+                "--event all explains each event by its own super neurons: leave out --block, --super-neurons and "
+                "--outlier-dims, or give the number of one event"
+            )
         blocks = None if pair_layers is None else integers("--pair-layers", pair_layers)
         check_out(out, force=force)
         with progress() as (step, rows):
@@ -101,42 +116,124 @@ def chain(
             )
             if batch.n < 2:
                 fail(TOO_FEW.format(f"only {batch.n} in {batch.source} has {length} tokens or more"))
-            from sinklens.chain.run import run_chain
-            from sinklens.formation import find_formation
-
-            step("scoring the chain")
-            formation = find_formation(loaded, batch, memory_budget=bytes_allowed, **given) if given else None
-            result = run_chain(
-                loaded,
-                batch,
-                formation=formation,
-                target=wanted,
-                pair=pair.value,
-                metric=metric,
-                strength=strength,
-                pair_layers=blocks,
-                readout_blocks=readout_blocks,
-                control_draws=control_draws,
-                min_gap=min_gap,
-                seed=seed,
-                progress=rows,
-                memory_budget=bytes_allowed,
-            )
-            result.config["command"] = command_line()
-            result.save(out, force=force)
-            step("writing the report")
-            page = write_report(out)
-        _print_chain(result, out, page, as_json)
+            options = {
+                "target": wanted,
+                "pair": pair.value,
+                "metric": metric,
+                "strength": strength,
+                "pair_layers": blocks,
+                "readout_blocks": readout_blocks,
+                "control_draws": control_draws,
+                "min_gap": min_gap,
+                "seed": seed,
+                "progress": rows,
+                "memory_budget": bytes_allowed,
+            }
+            run = _all_events if which == ALL else _one_event
+            chains = run(loaded, batch, given, options, out, force, step)
+        _print_chains(chains, as_json)
 
 
-def _print_chain(result: Any, out: Path, page: Path | None, as_json: bool) -> None:
+ALL = "all"
+"""What stands for every event."""
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """A chain, and where it was written."""
+
+    title: str
+    result: Any
+    out: Path
+    page: Path | None
+
+
+def _which(event: str | None) -> int | str | None:
+    """``--event`` as a number, ``all``, or nothing."""
+    if event is None or event == ALL:
+        return event
+    if not (event.isdecimal() and event.isascii() and 1 <= len(event) <= 4 and int(event)):
+        fail(f"--event {shown(event)!r} must be the number of an event, such as 1, or all: sinklens find lists them")
+    return int(event)
+
+
+def _one_event(
+    model: Any, batch: Any, given: dict, options: dict, out: Path, force: bool, step: Callable[[str], None]
+) -> list[_Chain]:
+    """One chain, in the folder itself."""
+    from sinklens.chain.run import run_chain
+    from sinklens.formation import find_formation
+
+    step("scoring the chain")
+    budget = options["memory_budget"]
+    formation = find_formation(model, batch, memory_budget=budget, **given) if given else None
+    result = run_chain(model, batch, formation=formation, **options)
+    result.config["command"] = command_line()
+    result.save(out, force=force)
+    step("writing the report")
+    return [_Chain("", result, out, write_report(out))]
+
+
+def _all_events(
+    model: Any, batch: Any, _given: dict, options: dict, out: Path, force: bool, step: Callable[[str], None]
+) -> list[_Chain]:
+    """A chain for every event, each in a folder of its own; one that cannot be scored is named, and left out.
+
+    Raises:
+        InputError: none can be scored.
+    """
+    from sinklens.analysis.suite import Part, write_record
+    from sinklens.chain.run import run_chain
+    from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableError
+    from sinklens.formation import explained, find_formation
+    from sinklens.records.files import atomic_folder
+    from sinklens.study import Study
+
+    budget = options["memory_budget"]
+    # Without super neurons: those of one event must not stand in the way of the others.
+    formation = find_formation(model, batch, super_neurons=(), memory_budget=budget)
+    results, parts, errors = {}, {}, []
+    for event in formation.steps:
+        step(f"scoring the chain of event {event}")
+        name, began = f"event-{event.number}", time.perf_counter()
+        try:
+            there = explained(model, batch, formation, event.layer, memory_budget=budget)
+            results[name] = run_chain(model, batch, formation=there, **options)
+            results[name].config["command"] = command_line()
+            parts[name] = Part(name, "done", seconds=time.perf_counter() - began)
+        except EngineError:
+            raise  # nothing of such a run is to be trusted
+        except InputError as error:
+            errors.append(error)
+            measurable = not isinstance(error, (NoSinkError, NotApplicableError))
+            parts[name] = Part(name, "failed" if measurable else "not measurable", str(error))
+            typer.echo(f"sinklens: note: event {event} is left out: {error}", err=True)
+    if not results:
+        raise errors[0]
+    with atomic_folder(out, force=force) as folder:
+        for name, result in results.items():
+            result.save(folder / name)
+        study = Study.of(model, batch, formation, seed=options["seed"])
+        write_record(folder, study, parts, {"command": command_line()})
+    step("writing the reports")
+    write_report(out)
+    titles = {f"event-{event.number}": f"Event {event}, explained by block {event.layer}" for event in formation.steps}
+    return [_Chain(titles[name], result, out / name, write_report(out / name)) for name, result in results.items()]
+
+
+def _print_chains(chains: list[_Chain], as_json: bool) -> None:
     from sinklens.cli.tables import chain_footer, chain_table, console
 
     if as_json:
-        sys.stdout.write((out / "chain.json").read_text(encoding="utf-8") + "\n")
+        texts = [(chain.out / "chain.json").read_text(encoding="utf-8") for chain in chains]
+        sys.stdout.write((f"[{','.join(texts)}]" if chains[0].title else texts[0]) + "\n")
         return
     screen = console()
-    screen.print(chain_table(result))
-    for line in chain_footer(result):
-        screen.print(line, markup=False)
-    screen.print(f"Results: {out}" + (f"; report: {page}" if page else ""), markup=False, soft_wrap=True)
+    for chain in chains:
+        if chain.title:
+            screen.print(chain.title, markup=False)
+        screen.print(chain_table(chain.result))
+        for line in chain_footer(chain.result):
+            screen.print(line, markup=False)
+        told = f"Results: {chain.out}" + (f"; report: {chain.page}" if chain.page else "")
+        screen.print(told, markup=False, soft_wrap=True)

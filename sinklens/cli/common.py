@@ -86,6 +86,10 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace the folder o
 BlockOption = Annotated[
     int | None, typer.Option("--block", "--layer", help="Explain this block instead of the strongest.")
 ]
+EventOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Explain this formation event (`sinklens find` lists them) by its strongest block."),
+]
 NeuronsOption = Annotated[str | None, typer.Option(help="Take these super neurons, such as 3,17, and look for none.")]
 DimsOption = Annotated[str | None, typer.Option(help="Take these outlier dimensions and look for none.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -106,9 +110,15 @@ def floats(option: str, text: str) -> tuple[float, ...]:
     return found
 
 
-def given_formation(block: int | None, super_neurons: str | None, outlier_dims: str | None) -> dict[str, Any]:
+def given_formation(
+    block: int | None, super_neurons: str | None, outlier_dims: str | None, event: int | None = None
+) -> dict[str, Any]:
     """What the user says of the formation, as :class:`sinklens.Study` takes it."""
+    if block is not None and event is not None:
+        fail(f"give --block {block} or --event {event}, not both")
     found: dict[str, Any] = {} if block is None else {"layer": block}
+    if event is not None:
+        found["event"] = event
     if super_neurons is not None:
         found["super_neurons"] = integers("--super-neurons", super_neurons)
     if outlier_dims is not None:

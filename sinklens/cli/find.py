@@ -14,6 +14,7 @@ from sinklens.cli.common import (
     DimsOption,
     Dtype,
     DtypeOption,
+    EventOption,
     JsonOption,
     LengthOption,
     ModelOption,
@@ -34,6 +35,7 @@ def find(
     prompts: PromptsOption = "passages",
     bos: BosOption = False,
     block: BlockOption = None,
+    event: EventOption = None,
     super_neurons: NeuronsOption = None,
     outlier_dims: DimsOption = None,
     device: DeviceOption = "auto",
@@ -44,7 +46,7 @@ def find(
 ) -> None:
     """Find where the sink forms: blocks, super neurons, outlier dimensions."""
     with errors():
-        given = given_formation(block, super_neurons, outlier_dims)
+        given = given_formation(block, super_neurons, outlier_dims, event)
         with progress() as (step, _rows):
             loaded, batch = load(
                 step,

@@ -22,6 +22,7 @@ from sinklens.cli.common import (
     DimsOption,
     Dtype,
     DtypeOption,
+    EventOption,
     ForceOption,
     JsonOption,
     LengthOption,
@@ -76,6 +77,7 @@ def _run(
     prompts: PromptsOption = "passages",
     bos: BosOption = False,
     block: BlockOption = None,
+    event: EventOption = None,
     super_neurons: NeuronsOption = None,
     outlier_dims: DimsOption = None,
     device: DeviceOption = "auto",
@@ -87,7 +89,7 @@ def _run(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    given, allowed = given_formation(block, super_neurons, outlier_dims), budget(memory_budget)
+    given, allowed = given_formation(block, super_neurons, outlier_dims, event), budget(memory_budget)
     check_out(out, force=force)
     with progress() as (step, rows):
         loaded, batch = load(

@@ -24,6 +24,7 @@ from sinklens.cli.common import (
     DimsOption,
     Dtype,
     DtypeOption,
+    EventOption,
     JsonOption,
     LengthOption,
     MemoryOption,
@@ -93,6 +94,7 @@ def _run(
     prompts: PromptsOption = "passages",
     bos: BosOption = False,
     block: BlockOption = None,
+    event: EventOption = None,
     super_neurons: NeuronsOption = None,
     outlier_dims: DimsOption = None,
     device: DeviceOption = "auto",
@@ -106,7 +108,7 @@ def _run(
     force: Annotated[bool, typer.Option("--force", help="Replace what an earlier sweep has left there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    given = given_formation(block, super_neurons, outlier_dims)
+    given = given_formation(block, super_neurons, outlier_dims, event)
     spec = {"model": model, "dtype": dtype.value, "backend": backend.value, "devices": devices}
     defaults = {option.name: option.parameter.default for option in OPTIONS}
     chosen = {**defaults, **options, "out": out, "force": force, "model_spec": spec}

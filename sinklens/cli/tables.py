@@ -127,13 +127,23 @@ def _measured(result: ChainResult, by: str = "") -> str:
 def formation_tables(formation: Formation) -> list[Table | Text]:
     """Formation blocks, super neurons and outlier dimensions."""
     positions = sorted(set(formation.sink_positions))
-    events = Table(title="Formation blocks (the residual norm of the sink token jumps)")
-    for name in ("block", "norm before", "after", "others' ratio before", "after", "MLP output", "attention output"):
+    events = Table(title="Formation blocks (the residual norm of the sink token jumps); an event is a run of them")
+    numbers = {block: step.number for step in formation.steps for block in step.blocks}
+    for name in (
+        "event",
+        "block",
+        "norm before",
+        "after",
+        "others' ratio before",
+        "after",
+        "MLP output",
+        "attention output",
+    ):
         events.add_column(name, justify="right")
     for e in formation.events:
         mark = " (explained)" if e.layer == formation.layer else ""
-        numbers = (e.norm_before, e.norm_after, e.ratio_before, e.ratio_after, e.mlp_norm, e.attn_norm)
-        events.add_row(f"{e.layer}{mark}", *(f"{x:,.1f}" for x in numbers))
+        measured = (e.norm_before, e.norm_after, e.ratio_before, e.ratio_after, e.mlp_norm, e.attn_norm)
+        events.add_row(str(numbers[e.layer]), f"{e.layer}{mark}", *(f"{x:,.1f}" for x in measured))
     neurons = Table(title=f"Super neurons of block {formation.layer}")
     for name in ("neuron", "z of |W_gate|", "z of |W_up|", "activation on the sink", "on others (95%)"):
         neurons.add_column(name, justify="right")

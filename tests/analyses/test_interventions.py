@@ -15,7 +15,7 @@ from sinklens.analysis.run import load_analysis
 from sinklens.analysis.tables import tidy
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
 from tests.helpers.one_at_a_time import cache_of
-from tests.helpers.planted import planted_model
+from tests.helpers.planted import planted_model, planted_twice
 from tests.helpers.planted import prompts as planted_prompts
 from tests.helpers.tiny import tiny_model, tiny_tokens
 
@@ -534,6 +534,68 @@ def test_an_induced_sink_that_has_no_place_is_left_out(tiny_llama):
     study = tiny(tiny_llama)
     found = findings("settle_it", study, positions=(int(study.sinks[0]),))
     assert "induced sink" not in set(found.table.sink) and "The induced sink is left out" in found.caption
+
+
+def twice(**given: Any) -> sl.Study:
+    """The model whose sink is made in blocks 0 and 2, neither by way of the other."""
+    model = planted_twice()
+    return sl.Study(model, sl.prompts.from_tokens(model, planted_prompts(16)[1:].repeat(3, 1)), given=given)
+
+
+@pytest.mark.parametrize("event", [1, 2])
+def test_each_event_is_settled_by_itself_and_with_the_others(event):
+    """By hand: the sink of a block is that of the event before it, and of no other."""
+    found = findings("settle_it", twice(event=event), positions=(5,), rotations=2, draws=1)
+    gone = pytest.approx(1 - np.mean([1 / (i + 1) for i in range(1, 16)]), abs=1e-5)
+    assert found.numbers["removed, natural sink, super neurons, zero"].value == gone
+    removed = found.table.groupby(["sink", "neurons"]).removed.mean()
+    for block, of_first, of_second in (("block 1", gone, 0), ("block 3", 0, gone)):
+        rows = removed[f"natural sink, {block}"]
+        assert rows["super neurons of event 1 (block 0)"] == of_first
+        assert rows["super neurons of event 2 (block 2)"] == of_second
+        assert rows["super neurons of all events"] == gone
+        assert rows[rows.index.str.startswith("random neurons")].tolist() == pytest.approx([0, 0, 0], abs=1e-5)
+        name = f"removed, natural sink, {block}, super neurons of event 1 (block 0), zero"
+        assert found.numbers[name].value == of_first
+    load_analysis("settle_it").draw(found)
+
+
+def test_all_later_blocks_go_beyond_the_next_event():
+    """Blocks 1 and 2 attend to what the first event has written, block 3 to what the second has."""
+    found = findings("settle_it", twice(event=1), positions=(5,), rotations=2, draws=1)
+    gone = 1 - np.mean([1 / (i + 1) for i in range(1, 16)])
+    all_later = found.numbers["removed, natural sink, all later blocks, super neurons, zero"].value
+    assert all_later == pytest.approx(gone * 2 / 3, abs=1e-5)
+
+
+def test_a_block_without_super_neurons_is_named_and_the_others_are_settled(monkeypatch):
+    real = sl.Study.at_block
+
+    def at_block(self: Any, layer: int) -> Any:
+        if layer == 0:
+            raise NoSinkError("no super neuron in block 0")
+        return real(self, layer)
+
+    monkeypatch.setattr(sl.Study, "at_block", at_block)
+    found = findings("settle_it", twice(), positions=(5,), rotations=2, draws=1)
+    assert "Block 0 is left out of its event: no super neuron in block 0." in found.caption
+    seen = {name for name in found.table.neurons if " of " in name}
+    assert seen == {f"{who} neurons of event 2 (block 2)" for who in ("super", "random")}
+
+
+def test_events_behind_which_there_is_no_sink_are_named(monkeypatch):
+    """A ratio of two numbers near 0 says nothing."""
+    study = twice()
+    attends: Any = study.model.blocks[1].attn  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(attends, "W_K", torch.nn.Parameter(-attends.W_K))
+    found = findings("settle_it", study, positions=(5,), rotations=2, draws=1)
+    assert "natural sink, block 1: 3 of 3 prompts have too little of a sink there." in found.caption
+    assert set(found.table.sink) == {
+        "natural sink",
+        "natural sink, all later blocks",
+        "induced sink",
+        "natural sink, block 3",
+    }
 
 
 # All three.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import sinklens as sl
 from sinklens import metrics, statistics
+from sinklens.formation import FormationEvent
 from sinklens.prompts import from_tokens
 from tests.helpers.planted import OUTLIER, PLUS, SUPER, planted_model
 from tests.helpers.tiny import ARCHITECTURES, slow_but, tiny_model, tiny_tokens
@@ -285,6 +287,19 @@ def test_head_imbalance_is_that_of_a_plain_run(tiny_llama):
     assert findings.verdict.estimate.value == pytest.approx(np.mean(taus[:2]), abs=1e-6)
     assert findings.numbers["tau after formation"].value == pytest.approx(np.mean(taus[2:]), abs=1e-6)
     assert findings.numbers["tau in all blocks"].value == pytest.approx(np.mean(taus), abs=1e-6)
+
+
+def test_heads_after_formation_are_those_before_the_next_event(tiny_llama):
+    """Blocks 0 and 2 as two events: of the first, block 1 alone is behind it and before the next."""
+    study = study_of(tiny_llama)
+    events = tuple(FormationEvent(block, 1.0, 10.0, 1.0, 10.0, 1.0, 1.0) for block in (0, 2))
+    study.formation = replace(study.formation, layer=0, events=events)
+    findings = run("head_imbalance", study, span="after_formation")
+    rows = findings.table[findings.table.layer == 1]
+    tau = scipy.stats.kendalltau(rows.entropy, rows.variance)[0]
+    assert findings.verdict.estimate.value == pytest.approx(tau, abs=1e-6)
+    named = findings.table.groupby("layer").blocks.first().tolist()
+    assert named == ["up to formation", "after formation", "after the next event", "after the next event"]
 
 
 def sharpened(scales: tuple[float, float]) -> sl.Study:

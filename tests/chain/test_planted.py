@@ -22,7 +22,7 @@ from sinklens.formation import find_formation
 from sinklens.pairs import induced_pair
 from sinklens.prompts import from_tokens
 from sinklens.study import Study
-from tests.helpers.planted import MIRROR, OUTLIER, SUPER, planted_model, prompts, value
+from tests.helpers.planted import MIRROR, OUTLIER, SUPER, planted_model, planted_twice, prompts, value
 
 LENGTH, TARGET = 16, 5
 BASE = [np.mean([1 / (i + 1) for i in range(TARGET + 1, LENGTH)]), 0.0]
@@ -294,3 +294,21 @@ def attend_self(pattern, hook):  # noqa: ARG001
 def test_a_metric_that_a_chain_cannot_use(model, batch, formation, metric, target, message):
     with pytest.raises(InputError, match=message):
         run_chain(model, batch, target=target, formation=formation, metric=metric)
+
+
+@pytest.mark.parametrize(("event", "read"), [(1, [1]), (2, [3]), (None, [3])])
+def test_each_event_makes_the_sink_of_the_blocks_behind_it(event, read):
+    """Read between it and the next: all of the sink, and nothing of it without the event's own neuron."""
+    model = planted_twice()
+    batch = from_tokens(model, prompts(LENGTH)[1:].repeat(3, 1))
+    stage = chosen(stages.SUPER_NEURONS, ("transplant", ""), ("zero", ""), ("zero", "random_neurons"))
+    result = run_chain(model, batch, target="natural", stages=(stage,), event=event)
+    assert result.config["readout_layers"] == read
+    left = np.mean([1 / (i + 1) for i in range(1, LENGTH)])
+    np.testing.assert_allclose(result.effects.query("control == ''").effect, 1 - left, atol=1e-5)
+    np.testing.assert_allclose(result.effects.query("control != ''").effect, 0, atol=1e-5)
+
+
+def test_a_formation_and_an_event_are_one_too_many(model, batch, formation):
+    with pytest.raises(InputError, match="give a formation or the number of an event, not both"):
+        run_chain(model, batch, target=TARGET, formation=formation, event=1)

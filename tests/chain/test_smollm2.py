@@ -18,10 +18,12 @@ from sinklens import interventions, prompts, readouts, stages
 from sinklens.chain.result import ChainResult
 from sinklens.chain.run import _trials, run_chain
 from sinklens.chain.scoring import SINK
+from sinklens.edits import Constant
 from sinklens.formation import Formation, find_formation
 from sinklens.pairs.pair import induced_pair
+from sinklens.patches import Patch
 from sinklens.prompts import PromptBatch
-from sinklens.sites import Z
+from sinklens.sites import MLP_POST, Z
 from sinklens.stages.base import Setting
 from sinklens.study import Study
 from tests.helpers.one_at_a_time import OneAtATime, cache_of, read
@@ -103,6 +105,32 @@ def test_the_sink_forms_where_it_is_known_to(which, request):
 def test_attention_rises_just_after_formation(formation):
     attention = formation.profile.set_index("layer").attention_sink
     assert attention[FORMATION_BLOCK] < 0.1 < 0.3 < attention[FORMATION_BLOCK + 1]
+
+
+@pytest.mark.parametrize("event", [1, 2])
+def test_each_event_makes_the_sink_of_the_blocks_behind_it(smollm2, natural, formation, event):
+    """Two blocks make the sink of blocks 3 to 10, and block 11 that of those behind; each leaves the other's alone."""
+    assert [step.blocks for step in formation.steps] == [(1, 2), (FORMATION_BLOCK,)]
+    study = Study.of(smollm2, natural, formation)
+    found = [study.at_block(layer) for layer in formation.step(event).blocks]
+    assert all(at.neurons for at in found)
+    behind = {1: tuple(range(3, 10)), 2: (12, 13, 14, 15)}
+    readings = [readouts.attention_received(str(i), blocks, study.sink, natural.n) for i, blocks in behind.items()]
+    first, *more = (Patch(MLP_POST, (at.formation.layer,), study.sink, Constant("zero"), at.neurons) for at in found)
+    effects = study.run([replace(first, also=tuple(more))], readings)
+    before = {i: effects.runs["base"][str(i)].mean() for i in behind}
+    removed = {i: float(1 - effects.values[str(i)][0].mean() / before[i]) for i in behind}
+    assert removed[event] > 0.4
+    assert abs(removed[3 - event]) < (0.15 if event == 1 else 1e-6)  # what is behind comes later
+
+
+def test_a_chain_of_the_first_event(smollm2, few):
+    found = run_chain(smollm2, few, event=1, stages=TWO_STAGES, target=TARGET, control_draws=1)
+    assert (found.formation.layer, found.formation.event) == (2, 1)
+    assert found.config["readout_layers"] == [3, 4, 5, 6]
+    assert found.score("super_neurons", "transplant", "denoise").effect > 0.8
+    assert abs(found.score("super_neurons", "transplant", "denoise", "random_neurons").effect) < 0.1
+    assert found.score("qk_locking", "transplant", "noise").effect > 0.8
 
 
 def test_every_stage_is_scored(result):
