@@ -73,15 +73,18 @@ def run(
 
 
 def natural_factor(setting: sl.Setting) -> float:
-    """How much more the sink's aggregated value deviates over prompts than the target's, root mean square over blocks.
+    """How many times as far the sink's aggregated value deviates over prompts as the target's, mean over blocks.
 
-    NaN where one of the two is the same in all prompts, as the sink's behind a BOS.
+    The ratio of root mean squares over heads and dimensions; NaN where one of the two is the same in all prompts, as
+    the sink's behind a BOS.
     """
     layers, base = setting.up_to_formation, setting.pair.without
     sink = setting.spread(sl.Source(base.run, setting.study.sink), sites.Z, layers)
     here = setting.spread(base, sites.Z, layers)
-    varies = [float(torch.stack([deviation.pow(2).mean() for _, deviation in x.values()]).sum()) for x in (sink, here)]
-    return float("nan") if min(varies) <= 1e-12 else (varies[0] / varies[1]) ** 0.5
+    sizes = [tuple(float(x[layer][1].pow(2).mean().sqrt()) for x in (sink, here)) for layer in layers]
+    if min(min(pair) for pair in sizes) <= 1e-6:
+        return float("nan")
+    return float(np.mean([of_sink / of_target for of_sink, of_target in sizes]))
 
 
 Asked = tuple[str, float, sl.Patch]

@@ -68,7 +68,7 @@ def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
             RULE,
             holds=overall(deciding) in GOOD,
         )
-        table = result.scores.drop(columns=["layers", "units"])
+        table = result.scores.drop(columns=["layers", "units", "strength"])
         numbers = {_name(item): _estimate(item) for item in found if item is not worst}
         caption = "Effects with 95% intervals over prompts: 1 is all of the sink, 0 none. Controls carry their names."
         return Findings(said, table, caption, numbers)

@@ -69,6 +69,10 @@ def chain(
     ] = None,
     super_neurons: NeuronsOption = None,
     outlier_dims: DimsOption = None,
+    links: Annotated[
+        bool,
+        typer.Option("--links", help="Two more stages between W_O and the super neurons: what carries one's write."),
+    ] = False,
     readout_blocks: Annotated[int, typer.Option(min=1, help="Blocks after formation to measure attention in.")] = 4,
     control_draws: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Repetitions of random draws.")] = 3,
     min_gap: Annotated[float, typer.Option(help="Exclude prompts whose metric the pair moves by less.")] = 0.01,
@@ -116,7 +120,10 @@ def chain(
             )
             if batch.n < 2:
                 fail(TOO_FEW.format(f"only {batch.n} in {batch.source} has {length} tokens or more"))
+            from sinklens.stages import CHAIN, LINKED
+
             options = {
+                "stages": LINKED if links else CHAIN,
                 "target": wanted,
                 "pair": pair.value,
                 "metric": metric,

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
-import numpy as np
-
 from sinklens.errors import InputError
 
 Range: TypeAlias = str | int | Iterable[int]
@@ -72,7 +70,7 @@ def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], *, 
 
 _KINDS: tuple[tuple[object, str, Callable[[Any], bool]], ...] = (
     (str, "a text", lambda value: isinstance(value, str)),
-    (bool, "True or False", lambda value: isinstance(value, (bool, np.bool_))),
+    (bool, "True or False", lambda value: _is_truth(value)),
     (Callable, "a function", callable),
 )
 """Types of arguments that are no numbers: what they are called, and what tells them."""

@@ -19,6 +19,8 @@ from tests.helpers.planted import planted_model, planted_twice
 from tests.helpers.planted import prompts as planted_prompts
 from tests.helpers.tiny import tiny_model, tiny_tokens
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformer_lens.HookedTransformer")
 
 LENGTH = 24

@@ -23,6 +23,8 @@ from sinklens.statistics import Estimate
 from sinklens.study import Study
 from tests.helpers.tiny import tiny_model, tiny_tokens
 
+pytestmark = pytest.mark.slow
+
 GIVEN = {"layer": 1, "super_neurons": (3, 7), "outlier_dims": (2, 5)}
 
 

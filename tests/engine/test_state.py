@@ -28,6 +28,8 @@ from sinklens.patches import Patch, Source
 from sinklens.readouts.base import Readout
 from tests.helpers.tiny import hooks_left, tiny_model, tiny_tokens
 
+pytestmark = pytest.mark.slow
+
 N, LENGTH, AT = 3, 12, 5
 TOKENS = tiny_tokens(N, LENGTH)
 RUNS = {"base": (), "other": (Patch(sites.PATTERN, (0, 1), (AT,), edits.AttendSelf(), run="other"),)}

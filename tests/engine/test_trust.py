@@ -24,6 +24,8 @@ from sinklens.readouts.base import PositionReadout, Readout
 from tests.helpers.one_at_a_time import OneAtATime
 from tests.helpers.tiny import N_KV_HEADS, hooks_left, tiny_model, tiny_tokens
 
+pytestmark = pytest.mark.slow
+
 N, LENGTH, AT = 3, 12, 5
 TOKENS = tiny_tokens(N, LENGTH)
 RUNS = {"base": (), "other": (Patch(sites.PATTERN, (0, 1), (AT,), edits.AttendSelf(), run="other"),)}

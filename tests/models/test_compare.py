@@ -17,6 +17,8 @@ from sinklens.models.load import load_model
 from sinklens.models.view import is_bridge
 from tests.helpers.tiny import hooks_left, slow_but, tiny_hf
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("llama3", "gemma3", "opt_post", "cohere", "granite", "olmoe", "deepseek_v3", "gpt_oss")
 """Scaled rotary, windows, norms behind, turned neighbours, multipliers, experts, latent keys, learned sinks."""
 DTYPES = (torch.float32, torch.bfloat16)

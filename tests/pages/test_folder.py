@@ -19,6 +19,8 @@ from tests.helpers.made_results import made_analysis, made_result, put
 from tests.helpers.parsed import Parsed
 from tests.helpers.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("plotly")
 pytest.importorskip("circuitsvis")
 

@@ -20,6 +20,8 @@ from sinklens.sweeps import SweepResult, Worker, gather
 from sinklens.sweeps.seal import KEY, Seal, column_digest
 from tests.helpers.sweeps import run, written
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {"stages": "z", "layers": "0-1", "positions": "4", "readouts": "attention_received"}
 
 

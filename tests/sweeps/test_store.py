@@ -27,6 +27,8 @@ from sinklens.sweeps.run import ENGINES
 from sinklens.sweeps.store import FolderSink
 from tests.helpers.sweeps import FORMATION, N_TASKS, OPTIONS, run, tiny_batch, until, written
 
+pytestmark = pytest.mark.slow
+
 """Two groups of prompts, 90 patches in tasks of 7."""
 
 
