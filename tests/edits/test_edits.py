@@ -13,7 +13,7 @@ from sinklens import edits
 from sinklens.edits import Edit, EditSite
 from sinklens.sites import MLP_POST, RESID_PRE
 
-POST, PRE = MLP_POST.template, RESID_PRE.template
+POST, PRE, PRE_3 = MLP_POST.template, RESID_PRE.template, RESID_PRE.at(3)
 
 
 def site(pairs: int = 2, **given: Any) -> EditSite:
@@ -397,8 +397,17 @@ EVERY_EDIT: dict[str, Edit] = {
     "attend_self": edits.AttendSelf(),
     "contribution": edits.NeuronContribution("contribution", (3, 1), ROWS, (0,)),
     "densify": edits.DensifyRows("densify", (3, 1), ROWS, ROWS.flip(0)),
+    "interpolate": edits.Interpolate(amount=0.25),
+    "outside": edits.OutsideSubspace("outside", torch.eye(3)[:, :1]),
+    "masked": edits.Masked("masked", {3: tensor([0.0, 1, 0])}),
+    "written_by": edits.WrittenBy("written_by", torch.eye(3)[:, :1], ((RESID_PRE, 3),)),
+    "attend_to": edits.AttendTo("attend_to", torch.full((2, 2), 0.5)),
     "drop_dims": edits.DropDimsBeforeNorm("drop_dims", (1,)),
 }
+
+
+WIDE = ("permuted", "direction", "attend_self", "attend_to")
+"""Edits of an activation with several units."""
 
 
 def test_every_edit_is_listed_here():
@@ -412,10 +421,10 @@ def test_every_edit_is_listed_here():
 def test_edits_are_pure(name):
     """The inputs stay as they are, and the result has the input's shape and dtype; twice gives the same."""
     edit = EVERY_EDIT[name]
-    wide = name in ("permuted", "direction", "attend_self")
+    wide = name in WIDE
     x, source = (HEADS.clone(), HEADS.flip(0).clone()) if wide else (X.clone(), Y.clone())
-    live = {POST: ACTS.clone(), PRE: X.clone()}
-    source_live = {POST: SOURCE_ACTS.clone(), PRE: Y.clone()}
+    live = {POST: ACTS.clone(), PRE: X.clone(), PRE_3: X.clone()}
+    source_live = {POST: SOURCE_ACTS.clone(), PRE: Y.clone(), PRE_3: Y.clone()}
     at = site(live=live, source_live=source_live, positions=tensor([0, 1]))
     found = edit(x, source, at)
     again = edit(x, source, at)
@@ -440,10 +449,10 @@ def test_edits_that_use_a_source_say_so_without_one(name):
 def test_edits_run_in_bfloat16(name):
     """Parameters are float32, activations need not be."""
     edit = EVERY_EDIT[name]
-    wide = name in ("permuted", "direction", "attend_self")
+    wide = name in WIDE
     x = (HEADS if wide else X).bfloat16()
-    live = {POST: ACTS.bfloat16(), PRE: X.bfloat16()}
-    source_live = {POST: SOURCE_ACTS.bfloat16(), PRE: Y.bfloat16()}
+    live = {POST: ACTS.bfloat16(), PRE: X.bfloat16(), PRE_3: X.bfloat16()}
+    source_live = {POST: SOURCE_ACTS.bfloat16(), PRE: Y.bfloat16(), PRE_3: Y.bfloat16()}
     at = site(live=live, source_live=source_live, positions=tensor([0, 1]))
     source = HEADS.flip(0) if wide else Y
     found = edit(x, source.bfloat16(), at)
@@ -606,3 +615,50 @@ def test_random_permutations():
     assert torch.equal(found.sort(-1).values, torch.arange(16).expand(5, 16))
     assert len({tuple(row) for row in found.tolist()}) == 5  # one for each, not one for all
     assert torch.equal(found, edits.random_permutations(5, 16, torch.Generator().manual_seed(0)))
+
+
+def test_interpolation_ends_at_the_source_exactly():
+    for amount, expected in ((0.0, X), (1.0, Y), (0.5, (X + Y) / 2), (1.25, X + 1.25 * (Y - X))):
+        edit = edits.Interpolate(amount=amount)
+        equal(edit(X, Y, site()), expected)
+        assert edit.strength == amount
+    assert torch.equal(edits.Interpolate(amount=1.0)(X, 3e8 * Y, site()), 3e8 * Y)  # also where x + (y - x) is not y
+
+
+def test_a_subspace_and_the_rest_of_it_make_the_whole():
+    basis = edits.random_orthonormal(3, 1, torch.Generator().manual_seed(0))
+    inside, outside = edits.Subspace("in", basis), edits.OutsideSubspace("out", basis)
+    close(outside(inside(X, Y, site()), Y, site()), Y)
+    close((outside(X, Y, site()) - X) @ basis, torch.zeros(2, 1))
+
+
+def test_masks_are_of_the_block_and_follow_the_units():
+    edit = edits.Masked("masked", {2: tensor([1.0, 1, 1]), 3: tensor([0.0, 1, 0])})
+    equal(edit(X, Y, site()), [[1.0, 0, 3], [4, 7, 6]])
+    equal(edit(X, Y, site(layer=2)), Y)
+    equal(edit(X[:, :2], Y[:, :2], site(units=EACH_ITS_OWN)), [[1.0, 2], [7, 5]])
+    equal(edit(HEADS, -HEADS, site())[0], [[1.0, 2], [-3, -4], [5, 6]])
+
+
+def test_what_writers_wrote_differently_is_carried_over():
+    """Two writers; of the sum of their differences only what lies in the basis, here dimension 1."""
+    first, second = (MLP_POST, 1), (RESID_PRE, 2)
+    live = {MLP_POST.at(1): X, RESID_PRE.at(2): Y}
+    source = {MLP_POST.at(1): X + 1, RESID_PRE.at(2): Y + tensor([[0.0, 2, 5], [0, 4, 5]])}
+    basis = tensor([[0.0], [1], [0]])
+    edit = edits.WrittenBy("written", basis, (first, second))
+    assert [place.layer for place in edit.reads_in(3)] == [1, 2]
+    equal(edit(X, Y, site(live=live, source_live=source)), X + tensor([[0.0, 3, 0], [0, 5, 0]]))
+
+
+def test_attention_as_it_is_told_in_every_head():
+    weights = tensor([[0.5, 0.5, 0], [0, 0, 1], [1, 0, 0]])
+    pattern = torch.rand(2, 4, 3)
+    found = edits.AttendTo(weights=weights)(pattern, None, site(prompts=tensor([2, 0])))
+    equal(found, weights[[2, 0]][:, None].expand(2, 4, 3))
+
+
+def test_strengths():
+    rescale = edits.Rescale("r", {3: torch.zeros(3)}, {3: tensor([1.0, 2, 6])})
+    assert rescale.strength == edits.SameNormScaling(of=rescale).strength == edits.OfSource("o", rescale).strength == 3
+    assert torch.isnan(tensor(edits.Transplant().strength))
