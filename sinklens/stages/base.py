@@ -28,7 +28,7 @@ from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.build import vector_readout
 from sinklens.records.registry import enter
-from sinklens.sites import HookSite
+from sinklens.sites import LN1_NORMALIZED, RESID_POST, HookSite, K, Q, Z
 from sinklens.study import Study
 
 Vectors: TypeAlias = dict[int, Float[Tensor, "prompt unit *rest"]]
@@ -165,10 +165,23 @@ class Setting:
         """
         key = (run, site, tuple(layers))
         if key not in self._stores:
-            wants = [Want(run, site, layer) for layer in layers]
+            # One pass serves whatever the stages of the chain ask of a run: it is the pass that costs, not the keeping.
+            together = dict.fromkeys([*((run, other, blocks) for other, blocks in self._asked_most()), key])
+            wants = dict.fromkeys(Want(run, other, block) for _, other, blocks in together for block in blocks)
             runs = {run: self.pair.runs[run]}
-            self._stores[key] = capture_runs(self.model, self.batch.tokens, runs, wants, max_rows=self.max_rows)
+            store = capture_runs(self.model, self.batch.tokens, runs, list(wants), max_rows=self.max_rows)
+            self._stores.update({asked: store for asked in together if asked not in self._stores})
         return self._stores[key]
+
+    def _asked_most(self) -> list[tuple[HookSite, tuple[int, ...]]]:
+        """Sites and blocks that the stages of the chain read, as far as the model has them."""
+        fired = identities(self.model).fired
+        asked = [
+            (Z, self.up_to_formation),
+            (RESID_POST, (self.formation.layer,)),
+            *((site, self.after_formation) for site in (LN1_NORMALIZED, Q, K)),
+        ]
+        return [(site, blocks) for site, blocks in asked if all(site.at(block) in fired for block in blocks)]
 
     def at(self, source: Source, site: HookSite, layers: Sequence[int]) -> Vectors:
         """A run's activations at one position of every prompt: the source's, or the target where it names none."""

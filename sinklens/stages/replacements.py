@@ -8,8 +8,9 @@ been moved at all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
@@ -27,14 +28,26 @@ SAME = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Ends:
-    """An activation at the target in the two runs of a pair."""
+    """An activation at the target in the two runs of a pair, each captured when it is asked for."""
 
+    setting: Setting
+    """The pair and the prompts."""
     direction: Direction
     """Which of the two is patched."""
-    sink: Vectors
-    """In the run with the sink."""
-    other: Vectors
-    """In the run without; of the natural sink, at an ordinary position."""
+    site: HookSite
+    """Where."""
+    layers: tuple[int, ...]
+    """In which blocks."""
+
+    @cached_property
+    def sink(self) -> Vectors:
+        """In the run with the sink."""
+        return self.setting.at(self.setting.pair.with_sink, self.site, self.layers)
+
+    @cached_property
+    def other(self) -> Vectors:
+        """In the run without; of the natural sink, at an ordinary position."""
+        return self.setting.at(self.setting.pair.without, self.site, self.layers)
 
     @property
     def here(self) -> Vectors:
@@ -92,11 +105,10 @@ def replacement(
     """
 
     def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
-        found = _ends(setting, direction, site or stage.site, (layers or stage.layers)(setting))
+        found = Ends(setting, direction, site or stage.site, (layers or stage.layers)(setting))
         if varies:
             _check_varies(name, setting)
-        values = {layer: replace(setting, found, layer, generator) for layer in found.here}
-        return _patch(setting, name, site or stage.site, found, values)
+        return _patch(name, found, {layer: replace(setting, found, layer, generator) for layer in found.layers})
 
     return Experiment(name, build, predicted, control, drawn)
 
@@ -117,22 +129,17 @@ def sized(
     """
 
     def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
-        found, values = _ends(setting, direction, stage.site, stage.layers(setting)), {}
+        found, values = Ends(setting, direction, stage.site, stage.layers(setting)), {}
         if varies:
             _check_varies(name, setting)
         for layer, x in (found.sink if takes_away else found.here).items():
             size = norm_of(replace(setting, found, layer, generator) - x)
             values[layer] = x + size * random_directions(x, generator)
-        return _patch(setting, name, stage.site, found, values)
+        return _patch(name, found, values)
 
     beside = SPARED if takes_away else NOTHING
     control = Experiment(name, build, beside, control="random_change")
     return replacement(name, replace, predicted, drawn=drawn, varies=varies), control
-
-
-def _ends(setting: Setting, direction: Direction, site: HookSite, layers: Sequence[int]) -> Ends:
-    pair = setting.pair
-    return Ends(direction, setting.at(pair.with_sink, site, layers), setting.at(pair.without, site, layers))
 
 
 def _check_varies(name: str, setting: Setting) -> None:
@@ -145,7 +152,7 @@ def _check_varies(name: str, setting: Setting) -> None:
         )
 
 
-def _patch(setting: Setting, name: str, site: HookSite, found: Ends, values: Vectors) -> Patch:
+def _patch(name: str, found: Ends, values: Vectors) -> Patch:
     # Where the two runs do not differ in what is exchanged, the effect of exchanging it is 0.
-    patch = setting.patch(found.direction, site, tuple(values), edits.PerPrompt(name, values))
+    patch = found.setting.patch(found.direction, found.site, found.layers, edits.PerPrompt(name, values))
     return dataclasses.replace(patch, allow_unchanged=True)

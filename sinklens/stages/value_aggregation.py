@@ -63,7 +63,7 @@ def _mean_exchanged(_setting: Setting, ends: Ends, layer: int, _generator: Gener
 
 def _random_write(_setting: Setting, ends: Ends, layer: int, generator: Generator) -> Tensor:
     x = ends.sink[layer]
-    return norm_of(x) * random_directions(x, generator, one=True)
+    return norm_of(x) * random_directions(x, generator)
 
 
 REPLACED = (
@@ -80,7 +80,7 @@ REPLACED = (
     ),
     # What is written in place of the outlier: nothing, something random of its norm, what attention ordinarily writes.
     *sized("no_write", lambda _, ends, layer, __: torch.zeros_like(ends.sink[layer]), REMOVED, takes_away=True),
-    *sized("random_write", _random_write, REMOVED, takes_away=True, drawn=True),
+    *sized("random_write", _random_write, REMOVED, takes_away=True),
     *sized("ordinary_write", lambda _, ends, layer, __: mean_of(ends.other, layer), REMOVED, takes_away=True),
 )
 """Experiments that replace the aggregated value, with their controls."""
@@ -146,7 +146,7 @@ VALUE_AGGREGATION = Stage(
         Experiment("moment_match", _same_norm, NOTHING, control="same_norm"),
         *REPLACED,
         # A value of another token is as little averaged as the token's own.
-        Experiment("one_source", _attending("one_source", _one_source), SPARED, drawn=True),
+        Experiment("one_source", _attending("one_source", _one_source), SPARED),
         replacement("one_source", _all_but_itself, REMOVED, control="all_but_itself", site=PATTERN),
         Experiment("one_source", _attending("all_sources", _all_sources), REMOVED, control="all_sources"),
     ),

@@ -19,7 +19,7 @@ from sinklens.edits import AttendTo, Transplant
 from sinklens.edits.base import need
 from sinklens.errors import EngineError, InputError
 from sinklens.formation import find_formation
-from sinklens.pairs import induced_pair
+from sinklens.pairs import PairChoice
 from sinklens.prompts import from_tokens
 from sinklens.study import Study
 from tests.helpers.planted import MIRROR, OUTLIER, SUPER, planted_model, planted_twice, prompts, value
@@ -202,24 +202,22 @@ def test_whether_variance_is_the_cause(symmetric):
     assert found["no_write"] == pytest.approx((0, 1), abs=2e-3)
 
 
-def test_one_source_is_enough_where_its_token_is(model, batch, formation):
+def test_one_source_is_enough_where_its_token_is(model, formation):
     """Attending to one earlier token alone the target has that token's value: the neuron fires for a plus."""
     stage = chosen(stages.VALUE_AGGREGATION, ("transplant", ""), ("one_source", ""))
-    result = run_chain(
-        model, batch, target=TARGET, stages=(stage,), formation=formation, readout_blocks=1, control_draws=8
-    )
-    setting = stages.Setting(Study.of(model, batch, formation), induced_pair(model, batch, formation, TARGET), (1,))
-    fires = []
-    for draw in range(8):
-        drawn = setting.study.generator(f"value_aggregation/one_source//{draw}")
-        patch = stage.experiments[1].build(setting, stage, "denoise", drawn)
-        assert isinstance(patch.edit, AttendTo)
-        source = patch.edit.weights.argmax(-1)
-        assert ((source > 0) & (source < TARGET)).all()
-        fires.append([value(int(batch.tokens[i, j])) > 0.5 for i, j in enumerate(source)])
-    rows = result.effects.query("edit == 'one_source' and direction == 'denoise'").sort_values(["draw", "prompt"])
+    many = from_tokens(model, prompts(LENGTH).repeat(8, 1))
+    known = replace(formation, sink_positions=(0,) * many.n)
+    result = run_chain(model, many, target=TARGET, stages=(stage,), formation=known, readout_blocks=1)
+    setting = stages.Setting.of(Study.of(model, many, known), PairChoice(TARGET))
+    drawn = setting.study.generator("value_aggregation/one_source//0")
+    edit = stage.experiments[1].build(setting, stage, "denoise", drawn).edit
+    assert isinstance(edit, AttendTo)
+    sources = edit.weights.argmax(-1)
+    assert ((sources > 0) & (sources < TARGET)).all()
+    fires = [value(int(many.tokens[i, j])) > 0.5 for i, j in enumerate(sources)]
     assert 0 < np.mean(fires) < 1
-    np.testing.assert_allclose(rows.effect, np.ravel(fires).astype(float), atol=2e-3)
+    rows = result.effects.query("edit == 'one_source' and direction == 'denoise'").sort_values("prompt")
+    np.testing.assert_allclose(rows.effect, np.array(fires, dtype=float), atol=2e-3)
 
 
 def test_what_stands_beside_the_mean(result):
