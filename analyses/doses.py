@@ -75,10 +75,10 @@ def run(
 def natural_factor(setting: sl.Setting) -> float:
     """How many times as far the sink's aggregated value deviates over prompts as the target's, mean over blocks.
 
-    The ratio of root mean squares over heads and dimensions; NaN where one of the two is the same in all prompts, as
-    the sink's behind a BOS.
+    The ratio of root mean squares over heads and dimensions, in the blocks in which aggregation starts the outlier off
+    (later it is smaller). NaN where one of the two is the same in all prompts, as the sink's behind a BOS.
     """
-    layers, base = setting.up_to_formation, setting.pair.without
+    layers, base = setting.study.onset, setting.pair.without
     sink = setting.spread(sl.Source(base.run, setting.study.sink), sites.Z, layers)
     here = setting.spread(base, sites.Z, layers)
     sizes = [tuple(float(x[layer][1].pow(2).mean().sqrt()) for x in (sink, here)) for layer in layers]
