@@ -6,8 +6,13 @@ Every row of a `PromptBatch` has the same number of tokens and none of them is p
 Why: a sink sits at an absolute position and is read from the rows of the attention pattern, so padding would move the
 positions and add rows that nobody wants to average. With equal lengths the question never comes up.
 
-Pitfall: `prepend_bos` decides what stands at position 0. It is False here, so the first token is the text's own. A
-model trained with a beginning-of-sequence token may form a stronger sink on that token: pass `prepend_bos=True`.
+Pitfall: `prepend_bos` decides what stands at position 0. "auto" does what the model's own tokenizer does when it
+encodes a text, "always" (or True) puts its beginning-of-sequence token there, "never" (or False) leaves the text's own
+first token. What was done is in the batch, and in every result. Behind a BOS the first token is the same in every
+prompt, so a variance over prompts cannot be measured there.
+
+Passages of one text are alike, so they are not as many independent prompts: `groups` says which belong together, and
+intervals then draw groups instead of prompts.
 """
 
 from __future__ import annotations
@@ -20,11 +25,11 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -45,20 +50,33 @@ from sinklens.records.ranges import check_seed
 from sinklens.records.summaries import html, summary
 
 __all__ = [
+    "Bos",
     "PromptBatch",
+    "bos_text",
     "check_ids",
     "from_dataset",
     "from_file",
     "from_texts",
     "from_tokens",
     "natural",
+    "prompts_text",
     "random_tokens",
 ]
 
 N_PASSAGES = 32
+FEW_GROUPS = 5
+"""Fewer texts than this are too few to draw again."""
 MOST_TOKENS = 2**27
 """The most random tokens that are drawn at once (their labels take a gigabyte)."""
 DATASETS = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
+WIKITEXT_TITLE = re.compile(r" = [^=].* = \n?")
+"""A row of WikiText that begins an article; further `=` mark its sections."""
+GROUP_FIELDS = ("group", "source")
+"""Fields of a JSON line that say which text a passage is of; the first that is there counts."""
+
+Bos: TypeAlias = bool | Literal["auto", "always", "never"]
+"""Whether prompts begin with the tokenizer's BOS: what it does itself, always (True), or never (False)."""
+BOS_WORDS = {True: "always", False: "never"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +91,12 @@ class PromptBatch:
     """Where the prompts come from: "passages", "random_tokens(seed=0)", "file:texts.txt"."""
     n_skipped: int = 0
     """How many prompts were passed over because they had too few tokens."""
+    groups: tuple[str, ...] = ()
+    """For each prompt, the text that it is a passage of; by default each is a text of its own."""
+    bos: Literal["auto", "always", "never", "given"] = "given"
+    """Who decided whether a BOS stands in front: see `Bos`; "given" where the token ids were."""
+    has_bos: bool = False
+    """Whether the tokenizer's BOS stands in front of every prompt."""
 
     def __post_init__(self) -> None:
         """Raises InputError unless `tokens` is a non-empty 2-D integer tensor that `labels` matches."""
@@ -80,10 +104,16 @@ class PromptBatch:
         if [len(row) for row in self.labels] != [self.length] * self.n:
             raise InputError(f"labels must hold one string for each token, {self.n} rows of {self.length}.")
         object.__setattr__(self, "tokens", self.tokens.cpu().long())
+        groups = tuple(map(str, self.groups if len(self.groups) else range(self.n)))
+        if len(groups) != self.n:
+            raise InputError(f"groups must name one text for each of the {self.n} prompts, not {len(groups)}.")
+        object.__setattr__(self, "groups", groups)
 
     def __repr__(self) -> str:
         skipped = f"{self.n_skipped} passed over" if self.n_skipped else ""
-        return summary(self, f"{self.n:,} prompts of {self.length:,} tokens", self.source, skipped)
+        size = f"{self.n:,} prompts of {self.length:,} tokens"
+        grouped = f"of {self.n_groups:,} texts" if self.is_grouped else ""
+        return summary(self, size, grouped, self.source, bos_text(self.record()), skipped)
 
     def _repr_html_(self) -> str:
         rows = [{"prompt": number, "text": "".join(row[:40])} for number, row in enumerate(self.labels)]
@@ -99,10 +129,35 @@ class PromptBatch:
         """The number of tokens in each prompt."""
         return self.tokens.shape[1]
 
+    @property
+    def n_groups(self) -> int:
+        """The number of texts that the prompts are passages of."""
+        return len(set(self.groups))
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether some prompts are passages of one text."""
+        return self.n_groups < self.n
+
+    def record(self) -> dict[str, Any]:
+        """What results say of their prompts."""
+        return {
+            "prompts": self.source,
+            "n_prompts": self.n,
+            "length": self.length,
+            "n_skipped": self.n_skipped,
+            "bos": self.bos,
+            "has_bos": self.has_bos,
+            **({"n_groups": self.n_groups} if self.is_grouped else {}),
+        }
+
     def digest(self) -> str:
-        """The SHA-256 of the tokens (shape and ids), which tells whether two runs saw the same prompts."""
+        """The SHA-256 of the tokens (shape and ids), which tells whether two runs saw the same prompts; where some are
+        passages of one text, of the groups too, since intervals depend on them.
+        """
         ids = self.tokens.numpy().astype("<i8")
-        return hashlib.sha256(f"{self.n}x{self.length}:".encode() + ids.tobytes()).hexdigest()
+        groups = json.dumps([self.groups.index(group) for group in self.groups]) if self.is_grouped else ""
+        return hashlib.sha256(f"{self.n}x{self.length}:".encode() + ids.tobytes() + groups.encode()).hexdigest()
 
     def subset(self, indices: Any) -> PromptBatch:
         """The prompts at `indices`: integers in any order, or one boolean for each prompt.
@@ -117,13 +172,45 @@ class PromptBatch:
             raise InputError(f"Select prompts by integers, or by {self.n} booleans of which at least one is true.")
         if chosen.min() < -self.n or chosen.max() >= self.n:
             raise InputError(f"Prompts are numbered 0..{self.n - 1}, and {chosen.tolist()} goes beyond that.")
-        rows = tuple(self.labels[i] for i in chosen)
-        return PromptBatch(self.tokens[chosen.tolist()], rows, self.source, self.n_skipped)
+        rows, groups = (tuple(each[i] for i in chosen) for each in (self.labels, self.groups))
+        return replace(self, tokens=self.tokens[chosen.tolist()], labels=rows, groups=groups)
+
+    def disjoint(self, sets: int, n: int | None = None) -> list[PromptBatch]:
+        """So many sets of `n` of these prompts, of which no two share a prompt or a text.
+
+        Prompts are taken in their order; of texts with several passages, all that are in a set are in the same one.
+
+        Args:
+            sets: how many sets.
+            n: prompts in each; as many as there are for all by default.
+
+        Raises:
+            InputError: there are too few prompts.
+        """
+        size = self.n // sets if n is None else n
+        members: dict[str, list[int]] = {}
+        for number, group in enumerate(self.groups):
+            members.setdefault(group, []).append(number)
+        texts = iter(members.values())
+        chosen: list[list[int]] = [[]]
+        for text in texts:
+            if len(chosen[-1]) >= size:
+                chosen.append([])
+            if len(chosen) > sets:
+                break
+            chosen[-1] += text[: size - len(chosen[-1])]
+        if size < 1 or len(chosen) < sets or len(chosen[sets - 1]) < size:
+            of = f" of {self.n_groups} texts, no text in two sets," if self.is_grouped else ""
+            raise InputError(
+                f"{sets} disjoint sets of {size} prompts need {sets * size}, and {self.source} has {self.n}{of} that "
+                f"are long enough: ask for fewer sets, for fewer prompts in each, or bring more"
+            )
+        return [self.subset(numbers) for numbers in chosen[:sets]]
 
 
 @in_usual_state
 def natural(
-    model: Model, n: int = 16, length: int = 64, *, prepend_bos: bool = False, seed: int | None = None
+    model: Model, n: int = 16, length: int = 64, *, prepend_bos: Bos = "auto", seed: int | None = None
 ) -> PromptBatch:
     """The first `n` of the 32 passages that come with the package, or with a `seed` a random choice of `n`.
 
@@ -139,16 +226,17 @@ def natural(
             "or bring more prompts with from_file or random_tokens."
         )
     lines = resources.files("sinklens").joinpath("data/passages.jsonl").read_text(encoding="utf-8").splitlines()
-    texts, source = [json.loads(line)["text"] for line in lines], "passages"
+    passages, source = [json.loads(line) for line in lines], "passages"
     if seed is not None:
-        order = torch.randperm(len(texts), generator=_generator(seed), device="cpu")
-        texts, source = [texts[i] for i in order.tolist()], f"passages(seed={seed})"
-    return from_texts(model, texts, length=length, n=n, prepend_bos=prepend_bos, source=source)
+        order = torch.randperm(len(passages), generator=_generator(seed), device="cpu")
+        passages, source = [passages[i] for i in order.tolist()], f"passages(seed={seed})"
+    texts, titles = ([passage[name] for passage in passages] for name in ("text", "title"))
+    return from_texts(model, texts, length=length, n=n, prepend_bos=prepend_bos, source=source, groups=titles)
 
 
 @in_usual_state
 def random_tokens(
-    model: Model, n: int = 16, length: int = 64, *, seed: int = 0, prepend_bos: bool = False
+    model: Model, n: int = 16, length: int = 64, *, seed: int = 0, prepend_bos: Bos = "auto"
 ) -> PromptBatch:
     """Tokens drawn uniformly from the vocabulary, special tokens left out when the model has a tokenizer.
 
@@ -156,8 +244,9 @@ def random_tokens(
     `d_vocab` may be drawn, and the labels are the ids.
 
     Raises:
-        InputError: `n` or `length` is out of range, or `prepend_bos` is asked of a model that has no such token.
+        InputError: `n` or `length` is out of range, or a BOS is asked of a model that has no such token.
     """
+    asked, first = _leading(model, prepend_bos)
     _check_size(model, length, n)
     if n * length > MOST_TOKENS:
         raise InputError(f"{n} prompts of {length} tokens are more than can be held; ask for fewer.")
@@ -169,14 +258,14 @@ def random_tokens(
         raise InputError("The model's vocabulary has no token to draw from besides the special ones.")
     draws = torch.randint(len(allowed), (n, length), generator=_generator(seed), device="cpu")
     tokens = torch.tensor(allowed, device="cpu")[draws]
-    if prepend_bos:
-        tokens[:, 0] = _bos(model)
+    if first:
+        tokens[:, 0] = first[0]
     _warn_of_bos(model, tokens)
-    return _batch(model, tokens, f"random_tokens(seed={seed})")
+    return _batch(model, tokens, f"random_tokens(seed={seed})", bos=asked)
 
 
 def from_file(
-    model: Model, path: str | os.PathLike[str], *, length: int = 64, n: int | None = None, prepend_bos: bool = False
+    model: Model, path: str | os.PathLike[str], *, length: int = 64, n: int | None = None, prepend_bos: Bos = "auto"
 ) -> PromptBatch:
     r"""Prompts from a text file, one a line, or from a .jsonl file whose objects have a "text" field.
 
@@ -185,16 +274,23 @@ def from_file(
     for each, unless it is written as JSON. Blank lines are ignored. Lines with fewer than `length` tokens are skipped
     and counted in `n_skipped`.
 
+    Where JSON lines have a "group" (or else a "source") field, it says which text a passage is of: prompts with the
+    same one are not taken for independent. A line without one is a text of its own; a "source" that is the same in all
+    lines is the name of a corpus, and says nothing.
+
     Raises:
         InputError: the file is missing, unreadable, empty, not text or not JSON lines, or as for `from_texts`.
     """
     path = Path(os.path.expanduser(path))
     rows = [(number, line) for number, line in enumerate(_read(path), 1) if line.strip()]
+    groups = None
     if path.suffix.lower() == ".jsonl":
-        texts = [_json_text(path, number, line) for number, line in rows]
+        read = [_json_row(path, number, line) for number, line in rows]
+        texts, groups = [row["text"] for row in read], _groups_of(read)
     else:
         texts = [line for _, line in rows]
-    return from_texts(model, texts, length=length, n=n, prepend_bos=prepend_bos, source=f"file:{path.name}")
+    source = f"file:{path.name}"
+    return from_texts(model, texts, length=length, n=n, prepend_bos=prepend_bos, source=source, groups=groups)
 
 
 def from_dataset(
@@ -204,11 +300,15 @@ def from_dataset(
     *,
     split: str = "test",
     column: str = "text",
+    group: str | None = None,
     n: int = 16,
     length: int = 64,
-    prepend_bos: bool = False,
+    prepend_bos: Bos = "auto",
 ) -> PromptBatch:
     """The first `n` long enough rows of a Hugging Face data set; "wikitext" is the raw WikiText-2.
+
+    `group` is a column that says which document a row is of; rows of one document are not taken for independent. The
+    articles of WikiText are known by their titles.
 
     Raises:
         InputError: `datasets` is not installed, the data set cannot be loaded, or as for `from_texts`.
@@ -222,13 +322,17 @@ def from_dataset(
     try:
         rows = load_dataset(repo, config or default_config, split=split)
         texts = rows[column]
+        groups = None if group is None else rows[group]
     except Exception as error:  # offline, unknown name, missing column: the hub's clients share no base class
         reason = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"The data set {name!r} could not be loaded ({type(error).__name__}: {reason}); check its name and the "
             "network, or use the built-in passages or a file instead."
         ) from error
-    return from_texts(model, texts, length=length, n=n, prepend_bos=prepend_bos, source=f"dataset:{name}[{split}]")
+    if groups is None and repo == DATASETS["wikitext"][0]:
+        groups = _articles(texts)
+    source = f"dataset:{name}[{split}]"
+    return from_texts(model, texts, length=length, n=n, prepend_bos=prepend_bos, source=source, groups=groups)
 
 
 @in_usual_state
@@ -238,19 +342,22 @@ def from_texts(
     *,
     length: int = 64,
     n: int | None = None,
-    prepend_bos: bool = False,
+    prepend_bos: Bos = "auto",
     source: str = "texts",
+    groups: Iterable[object] | None = None,
 ) -> PromptBatch:
     """The first `length` tokens of each text, up to `n` prompts; shorter texts are skipped and counted.
 
-    Blank texts are ignored. With `prepend_bos` the beginning-of-sequence token counts as one of the `length` tokens.
+    Blank texts are ignored. A beginning-of-sequence token in front counts as one of the `length` tokens. `groups` has
+    an entry for each text: texts with the same one belong together and are not taken for independent (`None`: a text
+    of its own).
     Warnings say when fewer than `n` prompts are long enough, when special tokens are written in the texts (they are
     taken as such), and when a beginning-of-sequence token is missing that the tokenizer would put there, or is there
     twice.
 
     Raises:
-        InputError: no tokenizer, `n` or `length` out of range, a text that is no string, no text long enough, or a
-            tokenizer that does not fit the model's vocabulary.
+        InputError: no tokenizer, `n` or `length` out of range, a text that is no string, no text long enough, groups
+            of another number than the texts, or a tokenizer that does not fit the model's vocabulary.
     """
     if isinstance(texts, str):
         raise InputError("texts must be a list of strings, and it is a single string; put it in a list.")
@@ -258,14 +365,15 @@ def from_texts(
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
         raise InputError("This model has no tokenizer, so it cannot read text; use random_tokens or from_tokens.")
-    first = [_bos(model)] if prepend_bos else []
-    kept, short = list[list[int]](), list[int]()
-    for text in _texts(texts):
+    asked, first = _leading(model, prepend_bos)
+    kept, short, of = list[list[int]](), list[int](), list[str]()
+    for text, group in _texts(texts, groups):
         ids = first + _encode(tokenizer, text)
         if len(ids) < length:
             short.append(len(ids))
             continue
         kept.append(ids[:length])
+        of.append(group)
         if len(kept) == n:
             break
     if not kept:
@@ -273,7 +381,8 @@ def from_texts(
     if n is not None and len(kept) < n:
         warnings.warn(f"{source}: {len(kept)} of {n} prompts have {length} tokens or more.", stacklevel=2)
     tokens = torch.tensor(kept, device="cpu")
-    batch = _batch(model, tokens, source, len(short))
+    batch = _batch(model, tokens, source, len(short), bos=asked, groups=tuple(of))
+    _warn_of_groups(batch)
     _warn_of_special(model, tokens[:, len(first) :], source)
     _warn_of_bos(model, tokens)
     return batch
@@ -285,6 +394,7 @@ def from_tokens(
     tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]] | np.ndarray | Mapping[str, Any] | PromptBatch,
     *,
     source: str = "tokens",
+    groups: Sequence[object] = (),
 ) -> PromptBatch:
     """A batch of your own token ids, copied to the CPU.
 
@@ -293,6 +403,7 @@ def from_tokens(
         tokens: integers [batch pos] as a tensor on any device, an array, nested lists, or rows of either; or what a
             tokenizer returns, with `input_ids` and an `attention_mask` that is 1 everywhere.
         source: what the batch is called in reports.
+        groups: for each prompt the text that it is a passage of, where several are of one; those of a batch stay.
 
     Raises:
         InputError: the ids are not a [batch, pos] array of integers, are padded, do not fit the vocabulary, or the
@@ -302,7 +413,9 @@ def from_tokens(
     _check_tokens(ids)
     ids = ids.long()
     _check_size(model, length=ids.shape[1])
-    batch = _batch(model, ids, source)
+    if isinstance(tokens, PromptBatch):
+        groups = groups or tokens.groups
+    batch = _batch(model, ids, source, groups=tuple(map(str, groups)))
     _check_padding(model, ids)
     _warn_of_bos(model, ids)
     return batch
@@ -322,10 +435,80 @@ def check_ids(model: Model, tokens: Any) -> None:
         raise InputError(f"Token ids must lie in 0..{size - 1}, and these lie in {low}..{high}{theirs}.")
 
 
-def _batch(model: Model, tokens: Int[Tensor, "batch pos"], source: str, n_skipped: int = 0) -> PromptBatch:
+def bos_text(record: Mapping[str, Any]) -> str:
+    """What a result's record says of the BOS, in words; empty for one of an earlier version."""
+    there = "a BOS in front" if record.get("has_bos") else "no BOS"
+    why = {
+        "auto": ", as the model's tokenizer does",
+        "always": ", as asked for",
+        "never": ", as asked for",
+        "given": " in the given tokens",
+    }
+    return there + why[record["bos"]] if record.get("bos") in why else ""
+
+
+def prompts_text(record: Mapping[str, Any]) -> str:
+    """``16 prompts of 64 tokens (passages; no BOS, ...)`` for a result's record of its prompts."""
+    texts = f" of {record['n_groups']} texts" if record.get("n_groups") else ""
+    about = "; ".join(filter(None, (str(record.get("prompts")), bos_text(record))))
+    return f"{record.get('n_prompts')} prompts{texts} of {record.get('length')} tokens ({about})"
+
+
+def _leading(model: Model, prepend_bos: Bos) -> tuple[Any, list[int]]:
+    """Who decides of a BOS, and the token ids that stand in front of a text.
+
+    Raises:
+        InputError: it is none of the words, or asked of a model that has no such token.
+    """
+    asked = BOS_WORDS.get(prepend_bos, prepend_bos) if isinstance(prepend_bos, bool) else prepend_bos
+    if asked not in ("auto", "always", "never"):
+        raise InputError(f"prepend_bos must be auto, always (True) or never (False), and it is {prepend_bos!r}.")
+    if asked == "auto":
+        return asked, [_bos(model)] if prepends_bos(model) and bos_token(model) is not None else []
+    return asked, [_bos(model)] if asked == "always" else []
+
+
+def _batch(
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    source: str,
+    n_skipped: int = 0,
+    *,
+    bos: Any = "given",
+    groups: tuple[str, ...] = (),
+) -> PromptBatch:
     """The batch, of tokens that the model has."""
     check_ids(model, tokens)
-    return PromptBatch(tokens, _labels(model, tokens), source, n_skipped)
+    token = bos_token(model)
+    led = token is not None and bool((tokens[:, 0] == token).all())
+    return PromptBatch(tokens, _labels(model, tokens), source, n_skipped, groups, bos, led)
+
+
+def _warn_of_groups(batch: PromptBatch) -> None:
+    """Say so where prompts are of so few texts that intervals over texts mean little."""
+    if batch.is_grouped and batch.n_groups < FEW_GROUPS:
+        little = "mean little" if batch.n_groups > 1 else "cannot be had"
+        warnings.warn(
+            f"{batch.source}: the {batch.n} prompts are passages of {batch.n_groups} texts, and intervals over so few "
+            f"{little}.",
+            stacklevel=3,
+        )
+
+
+def _groups_of(rows: Sequence[Mapping[str, Any]]) -> list[object] | None:
+    """Which text each JSON line is a passage of, where the lines say so."""
+    found = [next((f"{f} {row[f]}" for f in GROUP_FIELDS if row.get(f) is not None), None) for row in rows]
+    corpus = len(set(found)) == 1 and str(found[0]).startswith("source ")
+    return None if corpus else list(found)
+
+
+def _articles(rows: Iterable[str]) -> list[int]:
+    """The number of the article that each row of WikiText is of."""
+    numbers, number = [], 0
+    for row in rows:
+        number += bool(WIKITEXT_TITLE.fullmatch(row))
+        numbers.append(number)
+    return numbers
 
 
 def _unpadded(tokens: Any) -> Any:
@@ -433,7 +616,7 @@ def _warn_of_bos(model: Model, tokens: Int[Tensor, "batch pos"]) -> None:
     elif not bool(led.any()) and prepends_bos(model):
         said = (
             "this tokenizer puts a beginning-of-sequence token in front of every text, and these prompts have none: "
-            "the model may not know such input; prepend_bos=True (--bos) puts it there."
+            'the model may not know such input; prepend_bos="auto" (--bos auto) puts it there.'
         )
     if said:
         warnings.warn(said, stacklevel=3)
@@ -473,7 +656,7 @@ def _check_tokens(tokens: Any) -> None:
 def _bos(model: Model) -> int:
     bos = bos_token(model)
     if bos is None:
-        raise InputError("This model has no beginning-of-sequence token; leave prepend_bos off.")
+        raise InputError('This model has no beginning-of-sequence token; leave prepend_bos at "auto" or "never".')
     return bos
 
 
@@ -489,9 +672,13 @@ def _labels(model: Model, tokens: Int[Tensor, "batch pos"]) -> tuple[tuple[str, 
     return tuple(tuple(strings[i] for i in row) for row in tokens.tolist())
 
 
-def _texts(texts: Iterable[str]) -> Iterator[str]:
-    """The texts that are not blank; raises InputError for one that a tokenizer cannot read."""
-    for number, text in enumerate(texts, 1):
+def _texts(texts: Iterable[str], groups: Iterable[object] | None) -> Iterator[tuple[str, str]]:
+    """The texts that are not blank, each with its group; raises InputError for one that a tokenizer cannot read."""
+    own = object()
+    of = repeat(None) if groups is None else chain(groups, repeat(own))
+    for number, (text, group) in enumerate(zip(texts, of, strict=False), 1):
+        if group is own:
+            raise InputError(f"groups must have one entry for each text, and there is none for text {number}.")
         if not isinstance(text, str):
             raise InputError(f"Text {number} must be a string, and it is of type {type(text).__name__}.")
         try:
@@ -499,7 +686,7 @@ def _texts(texts: Iterable[str]) -> Iterator[str]:
         except UnicodeEncodeError:
             raise InputError(f"Text {number} is not valid Unicode (half a surrogate pair); correct it.") from None
         if text.strip():
-            yield text
+            yield text, f"text {number}" if group is None else str(group)
 
 
 def _none_left(source: str, length: int, short: list[int]) -> str:
@@ -544,11 +731,11 @@ def _read(path: Path) -> list[str]:
     return lines
 
 
-def _json_text(path: Path, number: int, line: str) -> str:
+def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f'{path}, line {number} is not JSON; write one {{"text": "..."}} on it.') from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise InputError(f'{path}, line {number} has no "text" that is a string; write {{"text": "..."}}.')
-    return row["text"]
+    return row

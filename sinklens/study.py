@@ -7,11 +7,12 @@ that no number depends on what was drawn before).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -44,7 +45,7 @@ from sinklens.readouts.named import Context, NamedReadout, named_readout
 from sinklens.records.provenance import git_commit, versions
 from sinklens.records.summaries import html, summary
 from sinklens.sites import HookSite
-from sinklens.statistics import Estimate, Values, generator, mean_estimate
+from sinklens.statistics import Estimate, Values, bootstrap_estimate, drawn_estimate, generator, mean_estimate
 
 
 @dataclass(eq=False)
@@ -237,8 +238,46 @@ class Study:
         return generator(self.seed, name)
 
     def mean(self, values: Values) -> Estimate:
-        """Mean over prompts of one number for each, with its bootstrap interval."""
-        return mean_estimate(values, self.seed)
+        """Mean over prompts of one number for each, with its bootstrap interval (over texts, where prompts share one).
+
+        Raises:
+            InputError: some prompts share a text, and the numbers are not one for each prompt.
+        """
+        return mean_estimate(values, self.seed, self.groups)
+
+    def mean_of_draws(self, values: Float[Tensor, "prompt draw"] | np.ndarray) -> Estimate:
+        """Mean over prompts and over what else was drawn (directions, heads, targets), both resampled: see
+        :func:`sinklens.statistics.drawn_interval`.
+        """
+        array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
+        return drawn_estimate(array, self.seed, self.groups)
+
+    def bootstrap(self, statistic: Callable[[np.ndarray], Any], **options: Any) -> Estimate:
+        """A statistic of all prompts with its interval: :func:`sinklens.statistics.bootstrap_estimate`, in which
+        prompts that share a text are drawn together.
+
+        Args:
+            statistic: takes prompt indices and gives the number for these prompts.
+            options: further arguments of that function.
+        """
+        return bootstrap_estimate(statistic, self.batch.n, self.seed, groups=self.groups, **options)
+
+    @property
+    def groups(self) -> tuple[str, ...] | None:
+        """For each prompt the text that it is a passage of; None where each is a text of its own."""
+        return self.batch.groups if self.batch.is_grouped else None
+
+    @cached_property
+    def sink_varies(self) -> bool:
+        """Whether the sink's token, or what stands before it, differs between prompts: if not (behind one BOS, say),
+        nothing that is measured there varies over them, and a variance over prompts cannot be measured.
+        """
+        return self.varies_at(self.sinks)
+
+    def varies_at(self, positions: Int[Tensor, " prompt"]) -> bool:
+        """Whether prompts differ up to these positions, one for each, which they include."""
+        rows = zip(self.batch.tokens.tolist(), positions.tolist(), strict=True)
+        return len({tuple(row[: end + 1]) for row, end in rows}) > 1
 
     def draw_neurons(self, drawn: torch.Generator) -> tuple[int, ...]:
         """As many neurons of the formation block as there are super neurons, drawn from the others."""

@@ -599,3 +599,132 @@ def test_dataset_errors(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install 'sinklens\\[datasets\\]'"):
         prompts.from_dataset(model)
+
+
+# --- who decides of a BOS, and which prompts are of one text
+
+
+@pytest.mark.parametrize(("adds", "word", "there"), [(True, "auto", True), (False, "auto", False)])
+def test_a_bos_is_the_tokenizers_own_affair_by_default(adds, word, there):
+    model = fake_model()
+    model.cfg.tokenizer_prepends_bos = adds
+    for make in (
+        lambda **options: prompts.natural(model, n=2, length=4, **options),
+        lambda **options: prompts.random_tokens(model, n=2, length=4, **options),
+        lambda **options: prompts.from_texts(model, [LINE], length=4, **options),
+    ):
+        batch = make()
+        assert torch.equal(batch.tokens, make(prepend_bos=word).tokens)
+        assert torch.equal(batch.tokens, make(prepend_bos=there).tokens)
+        assert (batch.bos, batch.has_bos, bool((batch.tokens[:, 0] == 0).all())) == ("auto", there, there)
+        assert make(prepend_bos="always").bos == make(prepend_bos=True).bos == "always"
+        assert make(prepend_bos="never").bos == make(prepend_bos=False).bos == "never"
+
+
+def test_what_is_said_of_a_bos(model):
+    said = {word: prompts.from_texts(model, [LINE], length=4, prepend_bos=word) for word in ("auto", "always", "never")}
+    assert {word: prompts.bos_text(batch.record()) for word, batch in said.items()} == {
+        "auto": "no BOS, as the model's tokenizer does",
+        "always": "a BOS in front, as asked for",
+        "never": "no BOS, as asked for",
+    }
+    assert "a BOS in front, as asked for" in repr(said["always"])
+    assert prompts.prompts_text(said["auto"].record()) == (
+        "1 prompts of 4 tokens (texts; no BOS, as the model's tokenizer does)"
+    )
+    assert prompts.bos_text(prompts.from_tokens(model, [[0, 3, 4]]).record()) == "a BOS in front in the given tokens"
+    assert prompts.prompts_text({"prompts": "x", "n_prompts": 2, "length": 3}) == "2 prompts of 3 tokens (x)"
+
+
+def test_a_word_for_the_bos_that_there_is_not(model):
+    with pytest.raises(InputError, match="must be auto, always \\(True\\) or never \\(False\\), and it is 'yes'"):
+        prompts.natural(model, n=2, length=4, prepend_bos="yes")
+
+
+def test_auto_without_such_a_token_is_none(bare):
+    assert not prompts.random_tokens(bare, n=2, length=4).has_bos
+    model = chat_model()
+    model.tokenizer.bos_token = model.tokenizer.eos_token  # as TransformerLens fills it in
+    model.cfg.tokenizer_prepends_bos = True
+    assert not prompts.from_texts(model, [LINE], length=4).has_bos
+
+
+def test_passages_are_texts_of_their_own(model):
+    batch = prompts.natural(model, n=32, length=8)
+    assert (batch.n_groups, batch.is_grouped, batch.groups[0]) == (32, False, "tides")
+    assert "n_groups" not in batch.record()
+    drawn = prompts.natural(model, n=3, length=8, seed=1)
+    first = {row: group for row, group in zip(map(tuple, batch.tokens.tolist()), batch.groups, strict=True)}
+    assert [first[tuple(row)] for row in drawn.tokens.tolist()] == list(drawn.groups)
+
+
+@pytest.mark.parametrize(
+    ("fields", "texts"),
+    [
+        ([{"group": 1}, {"group": 1}, {"group": "b"}], 2),
+        ([{"group": 1, "source": "x"}, {"group": 2, "source": "x"}, {"source": "x"}], 3),
+        ([{"source": "x"}, {"source": "y"}, {"source": "x"}], 2),
+        ([{"source": "web"}] * 3, 3),  # the name of a corpus
+        ([{"group": "one"}, {}, {"group": None}], 3),
+        ([{}, {}, {}], 3),
+    ],
+)
+def test_a_file_says_which_prompts_are_of_one_text(model, tmp_path, fields, texts):
+    lines = [json.dumps({"text": LINE, **each}) for each in fields]
+    batch = prompts.from_file(model, write(tmp_path / "texts.jsonl", "\n".join(lines)), length=4)
+    assert (batch.n, batch.n_groups) == (3, texts)
+    assert batch.record().get("n_groups", 3) == texts
+
+
+def test_few_texts_are_told(model):
+    (message,) = said(lambda: prompts.from_texts(model, [LINE] * 3, length=4, groups="aab"))
+    assert "the 3 prompts are passages of 2 texts, and intervals over so few mean little" in message
+    assert said(lambda: prompts.from_texts(model, [LINE] * 3, length=4, groups="abc")) == []
+    with pytest.raises(InputError, match="there is none for text 3"):
+        prompts.from_texts(model, [LINE] * 3, length=4, groups="ab")
+
+
+def test_groups_go_with_their_prompts(model):
+    texts = ["w1", "w2 w3 w4", "w5 w6 w7", "w1 w2 w3"]
+    batch = prompts.from_texts(model, texts, length=3, groups=["short", "a", None, "a"])
+    assert batch.groups == ("a", "text 3", "a")
+    assert batch.subset([2, 1]).groups == ("a", "text 3") and batch.subset([0, 2]).n_groups == 1
+    assert prompts.from_tokens(model, batch).groups == batch.groups
+    alone = prompts.from_tokens(model, batch.tokens)
+    assert alone.groups == ("0", "1", "2")
+    assert alone.digest() != batch.digest()
+    assert prompts.from_tokens(model, batch.tokens, groups="xyz").digest() == alone.digest()
+    with pytest.raises(InputError, match="one text for each of the 3 prompts, not 2"):
+        prompts.from_tokens(model, batch.tokens, groups="xy")
+
+
+def test_a_data_sets_documents(model, monkeypatch):
+    rows = [" = First = \n", LINE, " = = Part = = \n", LINE, " = Second = \n", LINE]
+    fake_datasets(monkeypatch, lambda *_args, **_kwargs: {"text": rows, "page": list("xyzxyz")})
+    with pytest.warns(UserWarning, match="passages of 2 texts"):
+        assert prompts.from_dataset(model, n=3, length=4).groups == ("1", "1", "2")
+    with pytest.warns(UserWarning, match="prompts have 4 tokens"):
+        assert prompts.from_dataset(model, "mine", n=9, length=4).n_groups == 3
+    assert prompts.from_dataset(model, "mine", n=3, length=4, group="page").groups == ("y", "x", "z")
+    with pytest.raises(InputError, match="KeyError: 'no'"):
+        prompts.from_dataset(model, "mine", n=3, length=4, group="no")
+
+
+def test_disjoint_sets(model):
+    batch = prompts.random_tokens(model, n=7, length=4)
+    first, second = batch.disjoint(2, 3)
+    assert torch.equal(torch.cat([first.tokens, second.tokens]), batch.tokens[:6])
+    assert [each.n for each in batch.disjoint(3)] == [2, 2, 2]
+    with pytest.raises(
+        InputError, match="3 disjoint sets of 3 prompts need 9, and random_tokens.* has 7 that are long"
+    ):
+        batch.disjoint(3, 3)
+
+
+def test_no_text_is_in_two_sets(model):
+    tokens = prompts.random_tokens(model, n=7, length=4).tokens
+    batch = prompts.from_tokens(model, tokens, groups="aaabbca")
+    first, second = batch.disjoint(2, 3)
+    assert (first.groups, second.groups) == (tuple("aaa"), tuple("bbc"))
+    with pytest.raises(InputError, match="has 7 of 3 texts, no text in two sets, that are long enough"):
+        batch.disjoint(3, 2)

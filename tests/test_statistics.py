@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from sinklens.errors import InputError
 from sinklens.metrics import position_variance
 from sinklens.statistics import (
     Estimate,
     bootstrap_estimate,
     bootstrap_interval,
+    drawn_estimate,
+    drawn_interval,
+    estimate_text,
     generator,
     mean_estimate,
     null_estimate,
@@ -151,3 +156,90 @@ def test_bootstrap_against_one_written_out(level: float) -> None:
     found = bootstrap_interval(values, seed=0, level=level)
     np.testing.assert_allclose(found, expected, atol=0.25 * means.std())
     assert found[0] < values.mean() < found[1]
+
+
+# --- prompts of one text, and what was drawn beside them
+
+
+def test_prompts_that_share_a_text_are_drawn_together() -> None:
+    # Two passages of each text are the same: there is as much to know as from one of each.
+    once = np.random.default_rng(0).normal(size=12)
+    twice, groups = np.repeat(once, 2), np.repeat(np.arange(12), 2).tolist()
+    grouped, alone = mean_estimate(twice, 0, groups), mean_estimate(once, 0)
+    assert (grouped.value, grouped.n, grouped.n_groups) == (pytest.approx(alone.value), 24, 12)
+    assert (grouped.low, grouped.high) == pytest.approx((alone.low, alone.high), abs=1e-12)
+    independent = mean_estimate(twice, 0)
+    assert independent.n_groups is None
+    assert grouped.high - grouped.low > 1.2 * (independent.high - independent.low)
+    assert estimate_text(grouped).endswith("n = 24 of 12 texts")
+    assert estimate_text(independent).endswith("n = 24")
+
+
+def test_groups_of_one_change_nothing() -> None:
+    values = np.random.default_rng(1).normal(size=9)
+    own = [f"text {i}" for i in range(9)]
+    assert mean_estimate(values, 3, own) == mean_estimate(values, 3)
+    assert bootstrap_interval(values, 3, groups=own) == bootstrap_interval(values, 3)
+
+    def statistic(chosen: np.ndarray) -> float:
+        return float(values[chosen].std())
+
+    assert bootstrap_estimate(statistic, 9, 3, groups=own) == bootstrap_estimate(statistic, 9, 3)
+
+
+def test_the_cluster_bootstrap_by_hand() -> None:
+    # Texts {0, 0}, {6}: their resamples are both once, or one twice: means 2 (a half), 0 and 6 (a quarter each).
+    values, groups = [0.0, 0.0, 6.0], ["a", "a", "b"]
+    assert bootstrap_interval(values, 0, level=0.6, groups=groups) == (0.0, 6.0)
+    low, high = bootstrap_interval(values, 0, level=0.4, groups=groups)
+    assert (low, high) == (2.0, 2.0)
+    assert np.isnan(bootstrap_interval([1.0, 2.0], 0, groups=["a", "a"])).all()
+    assert np.isnan(bootstrap_interval([1.0, NAN, 2.0], 0, groups=["a", "b", "a"])).all()
+    with pytest.raises(InputError, match="name a text for 2 prompts, and there are 3"):
+        bootstrap_interval(values, 0, groups=["a", "b"])
+
+
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_a_statistic_is_computed_on_whole_texts(vectorized: bool) -> None:
+    groups = ["a", "b", "a", "c", "c", "c"]
+    seen = []
+
+    def statistic(chosen: np.ndarray):
+        rows = chosen if vectorized else chosen[None]
+        seen.extend(rows.tolist())
+        return rows.mean(-1) if vectorized else float(rows.mean())
+
+    found = bootstrap_estimate(statistic, 6, 0, n_resamples=50, groups=groups, vectorized=vectorized)
+    assert (found.value, found.n, found.n_groups, len(seen)) == (2.5, 6, 3, 51)
+    for chosen in seen[1:]:
+        times = Counter(chosen)
+        assert times[0] == times[2] and times[3] == times[4] == times[5]
+        assert times[0] + times[1] + times[3] == 3
+
+
+def test_an_interval_is_wider_where_draws_differ_and_the_same_where_they_do_not() -> None:
+    prompts = np.random.default_rng(2).normal(size=10)
+    same = np.repeat(prompts[:, None], 3, axis=1)
+    alone = bootstrap_interval(prompts, 5)
+    assert drawn_interval(same, 5) == pytest.approx(alone, abs=1e-12)
+    assert drawn_interval(prompts[:, None], 5) == alone
+    differ = same + np.array([-1.0, 0.0, 1.0])  # the mean over draws of every prompt is what it was
+    low, high = drawn_interval(differ, 5)
+    assert high - low > 1.3 * (alone[1] - alone[0])
+    assert drawn_estimate(differ, 5).value == pytest.approx(prompts.mean())
+
+
+def test_draws_that_differ_by_hand() -> None:
+    # All prompts are alike, two draws 0 and 4: a resample of the draws is 0, 2 (twice as often) or 4.
+    values = np.tile([0.0, 4.0], (6, 1))
+    assert drawn_interval(values, 0, level=0.6) == (0.0, 4.0)
+    assert drawn_interval(values, 0, level=0.4) == (2.0, 2.0)
+    assert bootstrap_interval(values.mean(1), 0) == (2.0, 2.0)
+
+
+def test_draws_of_grouped_prompts_and_of_prompts_without_a_value() -> None:
+    values = np.array([[0.0, 4.0], [0.0, 4.0], [NAN, NAN], [2.0, 6.0]])
+    found = drawn_estimate(values, 0, ["a", "a", "b", "c"])
+    assert (found.value, found.n, found.n_groups) == (pytest.approx(8 / 3), 3, 2)
+    assert (found.low, found.high) == (0.0, 6.0)
+    assert drawn_estimate(np.full((3, 2), NAN), 0).n == 0

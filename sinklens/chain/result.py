@@ -26,7 +26,7 @@ from sinklens.records.files import atomic_folder, write_json
 from sinklens.records.plain import check_kinds, to_plain
 from sinklens.records.summaries import html, some, summary
 from sinklens.stages.base import experiment_kind
-from sinklens.statistics import bootstrap_interval
+from sinklens.statistics import drawn_interval
 
 SCORE_KEYS = ["stage", "edit", "direction", "control"]
 """What one score is about."""
@@ -44,7 +44,8 @@ class ChainResult:
 
     scores: pd.DataFrame
     """One row per stage, edit, direction and control: effect, interval, median, share of prompts beyond one half, n,
-    n_excluded, predicted, strength (of an edit that has one, such as a factor on a deviation), layers, units, draws."""
+    n_groups (of how many texts), n_excluded, predicted, strength (of an edit that has one, such as a factor on a
+    deviation), layers, units, draws."""
     effects: pd.DataFrame
     """The same per prompt and draw, with the metric's values."""
     matrix: pd.DataFrame
@@ -211,16 +212,25 @@ def is_transplant(table: pd.DataFrame) -> pd.Series:
     return (table.edit.map(experiment_kind) == "transplant") & (table.control == "")
 
 
-def summarise(effects: pd.DataFrame, keys: Sequence[str], seed: int) -> pd.DataFrame:
+def summarise(
+    effects: pd.DataFrame, keys: Sequence[str], seed: int, groups: Sequence[object] | None = None
+) -> pd.DataFrame:
     """Mean effect with its interval over prompts, for every combination of ``keys``; draws are averaged first.
+
+    What is drawn at random is drawn once for all prompts, so where there are several draws the interval resamples
+    prompts and draws both (:func:`sinklens.statistics.drawn_interval`). ``groups`` names for each prompt the text that
+    it is a passage of: whole texts are resampled then, and ``n_groups`` says how many there are.
 
     Beside it stand the median, and the share of prompts in which the effect is beyond one half: a mean of a half may be
     all of the effect in half of the prompts and nothing in the others.
     """
     records = []
     for key, group in effects.groupby(list(keys), sort=False, dropna=False):
-        per_prompt = group.groupby("prompt").effect.mean()
-        low, high = bootstrap_interval(per_prompt.to_numpy(), seed)
+        drawn = _by_draw(group)
+        per_prompt = drawn.mean(axis=1)
+        texts = None if groups is None else [groups[prompt] for prompt in drawn.index]
+        low, high = drawn_interval(drawn.to_numpy(), seed, groups=texts)
+        measured = per_prompt.dropna().index
         record = dict(zip(keys, key if isinstance(key, tuple) else (key,), strict=True))
         record |= {
             "effect": per_prompt.mean(),
@@ -228,8 +238,16 @@ def summarise(effects: pd.DataFrame, keys: Sequence[str], seed: int) -> pd.DataF
             "ci_high": high,
             "median": per_prompt.median(),
             "share": (per_prompt.dropna() > HALF).mean(),
-            "n": int(per_prompt.notna().sum()),
+            "n": len(measured),
+            "n_groups": len(measured if groups is None else {groups[prompt] for prompt in measured}),
             "n_excluded": int(per_prompt.isna().sum()),
         }
         records.append(record)
     return pd.DataFrame(records)
+
+
+def _by_draw(effects: pd.DataFrame) -> pd.DataFrame:
+    """One row for each prompt, one column for each draw."""
+    if "draw" not in effects:
+        return pd.DataFrame(effects.set_index("prompt").effect)
+    return effects.pivot(index="prompt", columns="draw", values="effect")

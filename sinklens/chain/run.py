@@ -144,9 +144,9 @@ def score_chain(
     matrix = scoring.matrix(trials, result, pair, read, gap)
     scoring.check_identities(effects, matrix, pair, trials, dtype_of(model))
     return ChainResult(
-        scores=scoring.scores(effects, trials, seed),
+        scores=scoring.scores(effects, trials, seed, batch.groups),
         effects=effects,
-        matrix=scoring.summarise_matrix(matrix, seed),
+        matrix=scoring.summarise_matrix(matrix, seed, batch.groups),
         checks=pair_checks(setting),
         formation=study.formation,
         runs=_run_values(result),
@@ -189,10 +189,7 @@ def _config(choice: PairChoice, setting: Setting, stages: Sequence[Stage], metri
         "claims": {stage.name: stage.claim for stage in stages},
         "readout_layers": list(setting.readout_layers),
         "seed": setting.study.seed,
-        "n_prompts": batch.n,
-        "length": batch.length,
-        "prompts": batch.source,
-        "n_skipped": batch.n_skipped,
+        **batch.record(),
         **({} if metric.name == METRIC else {"metric": metric.name}),
     }
 

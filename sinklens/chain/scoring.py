@@ -116,9 +116,11 @@ def check_pair(effects: pd.DataFrame, result: PatchResult, pair: SinkPair, gap: 
     )
 
 
-def scores(effects: pd.DataFrame, trials: Sequence[Trial], seed: int) -> pd.DataFrame:
-    """One row per stage, edit, direction and control."""
-    scores = summarise(effects, SCORE_KEYS, seed)
+def scores(
+    effects: pd.DataFrame, trials: Sequence[Trial], seed: int, groups: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """One row per stage, edit, direction and control; ``groups`` are the texts that the prompts are of."""
+    scores = summarise(effects, SCORE_KEYS, seed, groups)
     by_key: dict[tuple, list[Trial]] = {}
     for trial in trials:
         key = (trial.stage.name, trial.experiment.edit, trial.direction, trial.experiment.control)
@@ -162,9 +164,9 @@ def matrix(
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def summarise_matrix(matrix: pd.DataFrame, seed: int) -> pd.DataFrame:
+def summarise_matrix(matrix: pd.DataFrame, seed: int, groups: Sequence[str] | None = None) -> pd.DataFrame:
     """Means over prompts with their intervals, for every edited stage, direction and readout."""
-    return matrix if matrix.empty else summarise(matrix, ["stage", "direction", "readout"], seed)
+    return matrix if matrix.empty else summarise(matrix, ["stage", "direction", "readout"], seed, groups)
 
 
 def check_identities(

@@ -143,9 +143,7 @@ def sized(
 
 
 def _check_varies(name: str, setting: Setting) -> None:
-    ends = setting.pair.target.single(setting.batch.n).tolist()
-    seen = {tuple(row[: end + 1]) for row, end in zip(setting.batch.tokens.tolist(), ends, strict=True)}
-    if len(seen) < 2:
+    if not setting.study.varies_at(setting.pair.target.single(setting.batch.n)):
         raise NotApplicableError(
             f"{name} cannot be tried: all prompts are the same up to the target (behind one BOS, say), so "
             "nothing there varies over prompts"

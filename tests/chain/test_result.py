@@ -38,8 +38,34 @@ def test_draws_are_averaged_before_prompts() -> None:
     )
     row = summarise(effects, ["stage"], seed=0).iloc[0]
     assert row.effect == pytest.approx((0.3 + 1.0) / 2)  # over all rows it would be 0.475
-    assert (row.ci_low, row.ci_high) == bootstrap_interval([0.3, 1.0], seed=0)
+    assert row.ci_low <= 0.3 and row.ci_high == 1.0  # prompt 0 may be its lowest draw only
     assert (row.n, row.n_excluded) == (2, 0)
+
+
+def test_draws_that_differ_widen_the_interval_and_equal_ones_do_not() -> None:
+    prompts, draws = np.arange(8), np.arange(3)
+    own = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    shift = {"same": np.zeros(3), "different": np.array([-1.0, 0.0, 1.0])}
+    rows = [
+        {"stage": name, "prompt": p, "draw": d, "effect": own[p] + by[d]}
+        for name, by in shift.items()
+        for p in prompts
+        for d in draws
+    ]
+    same, different = summarise(pd.DataFrame(rows), ["stage"], seed=4).itertuples()
+    assert (same.ci_low, same.ci_high) == pytest.approx(bootstrap_interval(own, seed=4))
+    assert different.effect == pytest.approx(same.effect)
+    assert different.ci_low < same.ci_low - 0.2 and different.ci_high > same.ci_high + 0.2
+
+
+def test_prompts_of_one_text_are_one_text_in_summaries() -> None:
+    effects = pd.DataFrame({"stage": "s", "prompt": range(6), "effect": [0.0, 0.0, 0.3, 0.3, NAN, 1.0]})
+    groups = ["a", "a", "b", "b", "c", "d"]
+    grouped, plain = (summarise(effects, ["stage"], 0, each).iloc[0] for each in (groups, None))
+    assert (grouped.n, grouped.n_groups, plain.n_groups) == (5, 3, 5)
+    assert grouped.effect == plain.effect
+    expected = bootstrap_interval([0.0, 0.0, 0.3, 0.3, 1.0], 0, groups=["a", "a", "b", "b", "d"])
+    assert (grouped.ci_low, grouped.ci_high) == expected
 
 
 def test_summaries_count_excluded_prompts_and_keep_the_order() -> None:
