@@ -448,10 +448,10 @@ def bos_text(record: Mapping[str, Any]) -> str:
 
 
 def prompts_text(record: Mapping[str, Any]) -> str:
-    """``16 prompts of 64 tokens (passages; no BOS, ...)`` for a result's record of its prompts."""
-    texts = f" of {record['n_groups']} texts" if record.get("n_groups") else ""
+    """``16 prompts of 64 tokens: passages; no BOS, ...`` for a result's record of its prompts."""
+    texts = f" from {record['n_groups']} texts" if record.get("n_groups") else ""
     about = "; ".join(filter(None, (str(record.get("prompts")), bos_text(record))))
-    return f"{record.get('n_prompts')} prompts{texts} of {record.get('length')} tokens ({about})"
+    return f"{record.get('n_prompts')} prompts of {record.get('length')} tokens{texts}: {about}"
 
 
 def _leading(model: Model, prepend_bos: Bos) -> tuple[Any, list[int]]:

@@ -630,10 +630,10 @@ def test_what_is_said_of_a_bos(model):
     }
     assert "a BOS in front, as asked for" in repr(said["always"])
     assert prompts.prompts_text(said["auto"].record()) == (
-        "1 prompts of 4 tokens (texts; no BOS, as the model's tokenizer does)"
+        "1 prompts of 4 tokens: texts; no BOS, as the model's tokenizer does"
     )
     assert prompts.bos_text(prompts.from_tokens(model, [[0, 3, 4]]).record()) == "a BOS in front in the given tokens"
-    assert prompts.prompts_text({"prompts": "x", "n_prompts": 2, "length": 3}) == "2 prompts of 3 tokens (x)"
+    assert prompts.prompts_text({"prompts": "x", "n_prompts": 2, "length": 3}) == "2 prompts of 3 tokens: x"
 
 
 def test_a_word_for_the_bos_that_there_is_not(model):

@@ -81,9 +81,7 @@ def config_of(analysis: Analysis, study: Study, options: Mapping[str, Any]) -> d
             "options": dict(options),
             "seed": study.seed,
             "given": study.given,
-            "prompts": batch.source,
-            "n_prompts": batch.n,
-            "length": batch.length,
+            **{name: value for name, value in batch.record().items() if name != "n_skipped"},
             "code": code_digest(analysis.code or analysis.run),
         }
     )

@@ -239,9 +239,8 @@ def write_record(out: Path, study: Study, parts: Mapping[str, Part], config: Map
     listed = {
         name: {k: v for k, v in asdict(part).items() if k not in ("name", "reused")} for name, part in parts.items()
     }
-    batch = study.batch
     data = {
-        "config": {"prompts": batch.source, "n_prompts": batch.n, "length": batch.length, "seed": study.seed, **config},
+        "config": {**study.batch.record(), "seed": study.seed, **config},
         "provenance": study.provenance,
         "parts": listed,
     }

@@ -14,7 +14,7 @@ import typer
 
 from sinklens.cli import all as all_
 from sinklens.cli import analyse, chain, find, gather, models, report, sweep
-from sinklens.cli.common import Commands
+from sinklens.cli.common import Command, Commands
 
 app = typer.Typer(
     cls=Commands,
@@ -56,12 +56,12 @@ late: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
 
-app.command()(chain.chain)
+app.command(cls=Command)(chain.chain)
 app.command(**late)(sweep.sweep)
 app.command()(gather.gather)
-app.command()(find.find)
+app.command(cls=Command)(find.find)
 app.command(**late)(analyse.analyse)
-app.command(name="all")(all_.everything)
+app.command(name="all", cls=Command)(all_.everything)
 app.command()(report.report)
 app.command()(models.models)
 

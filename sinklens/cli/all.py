@@ -15,6 +15,7 @@ from sinklens.cli.common import (
     Backend,
     BackendOption,
     BlockOption,
+    Bos,
     BosOption,
     CountOption,
     DeviceOption,
@@ -46,7 +47,7 @@ def everything(
     length: LengthOption = 64,
     n: CountOption = 32,
     prompts: PromptsOption = "passages",
-    bos: BosOption = False,
+    bos: BosOption = Bos.auto,
     block: BlockOption = None,
     event: EventOption = None,
     super_neurons: NeuronsOption = None,
@@ -123,17 +124,19 @@ def run_everything(
     if as_json:
         sys.stdout.write((out / "run.json").read_text(encoding="utf-8") + "\n")
     else:
-        _print(result, page)
+        _print(result, batch, page)
     if result.failed:
         typer.echo(f"sinklens: {len(result.failed)} part(s) failed: {', '.join(result.failed)}", err=True)
         raise typer.Exit(1)
 
 
-def _print(result: Any, page: Path | None) -> None:
+def _print(result: Any, batch: Any, page: Path | None) -> None:
     from sinklens.cli.tables import console, verdicts_table
+    from sinklens.prompts import prompts_text
 
     screen = console()
     screen.print(verdicts_table(result))
+    screen.print(prompts_text(batch.record()), markup=False)
     screen.print(f"Results: {result.folder}" + (f"; report: {page}" if page else ""), markup=False, soft_wrap=True)
 
 

@@ -17,6 +17,7 @@ from sinklens.cli.common import (
     Backend,
     BackendOption,
     BlockOption,
+    Bos,
     BosOption,
     CountOption,
     DeviceOption,
@@ -59,7 +60,7 @@ def chain(
     length: LengthOption = 64,
     n: CountOption = 16,
     prompts: PromptsOption = "passages",
-    bos: BosOption = False,
+    bos: BosOption = Bos.auto,
     block: BlockOption = None,
     event: Annotated[
         str | None,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 import typer.core
 
-from sinklens.records.ranges import SEEDS, integers, shown
+from sinklens.records.ranges import MOST_REPEATS, SEEDS, integers, shown
 
 if TYPE_CHECKING:
     from sinklens.engine.run import Progress
@@ -41,6 +41,35 @@ class Commands(typer.core.TyperGroup):
         """Run the command."""
         with usage_errors():
             return super().invoke(ctx)
+
+
+class Command(typer.core.TyperCommand):
+    """A command to which one may say ``--bos`` for ``--bos always``, and ``--no-bos`` for ``--bos never``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments."""
+        return super().parse_args(ctx, spelt_out(args))
+
+
+def spelt_out(args: list[str]) -> list[str]:
+    """The arguments with ``--bos`` and ``--no-bos`` as an option with a value."""
+    found: list[str] = []
+    for arg, after in zip(args, [*args[1:], ""], strict=False):
+        if arg == "--no-bos":
+            found += ["--bos", Bos.never.value]
+        elif arg == "--bos" and (not after or after.startswith("-")):
+            found += [arg, Bos.always.value]
+        else:
+            found.append(arg)
+    return found
+
+
+class Bos(StrEnum):
+    """Who decides whether a beginning-of-sequence token stands in front of the prompts."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
 
 
 class Dtype(StrEnum):
@@ -76,7 +105,16 @@ PromptsOption = Annotated[
     ),
 ]
 CountOption = Annotated[int, typer.Option("--n", help="Number of prompts.")]
-BosOption = Annotated[bool, typer.Option("--bos/--no-bos", help="Put the tokenizer's BOS in front of every prompt.")]
+BosOption = Annotated[
+    Bos,
+    typer.Option(
+        help="Begin prompts with the tokenizer's BOS: as it does itself, always (`--bos` alone), or never (`--no-bos`)."
+    ),
+]
+ReplicateOption = Annotated[
+    int | None,
+    typer.Option(min=2, max=MOST_REPEATS, help="Do all of it on so many disjoint sets of --n prompts, and compare."),
+]
 DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:1`.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Floating-point format of the model.")]
 BackendOption = Annotated[Backend, typer.Option(help="TransformerLens class to load the model as.")]
@@ -145,11 +183,12 @@ def load(
     prompts: str,
     n: int,
     length: int,
-    bos: bool,
+    bos: Bos,
     seed: int,
     devices: int = 1,
+    sets: int | None = None,
 ) -> tuple[Model, PromptBatch]:
-    """The model and the prompts that the options name."""
+    """The model and the prompts that the options name; with ``sets`` enough for so many sets of ``n``, if there are."""
     # os.path and not Path: it says no to a name that is too long instead of raising.
     if prompts not in ("passages", "random") and not os.path.exists(os.path.expanduser(prompts)):
         fail(f"--prompts {shown(prompts, 80)!r} is neither passages nor random nor a file that exists: check the path")
@@ -159,11 +198,16 @@ def load(
 
     loaded = load_model(model, device=device, dtype=dtype.value, backend=backend.value, devices=devices)
     _check_weights(loaded)
+    leading, several = bos.value, n * (sets or 1)
     if prompts == "passages":
-        return loaded, make.natural(loaded, n=n, length=length, prepend_bos=bos)
+        number = several if sets is None else min(several, make.N_PASSAGES)
+        return loaded, make.natural(loaded, n=number, length=length, prepend_bos=leading)
     if prompts == "random":
-        return loaded, make.random_tokens(loaded, n=n, length=length, seed=seed, prepend_bos=bos)
-    return loaded, make.from_file(loaded, prompts, n=n, length=length, prepend_bos=bos)
+        return loaded, make.random_tokens(loaded, n=several, length=length, seed=seed, prepend_bos=leading)
+    batch = make.from_file(loaded, prompts, n=several, length=length, prepend_bos=leading)
+    if sets is not None and batch.is_grouped:  # no text may be in two sets, so more of them may be needed
+        batch = make.from_file(loaded, prompts, length=length, prepend_bos=leading)
+    return loaded, batch
 
 
 def _check_weights(model: Model) -> None:

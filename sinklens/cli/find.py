@@ -8,6 +8,7 @@ from sinklens.cli.common import (
     Backend,
     BackendOption,
     BlockOption,
+    Bos,
     BosOption,
     CountOption,
     DeviceOption,
@@ -33,7 +34,7 @@ def find(
     length: LengthOption = 64,
     n: CountOption = 16,
     prompts: PromptsOption = "passages",
-    bos: BosOption = False,
+    bos: BosOption = Bos.auto,
     block: BlockOption = None,
     event: EventOption = None,
     super_neurons: NeuronsOption = None,
@@ -66,11 +67,13 @@ def find(
             formation = find_formation(loaded, batch, **given)
         from sinklens.cli.tables import console, formation_tables
         from sinklens.formation import formation_to_json
+        from sinklens.prompts import prompts_text
         from sinklens.records.plain import to_plain
 
         if as_json:
-            data = formation_to_json(formation)
+            data = {**formation_to_json(formation), **batch.record()}
             print(json.dumps(to_plain(data), indent=1))  # noqa: T201  (the command's output)
             return
         for table in formation_tables(formation):
             console().print(table)
+        console().print(prompts_text(batch.record()), markup=False)

@@ -16,6 +16,7 @@ from sinklens.cli.common import (
     Backend,
     BackendOption,
     BlockOption,
+    Bos,
     BosOption,
     CountOption,
     DeviceOption,
@@ -40,6 +41,7 @@ from sinklens.cli.common import (
     write_report,
 )
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
+from sinklens.prompts import prompts_text
 from sinklens.records.files import check_out
 from sinklens.records.ranges import integers
 from sinklens.study import Study
@@ -75,7 +77,7 @@ def _run(
     length: LengthOption = 64,
     n: CountOption = 32,
     prompts: PromptsOption = "passages",
-    bos: BosOption = False,
+    bos: BosOption = Bos.auto,
     block: BlockOption = None,
     event: EventOption = None,
     super_neurons: NeuronsOption = None,
@@ -122,6 +124,7 @@ def _print(result: AnalysisResult, out: Path, page: Path | None, as_json: bool) 
         return
     screen = console()
     screen.print(verdict_table(result))
+    screen.print(prompts_text(result.config), markup=False)
     screen.print(f"Results: {out}" + (f"; report: {page}" if page else ""), markup=False, soft_wrap=True)
 
 

@@ -18,6 +18,7 @@ from sinklens.cli.common import (
     Backend,
     BackendOption,
     BlockOption,
+    Bos,
     BosOption,
     CountOption,
     DeviceOption,
@@ -42,6 +43,7 @@ from sinklens.cli.tables import console
 from sinklens.cli.tables_sweep import judged_table, overview_table, strongest_table, verified_table
 from sinklens.pairs.ablations import EditLike
 from sinklens.pairs.choice import Target, target_from_text
+from sinklens.prompts import prompts_text
 from sinklens.readouts.named import ReadoutLike
 from sinklens.records.plain import to_plain
 from sinklens.records.ranges import Range, integers, names, shown
@@ -92,7 +94,7 @@ def _run(
     length: LengthOption = 64,
     n: CountOption = 8,
     prompts: PromptsOption = "passages",
-    bos: BosOption = False,
+    bos: BosOption = Bos.auto,
     block: BlockOption = None,
     event: EventOption = None,
     super_neurons: NeuronsOption = None,
@@ -167,4 +169,5 @@ def _print(result: SweepResult, execution: Execution, seconds: float) -> None:
     if verified is not None:
         screen.print(verified_table(verified))
         screen.print(judged_table(result.judged()))
+    screen.print(prompts_text(result.config), markup=False)
     screen.print(f"{len(result):,} rows in {seconds:.1f} s. Results: {out}", markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sinklens.cli.common import errors, usage_errors
+from sinklens.cli.common import Command, errors, usage_errors
 from sinklens.records.ranges import Between, check_number, limits_of
 
 
@@ -148,7 +148,7 @@ def command_of(options: Sequence[Option], run: Callable[..., None]) -> Callable[
 def run_alone(command: Callable[..., None], help: str, args: Sequence[str] | None, prog: str | None) -> None:
     """Run a function as a command of its own; ends by SystemExit with the exit code."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=help)(command)
+    app.command(help=help, cls=Command)(command)
     with usage_errors():
         raise SystemExit(app(args=None if args is None else list(args), prog_name=prog, standalone_mode=False) or 0)
 

@@ -18,6 +18,7 @@ from sinklens.analysis.suite import SuiteResult
 from sinklens.chain.result import METRIC, ChainResult
 from sinklens.formation import Formation
 from sinklens.pairs.choice import is_natural
+from sinklens.prompts import prompts_text
 from sinklens.records.ranges import spans
 from sinklens.records.text import number, pretty
 from sinklens.statistics import Estimate, estimate_text
@@ -97,8 +98,8 @@ def chain_footer(result: ChainResult) -> list[str]:
     return [
         *left_out,
         f"{_received(result)} in blocks {spans(config['readout_layers'], '-')}.",
-        f"{config['n_prompts']} prompts of {config['length']} tokens ({config['prompts']}; {config['n_skipped']} "
-        f"skipped as too short; {excluded} excluded: the pair moves the metric too little).",
+        f"{prompts_text(config)}; {config['n_skipped']} skipped as too short; {excluded} excluded: the pair moves the "
+        "metric too little.",
         f"{engine['n_patches']} patches, {engine['n_rows']} patched rows in {engine['n_forwards']} forward passes, "
         f"{engine['seconds']:.1f} s, {engine['n_rows'] / engine['seconds']:.0f} rows per second, peak memory "
         f"{(engine['peak_bytes'] or 0) / 2**30:.1f} GiB.",

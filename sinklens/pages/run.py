@@ -13,6 +13,7 @@ from sinklens.formation import Formation
 from sinklens.models.load import REGISTRY
 from sinklens.pages.gather import Gathered, Part, mapping
 from sinklens.pairs.choice import is_natural
+from sinklens.prompts import prompts_text
 from sinklens.records.printable import isolated
 from sinklens.records.ranges import spans
 from sinklens.records.text import NONE, bytes_text, number, seconds_text
@@ -83,7 +84,7 @@ def _sources(gathered: Gathered) -> list[tuple[str, Mapping[str, Any], Mapping[s
 def _prompts(config: Mapping[str, Any], _provenance: Mapping[str, Any]) -> str | None:
     if "prompts" not in config:
         return None
-    return f"{config.get('n_prompts')} prompts of {config.get('length')} tokens: {config['prompts']}"
+    return prompts_text(config)
 
 
 def _distinct(values: Sequence[tuple[str, object]]) -> list[str]:
@@ -189,11 +190,18 @@ def reproduce(result: ChainResult | AnalysisResult) -> str:
 
 def _batch(config: Mapping[str, Any]) -> str:
     n, length, source = config.get("n_prompts"), config.get("length"), str(config.get("prompts"))
+    bos = "" if _bos(config) is None else f", prepend_bos={_bos(config)!r}"
     if source == "passages":
-        return f"sl.prompts.natural(model, n={n}, length={length})"
+        return f"sl.prompts.natural(model, n={n}, length={length}{bos})"
     if source.startswith("random_tokens("):
-        return f"sl.prompts.random_tokens(model, n={n}, length={length}, seed={config.get('seed')})"
+        return f"sl.prompts.random_tokens(model, n={n}, length={length}, seed={config.get('seed')}{bos})"
     return f"...  # {n} prompts of {length} tokens: {source!r}"
+
+
+def _bos(config: Mapping[str, Any]) -> str | None:
+    """What has to be asked of the BOS for the same prompts; None where that is the default."""
+    asked = config.get("bos")
+    return asked if asked in ("always", "never") else None
 
 
 def _setup(result: ChainResult | AnalysisResult) -> str:
@@ -239,6 +247,7 @@ def _analysis_command(result: AnalysisResult) -> str:
         "length": config.get("length"),
         "prompts": prompts,
         "seed": config.get("seed"),
+        **({} if _bos(config) is None else {"bos": _bos(config)}),
     }
     named |= {known[name]: value for name, value in given.items()} | {"dtype": result.provenance.get("dtype")}
     for name, value in {**named, **{name.replace("_", "-"): value for name, value in options.items()}}.items():

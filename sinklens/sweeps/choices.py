@@ -52,6 +52,10 @@ class Choices(Request):
     """Their number."""
     length: int
     """Tokens of each."""
+    bos: str
+    """Who decided whether a BOS stands in front of them (see :class:`sinklens.PromptBatch`)."""
+    has_bos: bool
+    """Whether one does."""
 
     @cached_property
     def as_json(self) -> Mapping[str, Any]:
@@ -71,6 +75,8 @@ class Choices(Request):
             "prompts_digest": self.origin["prompts_digest"],
             "n_prompts": self.n_prompts,
             "length": self.length,
+            "bos": self.bos,
+            "has_bos": self.has_bos,
             "group_size": self.group_size,
             "task_size": self.task_size,
         }
@@ -98,6 +104,8 @@ def resolve(request: Request, model: Model, batch: PromptBatch) -> Choices:
         prompts=batch.source,
         n_prompts=batch.n,
         length=batch.length,
+        bos=batch.bos,
+        has_bos=batch.has_bos,
     )
 
 
