@@ -18,9 +18,13 @@ from .analysis import Verdict as Verdict
 from .analysis import run_analysis as run_analysis
 from .analysis import verdict as verdict
 from .analysis.of_stage import of_stage as of_stage
+from .analysis.replicate import replicate as replicate
+from .analysis.replicate import verdict_agreement as verdict_agreement
 from .analysis.suite import run_all as run_all
 from .chain import ChainResult as ChainResult
+from .chain import agreement as agreement
 from .chain import run_chain as run_chain
+from .chain import run_chains as run_chains
 from .chain import score_chain as score_chain
 from .cli.of_analysis import main as main
 from .edits import Edit as Edit

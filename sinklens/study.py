@@ -169,6 +169,14 @@ class Study:
         few.formation = replace(self.formation, sink_positions=self.formation.sink_positions[:n])
         return few
 
+    def disjoint(self, sets: int, n: int | None = None) -> list[Study]:
+        """So many studies on disjoint sets of ``n`` of the prompts, each of which finds the formation for itself.
+
+        Raises:
+            InputError: there are too few prompts (see :meth:`PromptBatch.disjoint`).
+        """
+        return [replace(self, batch=batch, given=dict(self.given)) for batch in self.batch.disjoint(sets, n)]
+
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """Where numbers come from: versions, commit, device, dtype, digests of the model and the prompts."""

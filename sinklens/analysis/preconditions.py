@@ -28,10 +28,12 @@ def check_first_varies(study: Study) -> None:
 
 
 def check_sink_varies(study: Study) -> None:
-    """Make sure that the sink can vary across prompts: a first token that all share (BOS) has the same values in all.
+    """Make sure that the sink can vary across prompts: behind a first token that all share (BOS), say, it cannot.
 
     Raises:
         NotApplicableError: it cannot.
     """
-    if not study.sinks.any():
-        check_first_varies(study)
+    if not study.sink_varies:
+        raise NotApplicableError(
+            "all prompts are the same up to the sink (it is their BOS, say): nothing there varies over prompts"
+        )

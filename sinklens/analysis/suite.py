@@ -109,7 +109,7 @@ def run_all(
         raise InputError(f"there is no part {', '.join(unknown)}: the parts are {', '.join(names)}")
     chosen = [name for name in names if not only or name in only]
     _check(study, target)
-    earlier = _earlier(out)
+    earlier = earlier_parts(out)
     keys = {name: _key(study, target, analyses.get(name)) for name in chosen}
     suite = _Suite(study, out, target, analyses)
     # What is there stays on record until it is done again: a run that is interrupted has lost nothing.
@@ -135,20 +135,28 @@ def _check(study: Study, target: int) -> None:
             study.formation  # noqa: B018  (which events there are is known when the sink is)
 
 
-class _Suite:
+class Parts:
     """Runs parts of one folder."""
 
-    def __init__(self, study: Study, out: Path, target: int, analyses: Mapping[str, Analysis]) -> None:
-        self.study, self.out, self.target, self.analyses = study, out, target, analyses
+    out: Path
+    """The folder."""
+
+    def make(self, name: str) -> tuple[Status, str]:
+        """Run a part and write its folder; gives its status, and why it cannot be measured."""
+        raise NotImplementedError
+
+    def reuse(self, name: str) -> bool:
+        """Whether the part that is there can be read."""
+        raise NotImplementedError
 
     def part(self, name: str, key: dict[str, Any], before: Part | None) -> Part:
         """One part: the one that is there if it was made with ``key``, or a new one."""
-        if before is not None and before.status != "failed" and before.key == key and self._reuse(name):
+        if before is not None and before.status != "failed" and before.key == key and self.reuse(name):
             return Part(name, before.status, before.reason, before.seconds, key, reused=True)
         began = time.perf_counter()
         status, reason = "done", ""
         try:
-            status, reason = self._run(name)
+            status, reason = self.make(name)
         except WriteError:
             raise  # the others could not be written either
         except (NoSinkError, NotApplicableError) as error:
@@ -162,7 +170,14 @@ class _Suite:
             status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
         return Part(name, status, reason, time.perf_counter() - began, key)
 
-    def _reuse(self, name: str) -> bool:
+
+class _Suite(Parts):
+    """The formation, the chain and the analyses."""
+
+    def __init__(self, study: Study, out: Path, target: int, analyses: Mapping[str, Analysis]) -> None:
+        self.study, self.out, self.target, self.analyses = study, out, target, analyses
+
+    def reuse(self, name: str) -> bool:
         try:
             if name == FORMATION:
                 data = json.loads((self.out / "formation.json").read_text(encoding="utf-8"))
@@ -176,7 +191,7 @@ class _Suite:
             return False
         return True
 
-    def _run(self, name: str) -> tuple[Status, str]:
+    def make(self, name: str) -> tuple[Status, str]:
         study = self.study
         if name == FORMATION:
             write_json(self.out / "formation.json", formation_to_json(study.formation))
@@ -212,7 +227,7 @@ def check_folder(out: Path) -> None:
             raise InputError(f"{out} is not the folder of an earlier run: choose another --out")
 
 
-def _earlier(out: Path) -> dict[str, Part]:
+def earlier_parts(out: Path) -> dict[str, Part]:
     """The parts of an earlier run in the same folder."""
     check_folder(out)
     record = out / "run.json"

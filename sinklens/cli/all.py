@@ -29,6 +29,7 @@ from sinklens.cli.common import (
     ModelOption,
     NeuronsOption,
     PromptsOption,
+    ReplicateOption,
     SeedOption,
     budget,
     command_line,
@@ -57,6 +58,7 @@ def everything(
     dtype: DtypeOption = Dtype.float32,
     backend: BackendOption = Backend.auto,
     seed: SeedOption = 0,
+    replicate: ReplicateOption = None,
     memory_budget: MemoryOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the results; an earlier run's is taken up again.")] = Path(
         "runs/all"
@@ -85,6 +87,7 @@ def everything(
                 length=length,
                 bos=bos,
                 seed=seed,
+                sets=replicate,
             ),
             out,
             target=target,
@@ -93,6 +96,7 @@ def everything(
             memory_budget=allowed,
             given=given,
             as_json=as_json,
+            sizes=None if replicate is None else (replicate, n),
         )
 
 
@@ -106,28 +110,79 @@ def run_everything(
     memory_budget: int | None,
     given: dict[str, Any],
     as_json: bool,
+    sizes: tuple[int, int] | None = None,
 ) -> None:
-    """Run every part, write the report, print the verdicts; exit code 1 when a part failed."""
+    """Run every part, write the report, print the verdicts; exit code 1 when a part failed.
+
+    With ``sizes``, all of it on so many sets of so many prompts, each in a folder of its own.
+    """
     from sinklens.analysis.suite import check_folder
 
-    check_folder(out)  # before the model is loaded
+    if sizes is None:
+        check_folder(out)  # before the model is loaded
+    else:
+        from sinklens.analysis.replicate import check_sets_folder
+
+        check_sets_folder(out)
     with _display() as display:
         model, batch = load(display.step)
         from sinklens.analysis.suite import run_all
         from sinklens.study import Study
 
         study = Study(model, batch, seed, memory_budget, given, display.rows)
-        config = {"command": command_line()}
-        result = run_all(study, out, target=target, only=only, config=config, begins=display.begins, ends=display.ends)
-        display.step("writing the report")
-        page = write_report(out)
+        studies = {"": study} if sizes is None else _sets(study, out, sizes)
+        results, pages = {}, {}
+        for name, each in studies.items():
+            display.of_set = f"{name} " if name else ""
+            config = {"command": command_line()}
+            watch = {"begins": display.begins, "ends": display.ends}
+            results[name] = run_all(each, out / name, target=target, only=only, config=config, **watch)
+            display.step("writing the report")
+            pages[name] = write_report(out / name)
     if as_json:
-        sys.stdout.write((out / "run.json").read_text(encoding="utf-8") + "\n")
+        texts = [(out / name / "run.json").read_text(encoding="utf-8") for name in results]
+        sys.stdout.write((texts[0] if sizes is None else f"[{','.join(texts)}]") + "\n")
     else:
-        _print(result, batch, page)
-    if result.failed:
-        typer.echo(f"sinklens: {len(result.failed)} part(s) failed: {', '.join(result.failed)}", err=True)
+        for name, result in results.items():
+            _print(result, studies[name].batch, pages[name])
+    if sizes is not None:
+        _compare(out, results, sizes[1], as_json)
+    failed = [f"{name}/{part}".lstrip("/") for name, result in results.items() for part in result.failed]
+    if failed:
+        typer.echo(f"sinklens: {len(failed)} part(s) failed: {', '.join(failed)}", err=True)
         raise typer.Exit(1)
+
+
+def _sets(study: Any, out: Path, sizes: tuple[int, int]) -> dict[str, Any]:
+    """A study for every set of prompts, by the name of its folder; marks the folder that they are in."""
+    from sinklens.analysis.replicate import RECORD, set_names
+    from sinklens.records.files import write_json, writing
+
+    sets, n = sizes
+    studies = dict(zip(set_names(sets), study.disjoint(sets, n), strict=True))
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RECORD, {"sets": sets, "n_prompts": n, "command": command_line()})
+    return studies
+
+
+def _compare(out: Path, results: dict[str, Any], n: int, as_json: bool) -> None:
+    """How far the sets agree: a table beside their folders, and lines on the chain and on the analyses."""
+    from sinklens.analysis.replicate import all_agreement
+    from sinklens.analysis.suite import CHAIN
+    from sinklens.chain.agree import agreement_text
+    from sinklens.cli.tables import agreement_table, console
+
+    table = all_agreement(out, results)
+    if as_json or table.empty:
+        return
+    screen, over = console(), f"{len(results)} disjoint sets of {n} prompts"
+    of_analyses = table[table.what == "verdict"]
+    screen.print(agreement_table(of_analyses))
+    for what, rows in (("Analyses", of_analyses), (CHAIN.capitalize(), table[table.what != "verdict"])):
+        if len(rows):
+            screen.print(f"{what}: {agreement_text(rows, over)}", markup=False, soft_wrap=True)
+    screen.print(f"Agreement: {out / 'agreement.parquet'}", markup=False, soft_wrap=True)
 
 
 def _print(result: Any, batch: Any, page: Path | None) -> None:
@@ -148,6 +203,7 @@ class _Display:
         self.parts = bar.add_task("loading", total=None)
         self.patches = bar.add_task("", total=None, visible=False)
         self.place = ""
+        self.of_set = ""
 
     def step(self, text: str) -> None:
         self.bar.update(self.parts, description=text)
@@ -156,7 +212,7 @@ class _Display:
         self.bar.update(self.patches, description="patched rows", completed=done, total=total, visible=done < total)
 
     def begins(self, name: str, number: int, of: int) -> None:
-        self.place = f"[{number}/{of}]"
+        self.place = f"{self.of_set}[{number}/{of}]"
         self.bar.update(self.parts, description=name, completed=number - 1, total=of)
         self.bar.update(self.patches, visible=False)
 

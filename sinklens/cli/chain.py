@@ -32,15 +32,17 @@ from sinklens.cli.common import (
     NeuronsOption,
     Pair,
     PromptsOption,
+    ReplicateOption,
     SeedOption,
     budget,
     command_line,
     errors,
     fail,
     given_formation,
+    left_out,
     load,
     progress,
-    target_of,
+    targets_of,
     write_report,
 )
 from sinklens.records.ranges import MOST_REPEATS, integers, shown
@@ -48,7 +50,13 @@ from sinklens.records.ranges import MOST_REPEATS, integers, shown
 
 def chain(
     model: ModelOption = "smollm2",
-    target: Annotated[str, typer.Option(help="Position that is made a sink, or `natural` for the data's own.")] = "10",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Position that is made a sink, or `natural` for the data's own; several, such as `5,10,20`: a folder "
+            "for each in --out, and whether their verdicts agree."
+        ),
+    ] = "10",
     pair: Annotated[Pair, typer.Option(help="How the sink is made at the target.")] = Pair.block_aggregation,
     metric: Annotated[
         str, typer.Option(help="What is measured of the sink: attention_received, alpha, sink_rate, logit_diff, ...")
@@ -81,6 +89,7 @@ def chain(
     dtype: DtypeOption = Dtype.float32,
     backend: BackendOption = Backend.auto,
     seed: SeedOption = 0,
+    replicate: ReplicateOption = None,
     memory_budget: MemoryOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/chain"),
     force: ForceOption = False,
@@ -90,7 +99,7 @@ def chain(
     with errors():
         from sinklens.records.files import check_out
 
-        wanted = target_of(target, length)
+        wanted = targets_of(target, length)
         if n < 2:
             fail(TOO_FEW.format(f"--n is {n}"))
         for name, value, least in (("--min-gap", min_gap, 0.0), ("--strength", strength, -math.inf)):
@@ -105,7 +114,14 @@ def chain(
                 "--outlier-dims, or give the number of one event"
             )
         blocks = None if pair_layers is None else integers("--pair-layers", pair_layers)
-        check_out(out, force=force)
+        if (which == ALL) + (len(wanted) > 1) + (replicate is not None) > 1:
+            fail("give --event all, several targets or --replicate, one of the three")
+        if replicate is None:
+            check_out(out, force=force)
+        else:
+            from sinklens.analysis.suite import earlier_parts
+
+            earlier_parts(out)
         with progress() as (step, rows):
             loaded, batch = load(
                 step,
@@ -118,6 +134,7 @@ def chain(
                 length=length,
                 bos=bos,
                 seed=seed,
+                sets=replicate,
             )
             if batch.n < 2:
                 fail(TOO_FEW.format(f"only {batch.n} in {batch.source} has {length} tokens or more"))
@@ -125,7 +142,7 @@ def chain(
 
             options = {
                 "stages": LINKED if links else CHAIN,
-                "target": wanted,
+                "target": wanted[0],
                 "pair": pair.value,
                 "metric": metric,
                 "strength": strength,
@@ -137,9 +154,14 @@ def chain(
                 "progress": rows,
                 "memory_budget": bytes_allowed,
             }
-            run = _all_events if which == ALL else _one_event
-            chains = run(loaded, batch, given, options, out, force, step)
-        _print_chains(chains, as_json)
+            if replicate is not None:
+                chains, told = _several_sets(loaded, batch, given, options, out, force, step, (replicate, n))
+            elif len(wanted) > 1:
+                chains, told = _several_targets(loaded, batch, given, options | {"target": wanted}, out, force, step)
+            else:
+                run = _all_events if which == ALL else _one_event
+                chains, told = run(loaded, batch, given, options, out, force, step), None
+        _print_chains(chains, as_json, told)
 
 
 ALL = "all"
@@ -229,7 +251,86 @@ def _all_events(
     return [_Chain(titles[name], result, out / name, write_report(out / name)) for name, result in results.items()]
 
 
-def _print_chains(chains: list[_Chain], as_json: bool) -> None:
+def _several_targets(
+    model: Any, batch: Any, given: dict, options: dict, out: Path, force: bool, step: Callable[[str], None]
+) -> tuple[list[_Chain], str]:
+    """A chain for every target, each in a folder of its own, and a line on how far they agree."""
+    from sinklens.analysis.replicate import save_agreement
+    from sinklens.analysis.suite import Part, write_record
+    from sinklens.chain.agree import agreement, agreement_text, run_chains
+    from sinklens.formation import find_formation
+    from sinklens.records.files import atomic_folder
+    from sinklens.records.text import join
+    from sinklens.study import Study
+
+    targets = options.pop("target")
+    step(f"scoring the chain at {len(targets)} targets")
+    formation = find_formation(model, batch, memory_budget=options["memory_budget"], **given)
+    results = run_chains(model, batch, targets=targets, formation=formation, **options)
+    table = agreement(results)
+    with atomic_folder(out, force=force) as folder:
+        for target, result in results.items():
+            result.config["command"] = command_line()
+            result.save(folder / f"target-{target}")
+        save_agreement(table, folder)
+        study = Study.of(model, batch, formation, seed=options["seed"])
+        parts = {f"target-{target}": Part(f"target-{target}", "done") for target in targets}
+        write_record(folder, study, parts, {"command": command_line()})
+    step("writing the reports")
+    write_report(out)
+    places = {target: out / f"target-{target}" for target in targets}
+    chains = [_Chain(f"Target {t}", results[t], place, write_report(place)) for t, place in places.items()]
+    return chains, agreement_text(table, f"targets {join([str(target) for target in targets])}")
+
+
+def _several_sets(
+    model: Any,
+    batch: Any,
+    given: dict,
+    options: dict,
+    out: Path,
+    force: bool,
+    step: Callable[[str], None],
+    sizes: tuple[int, int],
+) -> tuple[list[_Chain], str]:
+    """A chain for every set of prompts, each in a folder of its own, and a line on how far they agree."""
+    from sinklens.analysis.replicate import replicate_into, verdict_agreement
+    from sinklens.chain.agree import agreement_text
+    from sinklens.chain.result import ChainResult
+    from sinklens.chain.run import run_chain
+    from sinklens.study import Study
+
+    (sets, n), told = sizes, {name: value for name, value in options.items() if name not in ("stages", "progress")}
+    study = Study(model, batch, options["seed"], options["memory_budget"], given, options["progress"])
+
+    def run(each: Study) -> ChainResult:
+        formation = each.formation if given else None
+        result = run_chain(model, each.batch, formation=formation, **options)
+        result.config["command"] = command_line()
+        return result
+
+    suite, results = replicate_into(
+        study,
+        sets,
+        out,
+        run,
+        ChainResult.load,
+        n=n,
+        options=told | {"stages": [stage.name for stage in options["stages"]]},
+        config={"command": command_line()},
+        fresh=force,
+        begins=lambda name, _number, of: step(f"scoring the chain on {name} of {of}"),
+    )
+    left_out(suite)
+    step("writing the reports")
+    write_report(out)
+    places = {name: out / name for name in results}
+    chains = [_Chain(name, results[name], place, write_report(place)) for name, place in places.items()]
+    table = verdict_agreement({name: [result] for name, result in results.items()})
+    return chains, agreement_text(table, f"{len(results)} disjoint sets of {n} prompts")
+
+
+def _print_chains(chains: list[_Chain], as_json: bool, agreement: str | None = None) -> None:
     from sinklens.cli.tables import chain_footer, chain_table, console
 
     if as_json:
@@ -245,3 +346,5 @@ def _print_chains(chains: list[_Chain], as_json: bool) -> None:
             screen.print(line, markup=False)
         told = f"Results: {chain.out}" + (f"; report: {chain.page}" if chain.page else "")
         screen.print(told, markup=False, soft_wrap=True)
+    if agreement is not None:
+        screen.print(agreement, markup=False, soft_wrap=True)

@@ -23,6 +23,7 @@ import typer.core
 from sinklens.records.ranges import MOST_REPEATS, SEEDS, integers, shown
 
 if TYPE_CHECKING:
+    from sinklens.analysis.suite import SuiteResult
     from sinklens.engine.run import Progress
     from sinklens.models.view import Model
     from sinklens.pairs.choice import Target
@@ -340,17 +341,26 @@ def write_report(out: Path) -> Path | None:
         return None
 
 
+def left_out(suite: SuiteResult) -> None:
+    """Name the sets of prompts that could not be scored; ends the command with the first's reason when none could."""
+    lost = [part for part in suite.parts.values() if part.status != "done"]
+    for part in lost:
+        typer.echo(f"sinklens: note: {part.name} is left out: {part.reason}", err=True)
+    if len(lost) == len(suite.parts):
+        fail(lost[0].reason)
+
+
 TOO_FEW = "the chain compares variances over prompts, so it needs at least 2 of them, and {}"
 
 
-def target_of(text: str, length: int) -> Target:
-    """``--target`` as a position that prompts of ``length`` tokens have, or natural.
+def targets_of(text: str, length: int) -> list[Target]:
+    """``--target`` as positions that prompts of ``length`` tokens have, or natural: one, or several with commas.
 
     Raises:
-        InputError: it is neither.
+        InputError: one is neither.
     """
-    from sinklens.pairs.choice import PairChoice, target_from_text
+    from sinklens.pairs.choice import check_targets, target_from_text
 
-    choice = PairChoice(target_from_text(text))
-    choice.check(length)
-    return choice.target
+    targets: list[Target] = [target_from_text(part) for part in text.split(",")]
+    check_targets(targets, length)
+    return targets

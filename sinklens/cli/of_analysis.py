@@ -11,7 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from sinklens.analysis.base import Analysis, AnalysisResult
+from sinklens.analysis.replicate import replicate_into, verdict_agreement
 from sinklens.analysis.run import run_analysis
+from sinklens.analysis.suite import earlier_parts
+from sinklens.chain.agree import agreement_text
 from sinklens.cli.common import (
     Backend,
     BackendOption,
@@ -31,16 +34,19 @@ from sinklens.cli.common import (
     ModelOption,
     NeuronsOption,
     PromptsOption,
+    ReplicateOption,
     SeedOption,
     budget,
     command_line,
     floats,
     given_formation,
+    left_out,
     load,
     progress,
     write_report,
 )
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
+from sinklens.cli.tables import console, verdict_table
 from sinklens.prompts import prompts_text
 from sinklens.records.files import check_out
 from sinklens.records.ranges import integers
@@ -86,13 +92,17 @@ def _run(
     dtype: DtypeOption = Dtype.float32,
     backend: BackendOption = Backend.auto,
     seed: SeedOption = 0,
+    replicate: ReplicateOption = None,
     memory_budget: MemoryOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs"),
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     given, allowed = given_formation(block, super_neurons, outlier_dims, event), budget(memory_budget)
-    check_out(out, force=force)
+    if replicate is None:
+        check_out(out, force=force)
+    else:
+        earlier_parts(out)
     with progress() as (step, rows):
         loaded, batch = load(
             step,
@@ -105,9 +115,13 @@ def _run(
             length=length,
             bos=bos,
             seed=seed,
+            sets=replicate,
         )
         step(analysis.title)
         study = Study(loaded, batch, seed=seed, memory_budget=allowed, given=given, progress=rows)
+        if replicate is not None:
+            _several_sets(analysis, study, options, out, as_json, (replicate, n), fresh=force)
+            return
         result = run_analysis(analysis, study, **options)
         result.config["command"] = command_line()
         result.save(out, force=force)
@@ -116,9 +130,51 @@ def _run(
     _print(result, out, page, as_json)
 
 
-def _print(result: AnalysisResult, out: Path, page: Path | None, as_json: bool) -> None:
-    from sinklens.cli.tables import console, verdict_table
+def _several_sets(
+    analysis: Analysis,
+    study: Study,
+    options: dict[str, Any],
+    out: Path,
+    as_json: bool,
+    sizes: tuple[int, int],
+    *,
+    fresh: bool,
+) -> None:
+    """The analysis on every set of prompts, each in a folder of its own, and how far they agree."""
+    (sets, n), command = sizes, {"command": command_line()}
 
+    def run(each: Study) -> AnalysisResult:
+        result = run_analysis(analysis, each, **options)
+        result.config.update(command)
+        return result
+
+    suite, results = replicate_into(
+        study,
+        sets,
+        out,
+        run,
+        AnalysisResult.load,
+        n=n,
+        options=analysis.options | options,
+        analysis=analysis,
+        config=command,
+        fresh=fresh,
+    )
+    left_out(suite)
+    write_report(out)
+    if as_json:
+        texts = [(out / name / "summary.json").read_text(encoding="utf-8") for name in results]
+        sys.stdout.write(f"[{','.join(texts)}]\n")
+        return
+    for name, result in results.items():
+        console().print(name, markup=False)
+        _print(result, out / name, write_report(out / name), as_json=False)
+    table = verdict_agreement({name: [result] for name, result in results.items()})
+    told = agreement_text(table, f"{len(results)} disjoint sets of {n} prompts")
+    console().print(told, markup=False, soft_wrap=True)
+
+
+def _print(result: AnalysisResult, out: Path, page: Path | None, as_json: bool) -> None:
     if as_json:
         sys.stdout.write((out / "summary.json").read_text(encoding="utf-8") + "\n")
         return

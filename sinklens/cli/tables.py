@@ -204,6 +204,20 @@ def verdicts_table(result: SuiteResult) -> Table:
     return table
 
 
+def agreement_table(agreement: pd.DataFrame) -> Table:
+    """One row per analysis: its verdict in every run, and how far apart the statistics are."""
+    table = Table(title="Do the runs agree?")
+    names = [str(column).removeprefix("verdict: ") for column in agreement if str(column).startswith("verdict: ")]
+    for name in ("analysis", "the same in", *names, "statistic, mean", "from", "to"):
+        table.add_column(name, overflow="fold")
+    for row in agreement.to_dict("records"):
+        verdicts = [str(row[f"verdict: {name}"] or "") for name in names]
+        numbers = [number(float(row[key])) for key in ("mean", "least", "most")]
+        cells = (row["part"], f"{row['n_same']} of {row['n_runs']}", *verdicts, *numbers)
+        table.add_row(*(escape(str(cell)) for cell in cells))
+    return table
+
+
 def capabilities_table(found: Capabilities) -> Table:
     """What runs on a model, and why the rest does not."""
     table = Table(title=escape(f"{found.title} ({found.backend or 'cannot be loaded'})"))

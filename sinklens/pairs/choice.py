@@ -6,7 +6,8 @@ All that can be wrong with it whatever the model is told here, once, for chain, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -153,6 +154,21 @@ def target_from_text(text: str) -> Target:
         return int(text)
     except ValueError:
         return cast(Target, text)
+
+
+def check_targets(targets: Sequence[Target], length: int) -> None:
+    """Refuse targets that prompts of ``length`` tokens do not have.
+
+    Raises:
+        InputError: there is none, one does not fit, or one is named twice.
+    """
+    if not targets:
+        raise InputError("give at least one target, such as 10")
+    for target in targets:
+        PairChoice(target).check(length)
+    twice = [target for target, times in Counter(targets).items() if times > 1]
+    if twice:
+        raise InputError(f"target {twice[0]} is named twice: give each once")
 
 
 def check_target(target: object, length: int | None = None) -> None:
