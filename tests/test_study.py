@@ -5,16 +5,18 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from sinklens import sites
+from sinklens import sites, statistics
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
 from sinklens.prompts import from_tokens
 from sinklens.readouts.base import Readout
 from sinklens.study import Study
 from tests.helpers.analyses import GIVEN, study
 from tests.helpers.planted import OUTLIER, SUPER, planted_twice, prompts
+from tests.helpers.tiny import tiny_model, tiny_tokens
 
 
 def test_measuring_is_what_a_cache_holds():
@@ -92,3 +94,38 @@ def test_random_prompts_have_the_same_event_whatever_its_number_there():
     here = Study(model, from_tokens(model, prompts(16)[1:].repeat(3, 1)), given={"event": 2})
     assert here.formation.layer == 2
     assert here.random.given == {"layer": 2} and here.given == {"event": 2}
+
+
+# --- what several prompts of one text, and one token in all prompts, mean for what is measured
+
+
+def _grouped(groups: str, *, same: bool = False) -> Any:
+    model = tiny_model("llama")
+    tokens = tiny_tokens(len(groups), 8)
+    if same:
+        tokens[:, 0] = 5
+    return Study(model, from_tokens(model, tokens, groups=groups), seed=3)
+
+
+def test_a_study_draws_texts_where_prompts_share_one() -> None:
+    values = [0.0, 0.1, 0.5, 0.6, 1.0]
+    grouped, plain = _grouped("aabbc"), _grouped("abcde")
+    assert grouped.mean(values) == statistics.mean_estimate(values, 3, list("aabbc"))
+    assert plain.mean(values) == statistics.mean_estimate(values, 3) and plain.groups is None
+    array = np.array(values)
+    found = grouped.bootstrap(lambda chosen: float(array[chosen].mean()))
+    assert (found.n, found.n_groups) == (5, 3)
+    assert plain.bootstrap(len) == statistics.bootstrap_estimate(len, 5, 3)
+    drawn = np.stack([array, array + 1], axis=1)
+    assert grouped.mean_of_draws(drawn) == statistics.drawn_estimate(drawn, 3, list("aabbc"))
+    with pytest.raises(InputError, match="name a text for 5 prompts, and there are 4"):
+        grouped.mean(values[:4])
+    assert plain.mean(values[:4]).n == 4
+
+
+@pytest.mark.parametrize(("same", "at", "varies"), [(False, 0, True), (True, 0, False), (True, 1, True)])
+def test_whether_anything_varies_at_the_sink(same: bool, at: int, varies: bool) -> None:
+    here = _grouped("abc", same=same)
+    assert here.varies_at(torch.tensor([at] * 3)) == varies
+    here.formation = types.SimpleNamespace(sink_positions=(at,) * 3)
+    assert here.sink_varies == varies

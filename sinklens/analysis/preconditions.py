@@ -35,5 +35,5 @@ def check_sink_varies(study: Study) -> None:
     """
     if not study.sink_varies:
         raise NotApplicableError(
-            "all prompts are the same up to the sink (it is their BOS, say): nothing there varies over prompts"
+            "the sink's token, and what stands before it, is the same in all prompts (BOS?): it has no variance"
         )

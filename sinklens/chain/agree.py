@@ -140,7 +140,7 @@ def agreement_text(table: pd.DataFrame, over: str) -> str:
     names = [str(column).removeprefix("verdict: ") for column in table if str(column).startswith("verdict: ")]
     each = []
     for row in differ:
-        verdicts = [f"{name} {row[f'verdict: {name}']}" for name in names if row[f"verdict: {name}"] is not None]
+        verdicts = [f"{name} {row[f'verdict: {name}']}" for name in names if isinstance(row[f"verdict: {name}"], str)]
         each.append(f"{row['part']} {row['what']} ({', '.join(verdicts)}; from {_range(row)})")
     return f"{head}; they differ in {join(each, '; ')}."
 

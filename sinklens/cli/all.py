@@ -177,9 +177,9 @@ def _compare(out: Path, results: dict[str, Any], n: int, as_json: bool) -> None:
     if as_json or table.empty:
         return
     screen, over = console(), f"{len(results)} disjoint sets of {n} prompts"
-    of_analyses = table[table.what == "verdict"]
+    of_analyses, of_chain = table.query("what == 'verdict'"), table.query("what != 'verdict'")
     screen.print(agreement_table(of_analyses))
-    for what, rows in (("Analyses", of_analyses), (CHAIN.capitalize(), table[table.what != "verdict"])):
+    for what, rows in (("Analyses", of_analyses), (CHAIN.capitalize(), of_chain)):
         if len(rows):
             screen.print(f"{what}: {agreement_text(rows, over)}", markup=False, soft_wrap=True)
     screen.print(f"Agreement: {out / 'agreement.parquet'}", markup=False, soft_wrap=True)

@@ -138,10 +138,10 @@ def chain(
             )
             if batch.n < 2:
                 fail(TOO_FEW.format(f"only {batch.n} in {batch.source} has {length} tokens or more"))
-            from sinklens.stages import CHAIN, LINKED
+            from sinklens.stages import LINKED
 
             options = {
-                "stages": LINKED if links else CHAIN,
+                **({"stages": LINKED} if links else {}),
                 "target": wanted[0],
                 "pair": pair.value,
                 "metric": metric,
@@ -316,7 +316,7 @@ def _several_sets(
         run,
         ChainResult.load,
         n=n,
-        options=told | {"stages": [stage.name for stage in options["stages"]]},
+        options=told | {"stages": [stage.name for stage in options.get("stages", ())]},
         config={"command": command_line()},
         fresh=force,
         begins=lambda name, _number, of: step(f"scoring the chain on {name} of {of}"),

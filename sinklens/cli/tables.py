@@ -211,7 +211,8 @@ def agreement_table(agreement: pd.DataFrame) -> Table:
     for name in ("analysis", "the same in", *names, "statistic, mean", "from", "to"):
         table.add_column(name, overflow="fold")
     for row in agreement.to_dict("records"):
-        verdicts = [str(row[f"verdict: {name}"] or "") for name in names]
+        said = [row[f"verdict: {name}"] for name in names]
+        verdicts = [verdict if isinstance(verdict, str) else "" for verdict in said]
         numbers = [number(float(row[key])) for key in ("mean", "least", "most")]
         cells = (row["part"], f"{row['n_same']} of {row['n_runs']}", *verdicts, *numbers)
         table.add_row(*(escape(str(cell)) for cell in cells))
