@@ -4,6 +4,7 @@
 #   make quick   the quick tests: two minutes          make benchmark  time a sweep beside other libraries
 #   make test    all tests, tutorials included         make docs       the API reference, in build/docs
 #   make clean   remove the environments           make capabilities  what runs on which model
+#   make flips   which verdicts change with BOS, length, seed and prompts (the table of analyses/README.md)
 #
 # PYTHON=python3.12 picks another interpreter; ARGS="--length 32" adds options to the main job or to pytest;
 # WORKERS=4 runs the tests in so many processes.
@@ -19,11 +20,11 @@ REQUIREMENTS := pyproject.toml constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help chain quick test lint types check format docs benchmark capabilities clean
+.PHONY: help chain quick test lint types check format docs benchmark capabilities flips clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,9s/^# *//p' Makefile
+	@sed -n '3,10s/^# *//p' Makefile
 
 chain: $(VENV)/.installed
 	$(BIN)/sinklens chain --model smollm2 --target 10 --length 64 --out $(OUT) --force $(ARGS)
@@ -63,6 +64,9 @@ capabilities: $(VENV)/.installed-dev .venv-tl4/.installed
 	$(BIN)/python -m sinklens.analysis.capabilities_page write build/capabilities-3.json build/capabilities-4.json \
 	  > build/capabilities.md
 	mv build/capabilities.md sinklens/models/README.md
+
+flips: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.helpers.flips runs/flips $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-wheel .venv-tl4

@@ -193,13 +193,14 @@ def all_agreement(folder: Path, parts: Mapping[str, SuiteResult]) -> pd.DataFram
         folder: where the runs' folders are.
         parts: what ran, by the run's name.
     """
-    found = {name: _results(result) for name, result in parts.items()}
+    found = {name: results_of(result) for name, result in parts.items()}
     table = verdict_agreement(found)
     save_agreement(table, folder)
     return table
 
 
-def _results(suite: SuiteResult) -> list[ChainResult | AnalysisResult]:
+def results_of(suite: SuiteResult) -> list[ChainResult | AnalysisResult]:
+    """What a run of everything has found, read from its folder; parts that failed are not there."""
     results: list[ChainResult | AnalysisResult] = []
     for name, part in suite.parts.items():
         place = suite.folder / name
