@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 import sinklens as sl
-from sinklens import edits, sites, statistics
+from sinklens import edits, sites
 from sinklens.pairs.effects import effect
 
 CLAIM = "The deviation that the first token's aggregated value has is enough to make a token a sink."
@@ -163,14 +163,14 @@ def of(table: Any, curve: str, dose: float) -> pd.Series:
     return table[(table.curve == curve) & (table.dose == dose)].set_index("prompt").effect
 
 
-def half_dose(rows: Any, seed: int) -> sl.Estimate:
+def half_dose(rows: Any, study: sl.Study) -> sl.Estimate:
     """The least dose at which the mean effect reaches one half, on straight lines between doses; NaN if at none."""
     nothing = 1.0 if rows.curve.iloc[0] in (DEVIATION, NORM) else 0.0
     by_dose = rows.pivot_table(index="prompt", columns="dose", values="effect")
     if nothing not in by_dose:
         by_dose[nothing] = 0.0
     by_dose = by_dose[sorted(by_dose.columns)].dropna()
-    doses, by_prompt = by_dose.columns.to_numpy(), by_dose.to_numpy()
+    doses, by_prompt, prompts = by_dose.columns.to_numpy(), by_dose.to_numpy(), by_dose.index
 
     def crossing(chosen: np.ndarray) -> float:
         means = by_prompt[chosen].mean(0)
@@ -183,7 +183,7 @@ def half_dose(rows: Any, seed: int) -> sl.Estimate:
         share = (HALF - means[first - 1]) / (means[first] - means[first - 1])
         return float(doses[first - 1] + share * (doses[first] - doses[first - 1]))
 
-    return statistics.bootstrap_estimate(crossing, len(by_prompt), seed)
+    return study.bootstrap(crossing, prompts)
 
 
 def numbers(study: sl.Study, table: Any, marks: dict[str, float]) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def numbers(study: sl.Study, table: Any, marks: dict[str, float]) -> dict[str, A
         lines[f"{curve}: share of prompts beyond {HALF} at it"] = study.mean(
             (natural.dropna() > HALF).astype(float).tolist()
         )
-        lines[f"{curve}: dose of half the effect"] = half_dose(rows, study.seed)
+        lines[f"{curve}: dose of half the effect"] = half_dose(rows, study)
     return lines
 
 

@@ -107,7 +107,7 @@ def mean_tau(study: sl.Study, entropy: ByHead, variance: ByHead, blocks: Sequenc
     def statistic(prompts: np.ndarray) -> float:
         return float(metrics.kendall_tau(entropy(prompts, blocks), variance(prompts, blocks)).diagonal().nanmean())
 
-    return statistics.bootstrap_estimate(statistic, study.batch.n, study.seed, correlation=True)
+    return study.bootstrap(statistic, correlation=True)
 
 
 def permuted(entropy: PerHead, variance: PerHead, draws: int, study: sl.Study) -> Float[Tensor, " draw"]:

@@ -125,9 +125,7 @@ def readings_under(study: sl.Study, gate: sl.Edit | None) -> dict[str, Tensor]:
 
 def discrepancy(study: sl.Study, curves: Curves) -> sl.Estimate:
     """Variance of the sink over the median of others."""
-    return statistics.bootstrap_estimate(
-        lambda prompts: metrics.first_over_later(curves(prompts)), study.batch.n, study.seed
-    )
+    return study.bootstrap(lambda prompts: metrics.first_over_later(curves(prompts)))
 
 
 def factor(study: sl.Study, gated: Curves, ungated: Curves, blocks: slice = slice(None)) -> sl.Estimate:
@@ -136,7 +134,7 @@ def factor(study: sl.Study, gated: Curves, ungated: Curves, blocks: slice = slic
     def statistic(prompts: np.ndarray) -> Tensor:
         return metrics.first_over_later(gated(prompts)[blocks]) / metrics.first_over_later(ungated(prompts)[blocks])
 
-    return statistics.bootstrap_estimate(statistic, study.batch.n, study.seed)
+    return study.bootstrap(statistic)
 
 
 def table(study: sl.Study, curves: Mapping[str, Curves]) -> pd.DataFrame:

@@ -21,7 +21,7 @@ import pandas as pd
 from torch import Tensor
 
 import sinklens as sl
-from sinklens import edits, sites, statistics
+from sinklens import edits, sites
 from sinklens.pairs.effects import effect
 
 CLAIM = "What the super neurons read of a token that is a sink, W_O has written."
@@ -64,7 +64,7 @@ def share_of(study: sl.Study, amounts: Any, kind: str) -> sl.Estimate:
     """The share that one kind of writer has in the sum over all, neurons and branches together."""
     by_prompt = amounts.pivot_table(index="prompt", columns="writer", values="value", aggfunc="sum")
     total, own = by_prompt.sum(axis=1).to_numpy(), by_prompt.get(kind, 0.0 * by_prompt.iloc[:, 0]).to_numpy()
-    return statistics.bootstrap_estimate(lambda chosen: own[chosen].sum() / total[chosen].sum(), len(total), study.seed)
+    return study.bootstrap(lambda chosen: own[chosen].sum() / total[chosen].sum(), by_prompt.index)
 
 
 def check(setting: sl.Setting) -> None:

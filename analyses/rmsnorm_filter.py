@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import sinklens as sl
-from sinklens import edits, metrics, readouts, sites, statistics
+from sinklens import edits, metrics, readouts, sites
 
 CLAIM = "RMSNorm makes the sink nearly a constant along its outlier dimensions, and attention needs no more of it."
 CAPTION = (
@@ -161,7 +161,7 @@ def constancy(
         block = np.ix_(prompts, prompts)
         return float(similarity[block][pairs[block]].mean()) if pairs[block].any() else np.nan
 
-    return statistics.bootstrap_estimate(statistic, len(pairs), study.seed)
+    return study.bootstrap(statistic)
 
 
 def draw(findings: sl.Findings):

@@ -20,6 +20,7 @@ because a sink that comes back is not removed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -78,7 +79,7 @@ def run(
     of_sinks, left_out = effects_on_sinks(study, study.first(few_prompts), cases, positions)
     of_events, without = effects_of_events(study.first(event_prompts))
     table: Any = pd.concat([of_sinks, *of_events], ignore_index=True)
-    removed = {key: estimate(rows, "removed", study.seed) for key, rows in table.groupby(KEYS)}
+    removed = {key: estimate(rows, "removed", study.seed, study.groups) for key, rows in table.groupby(KEYS)}
     of_super, of_random = ([removed[NATURAL, who, edit] for edit in kinds] for who in (SUPER, RANDOM))
     control = max(of_random, key=lambda x: x.high)
     verdict = sl.verdict(
@@ -96,7 +97,7 @@ def run(
     for column in ("residual norm", "massive activations"):
         for edit in ("none", *kinds):
             rows = natural[natural.edit == edit]
-            numbers[f"{column} of the natural sink, {edit}"] = estimate(rows, column, study.seed)
+            numbers[f"{column} of the natural sink, {edit}"] = estimate(rows, column, study.seed, study.groups)
     caption = f"What each edit removes of the sink's attention (means with 95% intervals).{note}{left_out}{without}"
     return sl.Findings(verdict, table, caption, numbers)
 
@@ -241,10 +242,12 @@ def read_in(layers: tuple[int, ...]) -> str:
     return f"{NATURAL}, blocks {first}-{last}" if first < last else f"{NATURAL}, block {first}"
 
 
-def estimate(rows: Any, column: str, seed: int) -> sl.Estimate:
-    """Mean with its interval over prompts; over rotations where these are what differs."""
+def estimate(rows: Any, column: str, seed: int, groups: Sequence[str] | None = None) -> sl.Estimate:
+    """Mean with its interval over prompts (or the texts that these are of); over rotations where these differ."""
     rotated = set(rows.edit) == {DENSE} and set(rows.neurons) == {SUPER}
-    return sl.statistics.mean_estimate(rows.groupby("draw" if rotated else "prompt")[column].mean().tolist(), seed)
+    means = rows.groupby("draw" if rotated else "prompt")[column].mean()
+    texts = None if rotated or groups is None else [groups[prompt] for prompt in means.index]
+    return sl.statistics.mean_estimate(means.tolist(), seed, texts)
 
 
 def draw(findings: sl.Findings):

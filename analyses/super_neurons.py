@@ -61,7 +61,7 @@ def run(
     def statistic(prompts: np.ndarray) -> float:
         return float(joint[most_selective(magnitude[prompts].mean(0), top)].mean())
 
-    estimate = statistics.bootstrap_estimate(statistic, study.batch.n, study.seed)
+    estimate = study.bootstrap(statistic)
     null = random_means(joint, top, draws, study.generator("super_neurons/null"))
     control, p_value = statistics.null_estimate(null), statistics.permutation_p(estimate.value, null)
     verdict = sl.verdict(

@@ -102,9 +102,7 @@ def decay(
     variance = curves(np.arange(study.batch.n))
 
     def estimate(statistic: Callable[[Variance], Tensor], correlation: bool) -> sl.Estimate:
-        return statistics.bootstrap_estimate(
-            lambda prompts: float(statistic(curves(prompts))), study.batch.n, study.seed, correlation=correlation
-        )
+        return study.bootstrap(lambda prompts: float(statistic(curves(prompts))), correlation=correlation)
 
     ratio = estimate(metrics.first_over_later, correlation=False)
     tau = estimate(lambda variance: trend(variance, in_order), correlation=True)

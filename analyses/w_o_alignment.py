@@ -59,7 +59,7 @@ def run(
     by_chance = statistics.null_estimate(null.mean((0, 2)))
     p_value = statistics.permutation_p(tau[SINK].value, null.mean((0, 2)))
     after = statistics.resampled_curves(study.sink_first(x.flatten(2) @ w) for x, w in zip(z, W_O, strict=True))
-    highest = statistics.bootstrap_estimate(lambda on: sink_is_highest(after(on)), study.batch.n, study.seed)
+    highest = study.bootstrap(lambda on: sink_is_highest(after(on)))
     verdict = sl.verdict(
         CLAIM,
         "Kendall's tau between W_O's weights and the variance of the sink's values, mean over outputs and blocks",
@@ -109,11 +109,9 @@ def taus(variance: Blocks, read: Blocks) -> Float[Tensor, "block draw output"]:
 
 def mean_tau(study: sl.Study, inputs: Blocks, read: Blocks) -> sl.Estimate:
     """Mean over outputs and blocks, with its interval over prompts."""
-    return statistics.bootstrap_estimate(
+    return study.bootstrap(
         lambda prompts: taus(variances(inputs, prompts), read).mean((0, 2)),
-        study.batch.n,
-        study.seed,
-        RESAMPLES,
+        n_resamples=RESAMPLES,
         vectorized=True,
         correlation=True,
     )

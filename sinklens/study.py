@@ -7,7 +7,7 @@ that no number depends on what was drawn before).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -260,15 +260,23 @@ class Study:
         array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
         return drawn_estimate(array, self.seed, self.groups)
 
-    def bootstrap(self, statistic: Callable[[np.ndarray], Any], **options: Any) -> Estimate:
-        """A statistic of all prompts with its interval: :func:`sinklens.statistics.bootstrap_estimate`, in which
-        prompts that share a text are drawn together.
+    def bootstrap(
+        self, statistic: Callable[[np.ndarray], Any], prompts: Iterable[int] | None = None, **options: Any
+    ) -> Estimate:
+        """A statistic of prompts with its interval: :func:`sinklens.statistics.bootstrap_estimate`, in which prompts
+        that share a text are drawn together.
 
         Args:
-            statistic: takes prompt indices and gives the number for these prompts.
+            statistic: takes indices into ``prompts`` and gives the number for these.
+            prompts: the prompts that it is about; all by default.
             options: further arguments of that function.
         """
-        return bootstrap_estimate(statistic, self.batch.n, self.seed, groups=self.groups, **options)
+        chosen = range(self.batch.n) if prompts is None else list(prompts)
+        return bootstrap_estimate(statistic, len(chosen), self.seed, groups=self.groups_of(chosen), **options)
+
+    def groups_of(self, prompts: Iterable[int]) -> list[str] | None:
+        """For each of these prompts the text that it is a passage of; None where each is a text of its own."""
+        return None if self.groups is None else [self.groups[prompt] for prompt in prompts]
 
     @property
     def groups(self) -> tuple[str, ...] | None:

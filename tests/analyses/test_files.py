@@ -130,3 +130,11 @@ def test_a_new_stage_shows_up_in_the_table_of_a_random_model():
     result = run_chain(model, batch, target=4, stages=(stage,), formation=formation, min_gap=1e-6)
     assert set(result.scores.stage) == {"gate"}
     assert result.scores.effect.notna().all()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_intervals_are_over_texts_where_prompts_share_one(path: Path) -> None:
+    """A study knows which prompts are of one text: what it is not asked about would be drawn prompt by prompt."""
+    source = path.read_text(encoding="utf-8")
+    calls = re.findall(r"(?:bootstrap_estimate|bootstrap_interval|mean_estimate|drawn_\w+)\([^\n]*", source)
+    assert [call for call in calls if "texts" not in call] == []
