@@ -15,7 +15,7 @@ def test_a_name_is_looked_for_in_the_class_the_module_and_the_package(name):
     assert resolves(name, study, "Study")
 
 
-@pytest.mark.parametrize("name", ["{}.capture", "{}.run_chains", "Study.measures", "nobody", "{}.a.b"])
+@pytest.mark.parametrize("name", ["{}.capture", "{}.run_links", "Study.measures", "nobody", "{}.a.b"])
 def test_a_name_that_nobody_has_is_broken(name):
     assert not resolves(name.format("sinklens"), study, "Study")
 
