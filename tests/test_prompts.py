@@ -637,8 +637,9 @@ def test_what_is_said_of_a_bos(model):
 
 
 def test_a_word_for_the_bos_that_there_is_not(model):
+    word: Any = "yes"
     with pytest.raises(InputError, match="must be auto, always \\(True\\) or never \\(False\\), and it is 'yes'"):
-        prompts.natural(model, n=2, length=4, prepend_bos="yes")
+        prompts.natural(model, n=2, length=4, prepend_bos=word)
 
 
 def test_auto_without_such_a_token_is_none(bare):
