@@ -24,7 +24,7 @@ from sinklens.stages import STAGES
 from tests.helpers.sweeps import TARGET, run, tiny_batch
 
 TEN = NamedEdit("ten", lambda _: Constant("ten", {layer: torch.full((32,), 10.0) for layer in range(4)}))
-HOOK = HookSite("blocks.{layer}.hook_resid_mid", ("batch", "pos", "d_model"))
+HOOK = HookSite("blocks.{layer}.ln2.hook_normalized", ("batch", "pos", "d_model"))
 
 
 def first_dim(name: str, context: Any) -> Any:
@@ -121,7 +121,7 @@ def test_registered_names_are_swept(tiny_llama: Any) -> None:
         act[:, TARGET] = 10.0
         return act
 
-    with torch.no_grad(), tiny_llama.hooks([("blocks.2.hook_resid_mid", ten)]):
+    with torch.no_grad(), tiny_llama.hooks([("blocks.2.ln2.hook_normalized", ten)]):
         _, cache = tiny_llama.run_with_cache(tokens)
     expected = cache["blocks.3.hook_resid_pre"][:, TARGET, 0].numpy()
     here = found.table.query(f"layer == 2 and position == {TARGET} and direction == 'denoise'")
