@@ -36,7 +36,7 @@ def cause(
     *,
     name: str = "cause",
     sentence: str = "",
-    target: Target | None = "natural",
+    target: Target | PairChoice | None = "natural",
     prompts: int = PROMPTS,
     draws: int = DRAWS,
 ) -> Part:
@@ -49,8 +49,8 @@ def cause(
         control: what changes the rest: controls of the edit, or other edits of the stage, by name.
         name: short name of the part.
         sentence: the sentence that it judges; the stage's claim by default.
-        target: ``natural`` for the sink that the prompts have, a position where one is made, or None for a position
-            that fits the prompts.
+        target: ``natural`` for the sink that the prompts have, a position where one is made, None for a position
+            that fits the prompts, or how exactly it is made.
         prompts: how many prompts to ask it on, the first ones.
         draws: repetitions of what is drawn at random.
 
@@ -72,7 +72,7 @@ def cause(
 
 
 def scored(
-    study: Study, stage: Stage, target: Target | None, prompts: int = PROMPTS, draws: int = DRAWS
+    study: Study, stage: Stage, target: Target | PairChoice | None, prompts: int = PROMPTS, draws: int = DRAWS
 ) -> ChainResult:
     """The scores of a stage on a study's first prompts; what was scored already is taken from the study.
 
@@ -82,16 +82,21 @@ def scored(
     """
     names = tuple((e.edit, e.control) for e in stage.experiments)
     formation = study.formation
-    where = _position(study) if target is None else target
+    choice = target if isinstance(target, PairChoice) else PairChoice(induced(study) if target is None else target)
     found = (formation.layer, formation.neurons, formation.dims, formation.sink_positions)
-    key = (stage.name, names, where, prompts, draws, study.seed, found)
+    key = (stage.name, names, choice, prompts, draws, study.seed, found)
     if key not in study.scored:
         few = study.first(prompts)
-        study.scored[key] = score_chain(few, PairChoice(where), stages=(stage,), control_draws=draws)
+        study.scored[key] = score_chain(few, choice, stages=(stage,), control_draws=draws)
     return study.scored[key]
 
 
-def _position(study: Study) -> int:
+def induced(study: Study) -> int:
+    """The position that a sink is made at.
+
+    Raises:
+        NotApplicableError: none fits the prompts.
+    """
     for position in INDUCED:
         try:
             return study.targets((position,))[0]
