@@ -7,9 +7,9 @@ reads, the same after the norm. Dividing a vector by a number leaves the ratio a
 change it: only the norm's weight can, and a LayerNorm's centring. ``weighted`` says whether that weight is counted.
 Ordinary positions of the same prompts are the control: every residual stream has some larger dimensions.
 
-Two parts, before the norm and after it, for the one can hold without the other. And the cause: the outlier dimensions of
-the residual stream that leaves the formation block are exchanged at the sink for an ordinary position's, all else left;
-as many others must not count.
+Two parts, before the norm and after it, for the one can hold without the other. And the cause: the outlier dimensions
+of the residual stream that leaves the formation block are exchanged at the sink for an ordinary position's, all else
+left; as many others must not count.
 
 The sink must exceed them threefold, before and after: the least ratio of norms that formation asks of a sink.
 """

@@ -82,6 +82,42 @@ def mean_estimate(values: Values, seed: int) -> Estimate:
     return Estimate(float(finite.mean()) if len(finite) else np.nan, low, high, len(finite))
 
 
+def two_way_interval(values: Float[np.ndarray, "draw prompt"], seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over draws and prompts, when both are resampled (NaN with one prompt).
+
+    A draw that was made once is used on every prompt, so the two are crossed: each resample takes draws and prompts
+    with repetitions, and the mean of what they have in common. Entries that are NaN have no say.
+    """
+    draws, prompts = values.shape
+    if prompts < 2:
+        return np.nan, np.nan
+    rng = np.random.default_rng(seed)
+    of_draws = rng.multinomial(draws, np.full(draws, 1 / draws), N_RESAMPLES)
+    of_prompts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), N_RESAMPLES)
+    known = np.isfinite(values)
+    totals = np.einsum("sd,dp,sp->s", of_draws, np.where(known, values, 0.0), of_prompts, optimize=True)
+    counts = np.einsum("sd,dp,sp->s", of_draws, known.astype(float), of_prompts, optimize=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = totals / counts
+    low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p-values: the chance of one wrong rejection among all stays below the level.
+
+    The smallest of ``m`` is multiplied by ``m``, the next by ``m - 1``, and so on; none is below one before it, or
+    above 1. One that is NaN stays NaN, and does not count.
+    """
+    adjusted = np.full(len(p_values), np.nan)
+    order = [i for i in np.argsort(p_values) if np.isfinite(p_values[i])]
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted.tolist()
+
+
 def bootstrap_estimate(
     statistic: Callable[[np.ndarray], Any],
     n_prompts: int,

@@ -48,6 +48,8 @@ class Condition:
     """One-sided p-value of its being met; NaN where there is none."""
     smallest: float = math.nan
     """The smallest distance from the threshold that could have been seen (see the module's docstring)."""
+    why: str = "an interval reaches over its threshold: more prompts would tell"
+    """Why it is open, where it is."""
 
 
 def above(estimate: Estimate, limit: Limit, *, least: float = 0.0) -> Condition:
@@ -62,7 +64,7 @@ def above(estimate: Estimate, limit: Limit, *, least: float = 0.0) -> Condition:
     beyond = limit if isinstance(limit, Estimate) else Estimate(limit, limit, limit)
     ends = (estimate.low, estimate.high, beyond.low, beyond.high)
     if not all(math.isfinite(end) for end in ends):
-        return Condition("open")
+        return Condition("open", why="there is no interval of a single prompt")
     answer = "open"
     if estimate.low > beyond.high:
         answer = "met"
@@ -106,7 +108,8 @@ def rare(
         answer = "met"
     elif half < sought and farthest < sought:
         answer = "missed"
-    return Condition(answer, p_value, half)
+    why = "it cannot be told from chance: too little was permuted, or the value lies in between"
+    return Condition(answer, p_value, half, why)
 
 
 def of_bool(met: bool) -> Condition:
@@ -177,7 +180,7 @@ def judge(
     if not math.isfinite(estimate.value):
         outcome, reason = "not measurable", "the statistic has no finite value on these prompts"
     elif outcome == "undecided":
-        reason = "an interval reaches over its threshold: more prompts would tell"
+        reason = next(condition.why for condition in conditions if condition.answer == "open")
     ps = [condition.p for condition in conditions if math.isfinite(condition.p)]
     seen = [condition.smallest for condition in conditions if math.isfinite(condition.smallest)]
     return Part(

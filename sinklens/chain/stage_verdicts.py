@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
 from sinklens.chain.parts import Condition, Part, above, below, judge, together, unmeasured, which
 from sinklens.chain.result import ChainResult
@@ -16,7 +17,7 @@ from sinklens.chain.verdicts import HALF, Finding, findings
 from sinklens.pairs.choice import is_natural
 from sinklens.records.printable import isolated
 from sinklens.records.text import number, pretty
-from sinklens.statistics import Estimate, mean_estimate
+from sinklens.statistics import Estimate, mean_estimate, two_way_interval
 
 CHANGE = 0.1
 """The least change of a stage's readout that counts, as a share of the larger of its two means."""
@@ -86,11 +87,11 @@ def cause_part(
         sentence,
         statistic=f"effect of {pretty(edit)} on the {_sink(result)} ({worst.direction}; the claim predicts "
         f"{number(worst.predicted)})" + (", the worst direction" if len(own) > 1 else ""),
-        estimate=_estimate(worst),
+        estimate=_estimate(result, worst),
         control="" if first is None else f"{pretty(first.control or first.edit)} (predicted {number(first.predicted)})",
-        control_estimate=None if first is None else _estimate(first),
+        control_estimate=None if first is None else _estimate(result, first),
         rule=CAUSE_RULE,
-        conditions=[condition for item in (*own, *beside) for condition in _conditions(item)],
+        conditions=[condition for item in (*own, *beside) for condition in _conditions(result, item)],
         detail=_beside_the_mean(result, worst),
     )
 
@@ -124,8 +125,8 @@ def _stands_beside(item: Finding, edit: str, controls: Sequence[str] | None) -> 
     return not item.control and controls is not None and item.edit in controls
 
 
-def _conditions(item: Finding) -> list[Condition]:
-    estimate = _estimate(item)
+def _conditions(result: ChainResult, item: Finding) -> list[Condition]:
+    estimate = _estimate(result, item)
     if not np.isfinite(item.predicted):
         return []
     if item.predicted > HALF:
@@ -133,8 +134,24 @@ def _conditions(item: Finding) -> list[Condition]:
     return [below(estimate, HALF), above(estimate, -HALF)]
 
 
-def _estimate(item: Finding) -> Estimate:
-    return Estimate(item.effect, item.low, item.high, item.n)
+def _estimate(result: ChainResult, item: Finding) -> Estimate:
+    """Its value, with an interval over prompts and, where something was drawn, over draws too.
+
+    One rotation can differ from the next by more than one prompt does; resampling prompts alone would hide that.
+    """
+    plain = Estimate(item.effect, item.low, item.high, item.n)
+    if result.effects.empty or "draw" not in result.effects:
+        return plain
+    table = result.effects[_rows(result.effects, item)].pivot_table("effect", "draw", "prompt")
+    if len(table) < 2:
+        return plain
+    low, high = two_way_interval(table.to_numpy(), int(result.config.get("seed", 0)))
+    return Estimate(item.effect, low, high, item.n)
+
+
+def _rows(table: pd.DataFrame, item: Finding) -> pd.Series:
+    same = (table.stage == item.stage) & (table.edit == item.edit)
+    return same & (table.control == item.control) & (table.direction == item.direction)
 
 
 def _sink(result: ChainResult) -> str:
@@ -145,10 +162,5 @@ def _beside_the_mean(result: ChainResult, item: Finding) -> str:
     scores = result.scores
     if "median" not in scores or "share" not in scores:
         return ""
-    row = scores[
-        (scores.stage == item.stage)
-        & (scores.edit == item.edit)
-        & (scores.control == item.control)
-        & (scores.direction == item.direction)
-    ].iloc[0]
+    row = scores[_rows(scores, item)].iloc[0]
     return f"median {number(row['median'])}, beyond one half in {row['share']:.0%} of the prompts"
