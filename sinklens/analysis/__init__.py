@@ -12,6 +12,7 @@ result.
 
 from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict, verdict, verdict_of
 from sinklens.analysis.cause import cause
+from sinklens.analysis.corrections import parts_table
 from sinklens.analysis.discovery import folder, list_analyses
 from sinklens.analysis.preconditions import check_first_varies, check_k, check_sink_varies
 from sinklens.analysis.run import config_of, load_analysis, main, run_analysis
@@ -40,6 +41,7 @@ __all__ = [
     "main",
     "mean_and_range",
     "of_bool",
+    "parts_table",
     "patch_table",
     "rare",
     "run_analysis",
