@@ -16,6 +16,7 @@ and what the super neurons wrote is put into a random dense direction of the res
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import numpy as np
@@ -53,11 +54,32 @@ def run(
     others = {measure: statistics.null_estimate(null[measure]) for measure in MEASURES}
     p_values = {measure: statistics.permutation_p(super_neurons[measure], null[measure]) for measure in MEASURES}
     normal = statistics.null_estimate(table[table.kind == "normal"].top_share.to_numpy())
+    shape = heavy_tails(super_neurons, others, p_values, normal, (k, draws, len(study.formation.neurons)))
+    verdict = sl.analysis.verdict_of(CLAIM, [shape, *causes(study)], p_values["excess_kurtosis"])
+    numbers = {
+        f"share of the energy in the {k} largest entries, super neurons": super_neurons["top_share"],
+        "the same, other neurons": others["top_share"],
+        "the same, normally distributed rows": normal,
+        "p of that share against other neurons": p_values["top_share"],
+        "Gini coefficient of the magnitudes, super neurons": super_neurons["gini"],
+        "Gini coefficient, other neurons": others["gini"],
+    }
+    return sl.Findings(verdict, table, caption(study.formation.layer), numbers)
 
+
+def heavy_tails(
+    super_neurons: Mapping[str, float],
+    others: Mapping[str, sl.Estimate],
+    p_values: Mapping[str, float],
+    normal: sl.Estimate,
+    sizes: tuple[int, int, int],
+) -> sl.analysis.Part:
+    """The quantity; ``sizes`` are k, draws and how many super neurons there are."""
+    k, draws, n = sizes
+    kurtosis = sl.Estimate(super_neurons["excess_kurtosis"], n=n)
+    top_share = sl.Estimate(super_neurons["top_share"], n=n)
     twice = super_neurons["top_share"] > 2 * max(others["top_share"].value, normal.value)
-    kurtosis = sl.Estimate(super_neurons["excess_kurtosis"], n=len(study.formation.neurons))
-    top_share = sl.Estimate(super_neurons["top_share"], n=len(study.formation.neurons))
-    shape = sl.analysis.judge(
+    return sl.analysis.judge(
         "quantity",
         "heavy tails",
         CLAIM,
@@ -73,16 +95,6 @@ def run(
             sl.analysis.of_bool(twice),
         ],
     )
-    verdict = sl.analysis.verdict_of(CLAIM, [shape, *causes(study)], p_values["excess_kurtosis"])
-    numbers = {
-        f"share of the energy in the {k} largest entries, super neurons": super_neurons["top_share"],
-        "the same, other neurons": others["top_share"],
-        "the same, normally distributed rows": normal,
-        "p of that share against other neurons": p_values["top_share"],
-        "Gini coefficient of the magnitudes, super neurons": super_neurons["gini"],
-        "Gini coefficient, other neurons": others["gini"],
-    }
-    return sl.Findings(verdict, table, caption(study.formation.layer), numbers)
 
 
 def causes(study: sl.Study) -> list[sl.analysis.Part]:

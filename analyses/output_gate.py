@@ -31,6 +31,10 @@ CLAIM = "A sigmoid output gate lessens the variance discrepancy between the firs
 NOT_THE_PAPERS = "A gate put on a model that was trained without one is not the paper's experiment."
 LITTLE = 0.05
 """A change of the variance by less than a twentieth would not matter."""
+RULE = (
+    "holds when the interval of this factor lies below 1 and below the control's; does not hold when it lies above "
+    f"{1 - LITTLE:g}, or no more than {LITTLE:g} below the control's"
+)
 CAPTION = "Variance of z by position, the sink first, over the median of the others (geometric mean over blocks)."
 NO_GATE, CONSTANT, SIGMOID = "no gate", "constant gate", "sigmoid gate"
 
@@ -89,8 +93,7 @@ def run(
         estimate=change,
         control="the same of a constant gate with the same mean",
         control_estimate=control,
-        rule="holds when the interval of this factor lies below 1 and below the control's; does not hold when it lies "
-        f"above {1 - LITTLE:g}, or no more than {LITTLE:g} below the control's",
+        rule=RULE,
         conditions=[sl.analysis.below(change, 1.0, least=LITTLE), sl.analysis.below(change, control, least=LITTLE)],
         detail=NOT_THE_PAPERS,
     )

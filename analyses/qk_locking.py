@@ -72,7 +72,7 @@ def run(
         first, usual = (study.mean(each[0].mean(-1)) for each in values[:, ALIGNMENT])
         parts.append(alignment(f"mean over heads of block {layers[0]}", f"block {layers[0]}", first, usual))
     parts.append(almost_always_positive(positive, ordinary))
-    verdict = sl.analysis.verdict_of(CLAIM, [*parts, *causes(study)], p_values[0])
+    verdict = sl.analysis.verdict_of(CLAIM, [*parts, *causes(study)])
     axes = {"token": TOKENS, "quantity": QUANTITIES, "layer": layers, "prompt": range(study.batch.n)}
     table = sl.analysis.tidy(values, axes | {"head": range(study.shape.n_heads)})
     numbers = {

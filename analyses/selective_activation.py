@@ -58,15 +58,7 @@ def run(
         rule="holds when the whole interval lies above one half and above the control's",
         conditions=[sl.analysis.above(share, 0.5), sl.analysis.above(share, control)],
     )
-    read = sl.analysis.cause(
-        study,
-        sl.stages.READING,
-        "reading_subspace",
-        ("random_subspace", "all_the_rest"),
-        name="what is read",
-        sentence="The sink comes about because its residual meets the weights of the super neurons.",
-    )
-    verdict = sl.analysis.verdict_of(CLAIM, [alone, read])
+    verdict = sl.analysis.verdict_of(CLAIM, [alone, cause(study)])
     numbers = {}
     for name, factor in (("cosine of the input and w_gate", gate), ("linear branch", linear)):
         mean = study.sink_first(factor[..., :own].mean(-1))
@@ -75,6 +67,18 @@ def run(
         numbers[f"{name}, largest of the other tokens"] = study.mean(mean[:, 1:].amax(1))
     kinds = ["super"] * own + ["other"] * len(others)
     return sl.Findings(verdict, table(study, gate, linear, neurons, kinds), caption(study), numbers)
+
+
+def cause(study: sl.Study) -> sl.analysis.Part:
+    """Does what the super neurons read count?"""
+    return sl.analysis.cause(
+        study,
+        sl.stages.READING,
+        "reading_subspace",
+        ("random_subspace", "all_the_rest"),
+        name="what is read",
+        sentence="The sink comes about because its residual meets the weights of the super neurons.",
+    )
 
 
 def factors(study: sl.Study, neurons: list[int]) -> tuple[Factor, Factor]:

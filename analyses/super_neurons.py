@@ -83,18 +83,22 @@ def run(
             sl.analysis.rare(estimate, control, p_value, sought=LEAST[score] - control.value),
         ],
     )
-    silenced = sl.analysis.cause(
+    verdict = sl.analysis.verdict_of(CLAIM, [outlying, cause(study)], p_value)
+    mean = magnitude.mean(0)
+    picked, supers = set(most_selective(mean, top).tolist()), set(study.formation.neurons)
+    numbers = overlaps(mean, joint, picked, supers)
+    return sl.Findings(verdict, table(norms, scores, mean, picked, supers), caption(study, top), numbers)
+
+
+def cause(study: sl.Study) -> sl.analysis.Part:
+    """Does the sink go without them?"""
+    return sl.analysis.cause(
         study,
         sl.stages.SUPER_NEURONS,
         "zero",
         "random_neurons",
         sentence="The sink is made by the super neurons.",
     )
-    verdict = sl.analysis.verdict_of(CLAIM, [outlying, silenced], p_value)
-    mean = magnitude.mean(0)
-    picked, supers = set(most_selective(mean, top).tolist()), set(study.formation.neurons)
-    numbers = overlaps(mean, joint, picked, supers)
-    return sl.Findings(verdict, table(norms, scores, mean, picked, supers), caption(study, top), numbers)
 
 
 def weight_norms(study: sl.Study) -> dict[str, PerNeuron]:

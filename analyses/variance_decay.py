@@ -91,7 +91,19 @@ def run(
         "below 0 and below the control's, with p < 0.05 against shuffled positions (the larger p of the two is given)",
         conditions=[c for each in decays.values() for c in decays_by_averaging(each[AGGREGATED], each[BEFORE])],
     )
-    is_cause = sl.analysis.cause(
+    by_chance = max(each[AGGREGATED].p_value for each in decays.values())
+    verdict = sl.analysis.verdict_of(CLAIM, [outlier, cause(study, target)], by_chance)
+    numbers = {}
+    for source, each in decays.items():
+        for quantity, item in each.items():
+            numbers[f"{RATIO}, {quantity}, {source}"] = item.ratio
+            numbers[f"{TAU}, {quantity}, {source}"] = item.tau
+    return sl.Findings(verdict, table(decays, blocks), caption(blocks, average), numbers)
+
+
+def cause(study: sl.Study, target: int) -> sl.analysis.Part:
+    """Is it the deviation, and not the mean, that makes a sink?"""
+    return sl.analysis.cause(
         study,
         sl.stages.VALUE_AGGREGATION,
         "deviation_exchanged",
@@ -99,14 +111,6 @@ def run(
         sentence="The token becomes a sink because its aggregated value is a high-variance outlier.",
         target=target or None,
     )
-    by_chance = max(each[AGGREGATED].p_value for each in decays.values())
-    verdict = sl.analysis.verdict_of(CLAIM, [outlier, is_cause], by_chance)
-    numbers = {}
-    for source, each in decays.items():
-        for quantity, item in each.items():
-            numbers[f"{RATIO}, {quantity}, {source}"] = item.ratio
-            numbers[f"{TAU}, {quantity}, {source}"] = item.tau
-    return sl.Findings(verdict, table(decays, blocks), caption(blocks, average), numbers)
 
 
 def decay(
