@@ -11,7 +11,7 @@ result.
 """
 
 from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict, verdict, verdict_of
-from sinklens.analysis.cause import cause
+from sinklens.analysis.causes import cause
 from sinklens.analysis.corrections import parts_table
 from sinklens.analysis.discovery import folder, list_analyses
 from sinklens.analysis.preconditions import check_first_varies, check_k, check_sink_varies

@@ -18,6 +18,7 @@ from typing import Any
 from sinklens.analysis.base import AnalysisResult
 from sinklens.analysis.corrections import parts_table
 from sinklens.chain.result import ChainResult
+from sinklens.chain.stage_verdicts import stages_in_words
 from sinklens.chain.verdicts import CLOSE, HALF, summary
 from sinklens.errors import InputError, need
 from sinklens.pages.chain import sections, subtitle
@@ -150,6 +151,7 @@ def _chains(gathered: Gathered, figures: dict[str, str]) -> list[dict[str, Any]]
 
 def _chain(part: Part, result: ChainResult, anchor: str) -> dict[str, Any]:
     lead, paragraphs = summary(result)
+    paragraphs = [*paragraphs, ("Stages", stages_in_words(result))]
     drawn = chain_figures(result)
     return {
         "id": anchor,
