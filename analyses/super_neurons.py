@@ -77,17 +77,24 @@ def run(
         control=f"as many neurons drawn at random, {draws} times",
         control_estimate=control,
         rule=f"holds when p < 0.05 and the whole interval lies above {LEAST[score]:g} and above the null's range",
-        conditions=[
-            sl.analysis.above(estimate, LEAST[score]),
-            sl.analysis.above(estimate, control.high),
-            sl.analysis.rare(estimate, control, p_value, sought=LEAST[score] - control.value),
-        ],
+        conditions=outlies(estimate, control, p_value, LEAST[score]),
     )
     verdict = sl.analysis.verdict_of(CLAIM, [outlying, cause(study)], p_value)
     mean = magnitude.mean(0)
     picked, supers = set(most_selective(mean, top).tolist()), set(study.formation.neurons)
     numbers = overlaps(mean, joint, picked, supers)
     return sl.Findings(verdict, table(norms, scores, mean, picked, supers), caption(study, top), numbers)
+
+
+def outlies(
+    estimate: sl.Estimate, null: sl.Estimate, p_value: float, least: float
+) -> tuple[sl.analysis.Condition, ...]:
+    """The rule: beyond the threshold and the null's range, and rare."""
+    return (
+        sl.analysis.above(estimate, least),
+        sl.analysis.above(estimate, null.high),
+        sl.analysis.rare(estimate, null, p_value, sought=least - null.value),
+    )
 
 
 def cause(study: sl.Study) -> sl.analysis.Part:

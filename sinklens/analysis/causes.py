@@ -16,7 +16,7 @@ from sinklens.chain.parts import Part, unmeasured
 from sinklens.chain.result import ChainResult
 from sinklens.chain.run import score_chain
 from sinklens.chain.stage_verdicts import cause_part
-from sinklens.errors import InputError, NoSinkError, NotApplicableError
+from sinklens.errors import EditError, InputError, NoSinkError, NotApplicableError
 from sinklens.pairs import PairChoice
 from sinklens.pairs.choice import Target
 from sinklens.stages import Stage
@@ -56,7 +56,7 @@ def cause(
 
     Raises:
         InputError: the stage has no such experiment.
-        EngineError: a patch did nothing, or an identity failed.
+        EngineError: an identity failed.
     """
     controls = (control,) if isinstance(control, str) else tuple(control)
     experiments = tuple(e for e in stage.experiments if _is_of(e.edit, e.control, edit, controls))
@@ -68,6 +68,8 @@ def cause(
         result = scored(study, chosen, target, prompts, draws)
     except (NoSinkError, NotApplicableError) as error:
         return unmeasured("cause", name, sentence or stage.claim, str(error))
+    except EditError as error:  # in this model there is nothing where the edit acts
+        return unmeasured("cause", name, sentence or stage.claim, f"the experiment changes nothing here: {error}")
     return cause_part(result, stage.name, edit, controls, name=name, sentence=sentence or stage.claim)
 
 

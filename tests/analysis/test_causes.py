@@ -65,7 +65,7 @@ def test_what_was_scored_is_not_scored_again(monkeypatch: pytest.MonkeyPatch):
     ask: Any = (here, stages.SUPER_NEURONS, "zero", "random_neurons")
     first, again = cause(*ask, target=TARGET), cause(*ask, target=PairChoice(TARGET))
     assert first == again and len(calls) == 1
-    cause(*ask, target=TARGET + 1)
+    cause(*ask, target=TARGET + 2)
     cause(*ask, target=TARGET, draws=3)
     here.seed = 1
     cause(*ask, target=TARGET)

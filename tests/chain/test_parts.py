@@ -180,7 +180,10 @@ def test_permutations_of_few_things_have_no_power():
 
 def with_readouts(base, anchored):
     result = made_result()
-    runs = {run: found | {"qk_locking": values} for (run, found), values in zip(result.runs.items(), (base, anchored))}
+    runs = {
+        run: found | {"qk_locking": values}
+        for (run, found), values in zip(result.runs.items(), (base, anchored), strict=True)
+    }
     return replace(result, runs=runs)
 
 
