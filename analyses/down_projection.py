@@ -55,7 +55,7 @@ def run(
     p_values = {measure: statistics.permutation_p(super_neurons[measure], null[measure]) for measure in MEASURES}
     normal = statistics.null_estimate(table[table.kind == "normal"].top_share.to_numpy())
     shape = heavy_tails(super_neurons, others, p_values, normal, (k, draws, len(study.formation.neurons)))
-    verdict = sl.analysis.verdict_of(CLAIM, [shape, *causes(study)], p_values["excess_kurtosis"])
+    verdict = sl.analysis.verdict_of(CLAIM, [shape, *causes(study)])
     numbers = {
         f"share of the energy in the {k} largest entries, super neurons": super_neurons["top_share"],
         "the same, other neurons": others["top_share"],

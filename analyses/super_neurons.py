@@ -79,7 +79,7 @@ def run(
         rule=f"holds when p < 0.05 and the whole interval lies above {LEAST[score]:g} and above the null's range",
         conditions=outlies(estimate, control, p_value, LEAST[score]),
     )
-    verdict = sl.analysis.verdict_of(CLAIM, [outlying, cause(study)], p_value)
+    verdict = sl.analysis.verdict_of(CLAIM, [outlying, cause(study)])
     mean = magnitude.mean(0)
     picked, supers = set(most_selective(mean, top).tolist()), set(study.formation.neurons)
     numbers = overlaps(mean, joint, picked, supers)

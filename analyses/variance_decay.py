@@ -91,8 +91,7 @@ def run(
         "below 0 and below the control's, with p < 0.05 against shuffled positions (the larger p of the two is given)",
         conditions=[c for each in decays.values() for c in decays_by_averaging(each[AGGREGATED], each[BEFORE])],
     )
-    by_chance = max(each[AGGREGATED].p_value for each in decays.values())
-    verdict = sl.analysis.verdict_of(CLAIM, [outlier, cause(study, target)], by_chance)
+    verdict = sl.analysis.verdict_of(CLAIM, [outlier, cause(study, target)])
     numbers = {}
     for source, each in decays.items():
         for quantity, item in each.items():

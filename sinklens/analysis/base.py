@@ -51,7 +51,7 @@ class Verdict:
     control_estimate: Estimate | None = None
     """Its value and 95% interval; for a null the mean and the range of 95% of its draws."""
     p_value: float | None = None
-    """Against the null, where there is one."""
+    """Of the rule (:attr:`sinklens.chain.parts.Part.p_value`), where there is one."""
     rule: str = ""
     """When the claim counts as holding."""
     reason: str = ""
@@ -99,13 +99,12 @@ def verdict(
     return verdict_of(claim, [replace(part, reason=reason)])
 
 
-def verdict_of(claim: str, parts: Sequence[Part], p_value: float | None = None) -> Verdict:
+def verdict_of(claim: str, parts: Sequence[Part]) -> Verdict:
     """A verdict by what its parts say together (:func:`sinklens.chain.parts.together`).
 
     Args:
         claim: the claim, in one sentence.
         parts: at least one; the first one's value and control stand for the verdict where there is room for one.
-        p_value: against a null, where the first part has one; the part's own by default.
 
     Raises:
         InputError: there are no parts, or two of one name.
@@ -120,7 +119,7 @@ def verdict_of(claim: str, parts: Sequence[Part], p_value: float | None = None) 
         first.estimate,
         first.control,
         first.control_estimate,
-        first.p_value if p_value is None else p_value,
+        first.p_value,
         first.rule,
         first.reason if all(part.outcome == "not measurable" for part in parts) else "",
         tuple(parts),
@@ -284,7 +283,8 @@ def _part(said: dict[str, Any]) -> Part:
         raise ValueError(f"a part of its verdict is about {said['about']!r}")
     _check_said(said, get_args(PartAnswer))
     smallest = None if said["smallest"] is None else _number(said["smallest"])
-    return Part(**said | _estimates(said) | {"smallest": smallest})
+    fields: dict[str, Any] = {**said, **_estimates(said), "smallest": smallest}
+    return Part(**fields)
 
 
 def _estimates(said: Mapping[str, Any]) -> dict[str, Estimate | None]:

@@ -220,7 +220,7 @@ def together(outcomes: Sequence[PartAnswer]) -> Answer:
         return "not measurable"
     unknown = len(measured) != len(outcomes)
     ways = [("holds", "does not hold") if outcome == "undecided" else (outcome,) for outcome in measured]
-    words = {_of_known(way, unknown) for way in product(*ways)}
+    words: set[Answer] = {_of_known(way, unknown) for way in product(*ways)}
     return words.pop() if len(words) == 1 else "undecided"
 
 

@@ -56,7 +56,9 @@ class PartRow:
     rule: str
     """When it counts as holding."""
     p: str
-    """p-value, and behind it the corrected one where there are others to correct for."""
+    """p-value."""
+    corrected: str
+    """The same corrected for their number, where there are others."""
     smallest: str
     """The smallest effect that could have been seen."""
 
@@ -164,7 +166,8 @@ def _part_row(part: Judged, corrected: float | None) -> PartRow:
         control=str(part.control),
         control_value=_text(part.control_estimate),
         rule=str(part.rule),
-        p=p if corrected is None or not p else f"{p} (corrected {number(corrected, 2)})",
+        p=p,
+        corrected="" if corrected is None or not p else f"{number(corrected, 2)} corrected",
         smallest="" if part.smallest is None else number(part.smallest, 2),
     )
 
