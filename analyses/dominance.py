@@ -7,12 +7,16 @@ reads, the same after the norm. Dividing a vector by a number leaves the ratio a
 change it: only the norm's weight can, and a LayerNorm's centring. ``weighted`` says whether that weight is counted.
 Ordinary positions of the same prompts are the control: every residual stream has some larger dimensions.
 
+Two parts, before the norm and after it, for the one can hold without the other. And the cause: the outlier dimensions
+of the residual stream that leaves the formation block are exchanged at the sink for an ordinary position's, all else
+left; as many others must not count.
+
 The sink must exceed them threefold, before and after: the least ratio of norms that formation asks of a sink.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -47,17 +51,19 @@ def run(
     late = {norm: values[after].mean(0) for norm, values in disparity.items()}
     ratio, control = (study.mean(late["after"][:, token, RATIO]) for token in (SINK, ORDINARY))
     factor = {norm: study.mean(over_ordinary(values[after])) for norm, values in disparity.items()}
-    verdict = sl.verdict(
-        CLAIM,
-        statistic="dominance ratio max|x| / mean|x| of the sink token after the norm, blocks "
-        f"{after[0]} to {after[-1]}",
-        estimate=ratio,
-        control="the same of ordinary positions",
-        control_estimate=control,
-        rule=f"holds when the sink token's ratio is at least {LEAST:g} times that of ordinary positions of its prompt "
-        "(the whole interval of the factor), before the norm and after it",
-        holds=factor["before"].above(LEAST) and factor["after"].above(LEAST),
-    )
+    before, usual = (study.mean(late["before"][:, token, RATIO]) for token in (SINK, ORDINARY))
+    parts = [
+        dominates("after the norm", ratio, control, factor["after"], after),
+        dominates("before the norm", before, usual, factor["before"], after),
+        sl.analysis.cause(
+            study,
+            sl.stages.DOWN_PROJECTION,
+            "spike_exchanged",
+            "other_dims",
+            sentence="The sink is made by its few dominating dimensions.",
+        ),
+    ]
+    verdict = sl.analysis.verdict_of(CLAIM, parts)
     entering = disparity["after"][study.formation.layer, :, SINK, RATIO]
     numbers = {f"dominance ratio of the sink over an ordinary position's, {n} the norm": x for n, x in factor.items()}
     numbers |= {"dominance ratio of the sink after the formation block's own norm": study.mean(entering)}
@@ -66,6 +72,25 @@ def run(
     axes |= {"token": TOKENS, "quantity": QUANTITIES}
     table = sl.analysis.tidy(torch.stack(list(disparity.values())), axes, formation=study.formation.layer)
     return sl.Findings(verdict, table, caption(weighted), numbers)
+
+
+def dominates(
+    where: str, ratio: sl.Estimate, control: sl.Estimate, factor: sl.Estimate, blocks: Sequence[int]
+) -> sl.analysis.Part:
+    """The quantity, on one side of the norm."""
+    return sl.analysis.judge(
+        "quantity",
+        where,
+        f"A few dimensions dominate the sink token {where}.",
+        statistic=f"dominance ratio max|x| / mean|x| of the sink token {where}, blocks {blocks[0]} to {blocks[-1]}",
+        estimate=ratio,
+        control="the same of ordinary positions",
+        control_estimate=control,
+        rule=f"holds when the sink token's ratio is at least {LEAST:g} times that of ordinary positions of its prompt "
+        "(the whole interval of the factor)",
+        conditions=[sl.analysis.above(factor, LEAST)],
+        detail=f"{sl.statistics.estimate_text(factor)} times that of ordinary positions",
+    )
 
 
 def disparities(study: sl.Study, k: int, weighted: bool) -> dict[str, Disparity]:

@@ -59,15 +59,18 @@ def run(
     marks[LARGEST] = float(len(study.formation.dims))
     table["natural"] = table.dose == table.curve.map(marks)
     own, control = (study.mean(of(table, curve, natural).tolist()) for curve in (DEVIATION, NORM))
-    verdict = sl.verdict(
+    enough = sl.analysis.judge(
+        "cause",
+        "natural dose",
         CLAIM,
         statistic=f"effect of the deviation times {natural:.3g}, the sink's own ratio (denoise)",
         estimate=own,
         control="the value scaled to the norm that this gives it",
         control_estimate=control,
         rule=f"holds when the effect's interval lies above {HALF} and the control's below {LITTLE}",
-        holds=own.above(HALF) and control.below(LITTLE),
+        conditions=[sl.analysis.above(own, HALF), sl.analysis.below(control, LITTLE)],
     )
+    verdict = sl.analysis.verdict_of(CLAIM, [enough])
     caption = "Effect on attention to the target against the dose. Means over prompts; the mark is the natural dose."
     return sl.Findings(verdict, table, caption, numbers(study, table, marks))
 

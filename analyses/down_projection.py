@@ -9,10 +9,14 @@ block, and normally distributed rows of the same width, whose k largest entries 
 
 Well above means twice: the k largest entries hold at least twice what they hold in other neurons and in normal rows.
 These are weights, the same for every prompt, so the estimate has no interval; the null has the range of its draws.
+
+Does the shape count? The rows are rotated (norms and mutual angles stay, sparsity goes), as are those of other neurons;
+and what the super neurons wrote is put into a random dense direction of the residual stream, or into as few others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import numpy as np
@@ -29,6 +33,10 @@ RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 """Which of a row's sorted magnitudes are kept for the figure."""
 N_NORMAL = 500
 """Normally distributed rows to compare with."""
+ROTATIONS = 6
+"""Draws of what is rotated or put elsewhere: one differs from the next by more than one prompt does."""
+LAPLACE = 3.0
+"""Excess kurtosis of a Laplace distribution: tails as heavy must have been possible to see."""
 MEASURES = ("excess_kurtosis", "top_share", "gini")
 
 
@@ -46,20 +54,8 @@ def run(
     others = {measure: statistics.null_estimate(null[measure]) for measure in MEASURES}
     p_values = {measure: statistics.permutation_p(super_neurons[measure], null[measure]) for measure in MEASURES}
     normal = statistics.null_estimate(table[table.kind == "normal"].top_share.to_numpy())
-
-    heavy = p_values["excess_kurtosis"] < 0.05
-    twice = super_neurons["top_share"] > 2 * max(others["top_share"].value, normal.value)
-    verdict = sl.verdict(
-        CLAIM,
-        statistic="excess kurtosis of the super neurons' rows of W_out, mean over them",
-        estimate=sl.Estimate(super_neurons["excess_kurtosis"], n=len(study.formation.neurons)),
-        control=f"as many other neurons of the block, {draws} draws",
-        control_estimate=others["excess_kurtosis"],
-        rule=f"holds when p < 0.05, and the {k} largest entries hold an outlying share of the energy too (p < 0.05), "
-        "at least twice that of other neurons and of normally distributed rows",
-        holds=heavy and twice and p_values["top_share"] < 0.05,
-        p_value=p_values["excess_kurtosis"],
-    )
+    shape = heavy_tails(super_neurons, others, p_values, normal, (k, draws, len(study.formation.neurons)))
+    verdict = sl.analysis.verdict_of(CLAIM, [shape, *causes(study)])
     numbers = {
         f"share of the energy in the {k} largest entries, super neurons": super_neurons["top_share"],
         "the same, other neurons": others["top_share"],
@@ -69,6 +65,49 @@ def run(
         "Gini coefficient, other neurons": others["gini"],
     }
     return sl.Findings(verdict, table, caption(study.formation.layer), numbers)
+
+
+def heavy_tails(
+    super_neurons: Mapping[str, float],
+    others: Mapping[str, sl.Estimate],
+    p_values: Mapping[str, float],
+    normal: sl.Estimate,
+    sizes: tuple[int, int, int],
+) -> sl.analysis.Part:
+    """The quantity; ``sizes`` are k, draws and how many super neurons there are."""
+    k, draws, n = sizes
+    kurtosis = sl.Estimate(super_neurons["excess_kurtosis"], n=n)
+    top_share = sl.Estimate(super_neurons["top_share"], n=n)
+    twice = super_neurons["top_share"] > 2 * max(others["top_share"].value, normal.value)
+    return sl.analysis.judge(
+        "quantity",
+        "heavy tails",
+        CLAIM,
+        statistic="excess kurtosis of the super neurons' rows of W_out, mean over them",
+        estimate=kurtosis,
+        control=f"as many other neurons of the block, {draws} draws",
+        control_estimate=others["excess_kurtosis"],
+        rule=f"holds when p < 0.05, and the {k} largest entries hold an outlying share of the energy too (p < 0.05), "
+        "at least twice that of other neurons and of normally distributed rows",
+        conditions=[
+            sl.analysis.rare(kurtosis, others["excess_kurtosis"], p_values["excess_kurtosis"], sought=LAPLACE),
+            sl.analysis.rare(top_share, others["top_share"], p_values["top_share"], sought=others["top_share"].value),
+            sl.analysis.of_bool(twice),
+        ],
+    )
+
+
+def causes(study: sl.Study) -> list[sl.analysis.Part]:
+    """Does the sink go when the rows, or what is written, are made dense?"""
+    asked = (
+        ("dense rows", "densified", "random_neurons", "The sink needs the sparse rows of the super neurons."),
+        ("dense direction", "dense_direction", "spike_moved", "The sink needs few dimensions, whichever they are."),
+    )
+    stage = sl.stages.DOWN_PROJECTION
+    return [
+        sl.analysis.cause(study, stage, edit, control, name=name, sentence=sentence, draws=ROTATIONS)
+        for name, edit, control, sentence in asked
+    ]
 
 
 def row_table(study: sl.Study, k: int) -> pd.DataFrame:

@@ -43,7 +43,9 @@ def run(
     rank = ranks(study, lengths)
     ratio = rank[layer + 1] / rank[layer]  # [prompt, length, tokens]
     collapse, without_sink = (study.mean(ratio[:, -1, tokens]) for tokens in (ALL, WITHOUT_SINK))
-    verdict = sl.verdict(
+    collapses = sl.analysis.judge(
+        "quantity",
+        "collapse",
         CLAIM,
         statistic="effective rank of the hidden states that leave the formation block over that of those that enter "
         f"it ({lengths[-1]} tokens)",
@@ -52,8 +54,9 @@ def run(
         control_estimate=without_sink,
         rule=f"holds when the whole interval lies below {COLLAPSE}, all tokens counted; the control does not decide, "
         "it says whether more collapses than one token's norm accounts for",
-        holds=collapse.below(COLLAPSE),
+        conditions=[sl.analysis.below(collapse, COLLAPSE)],
     )
+    verdict = sl.analysis.verdict_of(CLAIM, [collapses])
     numbers = {}
     for tokens, name in enumerate(TOKENS):
         for what, depth in (("entering", layer), ("leaving", layer + 1)):

@@ -7,6 +7,9 @@ in the blocks up to the formation block, and the attention that it receives afte
 natural sink receives in the clean run. Two equal sinks would hold one half each; the bar, a quarter, is half of that.
 The control masks another token and reads k; 0.05 is a fifth of the bar.
 
+What of the mask counts? A token that attends to one earlier token alone averages as little as one that attends to
+itself: if it is the averaging, either makes a sink, and attending to all but itself as it ordinarily does makes none.
+
 A mask could also act by changing what other tokens average. So the entropy of attention and the number of values
 averaged are reported at every query, clean and masked. What changes there cannot be what makes k an outlier, for in
 these blocks k reads no other token; and its residual alone, put into the clean run, must do the same.
@@ -53,7 +56,9 @@ def run(
     gain = {name: received[name] - received[CLEAN] for name in (MASKED, ANOTHER)}  # [token, prompt, length]
     shares = {name: values / sink for name, values in gain.items()}
     share, control = (study.mean(values[..., -1].mean(0)) for values in shares.values())
-    verdict = sl.verdict(
+    masked = sl.analysis.judge(
+        "cause",
+        "mask",
         CLAIM,
         statistic="attention gained by the masked token, as a share of what the natural sink receives (mean over "
         "tokens)",
@@ -61,8 +66,9 @@ def run(
         control="the same token when another one is masked",
         control_estimate=control,
         rule=f"holds when the share's interval lies above {BAR} and the control's within {NOTHING} of 0",
-        holds=share.above(BAR) and control.below(NOTHING) and control.above(-NOTHING),
+        conditions=[sl.analysis.above(share, BAR), *sl.analysis.within(control, NOTHING)],
     )
+    verdict = sl.analysis.verdict_of(CLAIM, [masked, what_counts(study)])
     k, few = targets[(len(targets) - 1) // 2], study.first(breakdown_prompts)
     single_blocks, carried = by_block(few, k, layers, sink[0, : few.batch.n, -1])
     alone = tidy(carried, {"prompt": range(few.batch.n)}, quantity="share gained", run=CARRIED, token=k)
@@ -74,6 +80,19 @@ def run(
         numbers[f"share gained by token {token} at {length} tokens"] = study.mean(values.tolist())
     numbers["attention gained by the masked token"] = study.mean(gain[MASKED][..., -1].mean(0))
     return sl.Findings(verdict, table, caption(k), numbers | mixing(study, targets, runs))
+
+
+def what_counts(study: sl.Study) -> sl.analysis.Part:
+    """Is it that the token averages nothing, whichever token it attends to?"""
+    return sl.analysis.cause(
+        study,
+        sl.stages.VALUE_AGGREGATION,
+        "one_source",
+        "all_but_itself",
+        name="one source",
+        sentence="What makes it a sink is that it averages nothing: one source does, whichever it is.",
+        target=None,
+    )
 
 
 def mask(layers: tuple[int, ...], positions: tuple) -> sl.Patch:

@@ -5,6 +5,9 @@
 The claim puts the cause of attention in the residual stream: an outlier that one block writes is what the next one
 attends to. So the largest rise in attention must come one block after the largest growth of the norm, prompt by prompt.
 An ordinary position of the same prompt is the control: whatever rises there does so at no block in particular.
+
+That two things happen in step is no cause. So what the formation block's MLP writes at the sink is exchanged for what
+it writes at an ordinary position, all else left: the sink must go, and the same elsewhere must leave it.
 """
 
 from __future__ import annotations
@@ -51,16 +54,27 @@ def run(
     tokens = profiles(study, lengths)
     share, control = (study.mean(in_step(tokens[who])) for who in ("sink", "ordinary"))
     chance = 1 / (study.shape.n_layers - 1)
-    verdict = sl.verdict(
+    in_steps = sl.analysis.judge(
+        "quantity",
+        "in step",
         CLAIM,
         statistic="share of prompts whose largest rise in attention comes one block after the largest growth of the "
         "norm",
         estimate=share,
         control=f"the same at an ordinary position (by chance {chance:.2f})",
         control_estimate=control,
-        rule="holds when the whole interval of the share lies above one half, above chance and above the control",
-        holds=share.above(max(0.5, chance, control.value)),
+        rule="holds when the whole interval of the share lies above one half, above chance and above the control's",
+        conditions=[sl.analysis.above(share, max(0.5, chance)), sl.analysis.above(share, control)],
     )
+    written = sl.analysis.cause(
+        study,
+        sl.stages.DOWN_PROJECTION,
+        "transplant",
+        "other_position",
+        name="the block's write",
+        sentence="What the MLP of that block writes is what the next blocks attend to.",
+    )
+    verdict = sl.analysis.verdict_of(CLAIM, [in_steps, written])
     later, growth = list(study.after_formation()), tokens["sink"].growth[study.formation.layer]
     attention = {who: study.mean(each.attention[later, :, -1].mean(0)) for who, each in tokens.items()}
     numbers = {

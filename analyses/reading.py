@@ -27,6 +27,7 @@ from sinklens.pairs.effects import effect
 CLAIM = "What the super neurons read of a token that is a sink, W_O has written."
 ATTENTION, MLPS, ALL = "attention", "MLPs", "all blocks"
 SITES = {ATTENTION: sites.ATTN_OUT, MLPS: sites.MLP_OUT}
+HALF = 0.5
 MIN_GAP = 0.01
 """Prompts in which the pair moves attention by less cannot be divided by."""
 
@@ -47,17 +48,41 @@ def run(
     amounts = amounts_of(setting, writers)
     table = pd.concat([amounts, effects_of(setting, writers)], ignore_index=True)
     of_attention, of_mlps = (share_of(study, amounts, kind) for kind in SITES)
-    verdict = sl.verdict(
+    verdict = sl.analysis.verdict_of(CLAIM, [written_by_attention(of_attention, of_mlps), acts(study, table)])
+    caption = "What every block writes of the difference that super neurons read, and what that part alone does."
+    return sl.Findings(verdict, table, caption, numbers(study, table, top))
+
+
+def written_by_attention(of_attention: sl.Estimate, of_mlps: sl.Estimate) -> sl.analysis.Part:
+    """The quantity: whose is most of what is read?"""
+    return sl.analysis.judge(
+        "quantity",
+        "amount",
         CLAIM,
         statistic="attention's share of what the super neurons read of the difference between the runs",
         estimate=of_attention,
         control="the share of the MLPs before",
         control_estimate=of_mlps,
-        rule="holds when the interval of attention's share lies above one half",
-        holds=of_attention.above(0.5),
+        rule=f"holds when the interval of attention's share lies above {HALF:g}",
+        conditions=[sl.analysis.above(of_attention, HALF)],
     )
-    caption = "What every block writes of the difference that super neurons read, and what that part alone does."
-    return sl.Findings(verdict, table, caption, numbers(study, table, top))
+
+
+def acts(study: sl.Study, table: Any) -> sl.analysis.Part:
+    """The cause: does what attention has written make a sink by itself?"""
+    rows = table[(table.quantity == "effect") & (table.block == ALL)]
+    own, control = (study.mean(rows[rows.writer == kind].value.tolist()) for kind in SITES)
+    return sl.analysis.judge(
+        "cause",
+        "effect",
+        "What W_O has written into these directions makes the token a sink.",
+        statistic="effect of attention's part of the difference alone, put into the base run",
+        estimate=own,
+        control="the part of the MLPs before",
+        control_estimate=control,
+        rule=f"holds when the interval of attention's effect lies above {HALF:g}",
+        conditions=[sl.analysis.above(own, HALF)],
+    )
 
 
 def share_of(study: sl.Study, amounts: Any, kind: str) -> sl.Estimate:

@@ -58,17 +58,9 @@ def run(
         {name: study.mean(values[names == name].mean(0)) for name in dict.fromkeys(names)} for values in outcome
     )
     share, control, constant = left[OUTLIER], left[OTHER], constancy(study, clean["inputs"], pairs)
-    verdict = sl.verdict(
-        CLAIM,
-        statistic=f"share of the attention to the sink that is left in blocks {layers[0]} to {layers[-1]} when its "
-        f"normalised input keeps nothing but its outlier dimensions ({len(dims)} of {study.shape.d_model})",
-        estimate=share,
-        control=f"as many other dimensions kept, {draws} draws",
-        control_estimate=control,
-        rule=f"holds when the whole interval of the share lies above {KEPT} and the control's below, and the whole "
-        f"interval of the cosine between the sinks of different prompts above {CONSTANT}",
-        holds=share.above(KEPT) and control.below(KEPT) and constant.above(CONSTANT),
-    )
+    place = f"blocks {layers[0]} to {layers[-1]}", f"{len(dims)} of {study.shape.d_model}", draws
+    few = along_outlier_dims(share, control, *place)
+    verdict = sl.analysis.verdict_of(CLAIM, [few, *is_constant(study, constant)])
     numbers = {
         "cosine between the normalised inputs of different prompts' sinks": constant,
         "the same of ordinary positions": constancy(study, clean["elsewhere"], ~np.eye(study.batch.n, dtype=bool)),
@@ -80,6 +72,50 @@ def run(
     axes = {"quantity": (LEFT, REAL), "patch": range(len(names)), "prompt": range(study.batch.n)}
     table = sl.analysis.tidy(outcome, axes)
     return sl.Findings(verdict, table.assign(kept=names[table["patch"]]), CAPTION, numbers)
+
+
+def along_outlier_dims(
+    share: sl.Estimate, control: sl.Estimate, blocks: str, kept: str, draws: int
+) -> sl.analysis.Part:
+    """Do the outlier dimensions do alone what the whole input does?"""
+    return sl.analysis.judge(
+        "cause",
+        "along the outlier dimensions",
+        "Attention to the sink needs no more of its normalised input than the outlier dimensions.",
+        statistic=f"share of the attention to the sink that is left in {blocks} when its "
+        f"normalised input keeps nothing but its outlier dimensions ({kept})",
+        estimate=share,
+        control=f"as many other dimensions kept, {draws} draws",
+        control_estimate=control,
+        rule=f"holds when the whole interval of the share lies above {KEPT} and the control's below",
+        conditions=[sl.analysis.above(share, KEPT), sl.analysis.below(control, KEPT)],
+    )
+
+
+def is_constant(study: sl.Study, cosine: sl.Estimate) -> list[sl.analysis.Part]:
+    """Is the input nearly a constant vector, and does a constant one do as well?"""
+    sentence = "The norm turns the sink's input into nearly a constant vector."
+    stage = sl.stages.RMSNORM_FILTER
+    return [
+        sl.analysis.judge(
+            "quantity",
+            "nearly constant",
+            sentence,
+            statistic="cosine between the normalised inputs of different prompts' sinks, mean over pairs and blocks",
+            estimate=cosine,
+            rule=f"holds when the whole interval lies above {CONSTANT}",
+            conditions=[sl.analysis.above(cosine, CONSTANT)],
+        ),
+        sl.analysis.cause(study, stage, "constant_input", "ordinary_input", name="constant input", sentence=sentence),
+        sl.analysis.cause(
+            study,
+            stage,
+            "largest_dims",
+            "other_dims",
+            name="largest dimensions",
+            sentence="Of that vector a few dimensions are enough, those that attention weighs most.",
+        ),
+    ]
 
 
 def readout_at(name: str, site: sl.HookSite, layers: tuple[int, ...], where: Int[Tensor, " prompt"]) -> sl.Readout:

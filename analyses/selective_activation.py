@@ -10,6 +10,10 @@ plain MLP has W_in alone; it stands in for both, with its sign.
 x is ``ln2.hook_normalized`` times the norm's weight (ln1's in a parallel block that has one norm for both); a
 LayerNorm's bias, equal at every position, is left out. The control is as many other neurons of the block. Alone means
 that no other token is as high on either factor; this has to be so more often than not, so in over half of the prompts.
+
+Does it count? Of the residual stream that enters the MLP of the formation block, only the directions that the super
+neurons read are exchanged at the sink for an ordinary position's: the sink must go. In as many random directions, or in
+all the others, the same must leave it.
 """
 
 from __future__ import annotations
@@ -42,7 +46,9 @@ def run(
     gate, linear = factors(study, neurons)
     selected = (highest_at_sink(study, gate) & highest_at_sink(study, linear)).double()  # [prompt, neuron]
     share, control = study.mean(selected[:, :own].mean(1)), study.mean(selected[:, own:].mean(1))
-    verdict = sl.verdict(
+    alone = sl.analysis.judge(
+        "quantity",
+        "selectivity",
         CLAIM,
         statistic="share of prompts in which the sink token has the highest gate cosine and the largest linear branch "
         "of all tokens, averaged over super neurons",
@@ -50,8 +56,9 @@ def run(
         control=f"the same of as many other neurons of the block, {draws} draws",
         control_estimate=control,
         rule="holds when the whole interval lies above one half and above the control's",
-        holds=share.above(np.nanmax([0.5, control.high])),
+        conditions=[sl.analysis.above(share, 0.5), sl.analysis.above(share, control)],
     )
+    verdict = sl.analysis.verdict_of(CLAIM, [alone, cause(study)])
     numbers = {}
     for name, factor in (("cosine of the input and w_gate", gate), ("linear branch", linear)):
         mean = study.sink_first(factor[..., :own].mean(-1))
@@ -60,6 +67,18 @@ def run(
         numbers[f"{name}, largest of the other tokens"] = study.mean(mean[:, 1:].amax(1))
     kinds = ["super"] * own + ["other"] * len(others)
     return sl.Findings(verdict, table(study, gate, linear, neurons, kinds), caption(study), numbers)
+
+
+def cause(study: sl.Study) -> sl.analysis.Part:
+    """Does what the super neurons read count?"""
+    return sl.analysis.cause(
+        study,
+        sl.stages.READING,
+        "reading_subspace",
+        ("random_subspace", "all_the_rest"),
+        name="what is read",
+        sentence="The sink comes about because its residual meets the weights of the super neurons.",
+    )
 
 
 def factors(study: sl.Study, neurons: list[int]) -> tuple[Factor, Factor]:

@@ -80,18 +80,7 @@ def run(
     of_events, without = effects_of_events(study.first(event_prompts))
     table: Any = pd.concat([of_sinks, *of_events], ignore_index=True)
     removed = {key: estimate(rows, "removed", study.seed, study.groups) for key, rows in table.groupby(KEYS)}
-    of_super, of_random = ([removed[NATURAL, who, edit] for edit in kinds] for who in (SUPER, RANDOM))
-    control = max(of_random, key=lambda x: x.high)
-    verdict = sl.verdict(
-        CLAIM,
-        statistic="share of the natural sink's attention removed, by the edit whose interval reaches lowest: "
-        f"{', '.join(kinds)}",
-        estimate=min(of_super, key=lambda x: x.low),
-        control="the same for as many random neurons, by the edit whose interval reaches highest",
-        control_estimate=control,
-        rule=f"holds when the intervals of all edits lie above {MOST} and the control's below {LITTLE}",
-        holds=all(x.above(MOST) for x in of_super) and control.below(LITTLE),
-    )
+    verdict = sl.analysis.verdict_of(CLAIM, [goes(removed, kinds, sink) for sink in (NATURAL, LATER)])
     numbers = {f"removed, {', '.join(key)}": x for key, x in removed.items() if key[1].startswith((SUPER, STRONGEST))}
     natural = table[(table.sink == NATURAL) & table.neurons.isin(("none", SUPER))]
     for column in ("residual norm", "massive activations"):
@@ -100,6 +89,25 @@ def run(
             numbers[f"{column} of the natural sink, {edit}"] = estimate(rows, column, study.seed, study.groups)
     caption = f"What each edit removes of the sink's attention (means with 95% intervals).{note}{left_out}{without}"
     return sl.Findings(verdict, table, caption, numbers)
+
+
+def goes(removed: dict[Any, sl.Estimate], kinds: tuple[str, ...], sink: str) -> sl.analysis.Part:
+    """The cause: does every edit of the super neurons remove the sink, and none of random neurons?"""
+    of_super, where = [removed[sink, SUPER, edit] for edit in kinds], sink.removeprefix(NATURAL)
+    # Random neurons are edited just after formation, where it is decided what reaches the later blocks.
+    control = max((removed[NATURAL, RANDOM, edit] for edit in kinds), key=lambda x: x.high)
+    return sl.analysis.judge(
+        "cause",
+        "just after formation" if sink == NATURAL else "all later blocks",
+        CLAIM if sink == NATURAL else "The sink does not come back in a later block.",
+        statistic=f"share of the natural sink's attention removed{where}, by the edit whose interval reaches lowest: "
+        f"{', '.join(kinds)}",
+        estimate=min(of_super, key=lambda x: x.low),
+        control="the same for as many random neurons, by the edit whose interval reaches highest",
+        control_estimate=control,
+        rule=f"holds when the intervals of all edits lie above {MOST} and the control's below {LITTLE}",
+        conditions=[*(sl.analysis.above(x, MOST) for x in of_super), sl.analysis.below(control, LITTLE)],
+    )
 
 
 def edits_that_apply(study: sl.Study) -> tuple[tuple[str, ...], str]:

@@ -8,6 +8,9 @@ what they reach on other tokens (95th percentile of each prompt, mean over promp
 is then a finding. A neuron's joint score is the smaller of its two scores, one for each matrix; a plain MLP has W_in
 alone. The null is as many neurons drawn at random.
 
+Do they make the sink? They are silenced at the sink's own position, all else left; as many others, drawn at random,
+must leave it.
+
 A score counts as outlying from a robust z of 5, which is what formation asks of a super neuron's weights, or from the
 99th percentile of the block's neurons.
 """
@@ -64,7 +67,9 @@ def run(
     estimate = study.bootstrap(statistic)
     null = random_means(joint, top, draws, study.generator("super_neurons/null"))
     control, p_value = statistics.null_estimate(null), statistics.permutation_p(estimate.value, null)
-    verdict = sl.verdict(
+    outlying = sl.analysis.judge(
+        "quantity",
+        "weights",
         CLAIM,
         statistic=f"mean {score.replace('_', ' ')} of the weight norms (the smaller of {' and '.join(scores)}) of the "
         f"{top} neurons of the formation block that fire most selectively for the sink",
@@ -72,13 +77,35 @@ def run(
         control=f"as many neurons drawn at random, {draws} times",
         control_estimate=control,
         rule=f"holds when p < 0.05 and the whole interval lies above {LEAST[score]:g} and above the null's range",
-        holds=p_value < 0.05 and estimate.above(max(LEAST[score], control.high)),
-        p_value=p_value,
+        conditions=outlies(estimate, control, p_value, LEAST[score]),
     )
+    verdict = sl.analysis.verdict_of(CLAIM, [outlying, cause(study)])
     mean = magnitude.mean(0)
     picked, supers = set(most_selective(mean, top).tolist()), set(study.formation.neurons)
     numbers = overlaps(mean, joint, picked, supers)
     return sl.Findings(verdict, table(norms, scores, mean, picked, supers), caption(study, top), numbers)
+
+
+def outlies(
+    estimate: sl.Estimate, null: sl.Estimate, p_value: float, least: float
+) -> tuple[sl.analysis.Condition, ...]:
+    """The rule: beyond the threshold and the null's range, and rare."""
+    return (
+        sl.analysis.above(estimate, least),
+        sl.analysis.above(estimate, null.high),
+        sl.analysis.rare(estimate, null, p_value, sought=least - null.value),
+    )
+
+
+def cause(study: sl.Study) -> sl.analysis.Part:
+    """Does the sink go without them?"""
+    return sl.analysis.cause(
+        study,
+        sl.stages.SUPER_NEURONS,
+        "zero",
+        "random_neurons",
+        sentence="The sink is made by the super neurons.",
+    )
 
 
 def weight_norms(study: sl.Study) -> dict[str, PerNeuron]:

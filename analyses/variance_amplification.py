@@ -59,7 +59,9 @@ def run(
     table["above_bar"] = (table.share > BAR).astype(float)
     at_top = table[table.strength.isin((1, top))]
     share, control = (mean(study, at_top, edit) for edit in (AMPLIFIED, NORM_ONLY))
-    verdict = sl.verdict(
+    amplifies = sl.analysis.judge(
+        "cause",
+        "variance",
         CLAIM,
         statistic=f"attention gained by the token at lambda {top:g}, as a share of the natural sink's (mean over "
         "tokens)",
@@ -67,8 +69,10 @@ def run(
         control="the same with z scaled to the norm that amplification gives it",
         control_estimate=control,
         rule=f"holds when the share's interval lies above {BAR} and the control's below {NORM_BAR}",
-        holds=share.above(BAR) and control.below(NORM_BAR),
+        conditions=[sl.analysis.above(share, BAR), sl.analysis.below(control, NORM_BAR)],
+        detail=f"beyond {BAR} in {mean(study, at_top, AMPLIFIED, column='above_bar').value:.0%} of prompts and tokens",
     )
+    verdict = sl.analysis.verdict_of(CLAIM, [amplifies])
     return sl.Findings(verdict, table, caption(k, left_out), numbers(study, table, at_top, k))
 
 

@@ -7,6 +7,10 @@ Under a causal mask the first token attends to itself alone and every later one 
 so it must hold on random tokens as well. The control is the value before aggregation (``hook_v``): what that does with
 position comes from the tokens, not from averaging.
 
+Is it the variance that makes a sink? A sink is made at a token by letting it attend to itself alone, and of its
+aggregated value only the deviation from the mean over prompts is exchanged between the two runs: it must do what the
+whole value does, and the mean, which does not vary, nothing.
+
 The question is about the position that averages nothing, so it is asked of the first, wherever the sink is. Pitfalls:
 prompts that all begin with the same token (BOS) have no variance there, so that the ratio is 0 and the claim does not
 hold; and after the first formation blocks the first token's values are all alike, so these are left out by default.
@@ -33,6 +37,8 @@ CLAIM = (
     "natural and random tokens alike."
 )
 LEAST_RATIO = 2.0  # round: twice an ordinary position's variance
+SOUGHT = 0.3
+"""A tau of this size must have been possible to see, for one that is not seen to speak against the claim."""
 AGGREGATED, BEFORE = "aggregated", "not aggregated"
 SITES = {AGGREGATED: sites.Z, BEFORE: sites.V}
 RATIO, TAU = "variance of the first token over later ones", "Kendall's tau of variance with position"
@@ -50,8 +56,10 @@ class Decay:
     """Of the first position over the median of later ones."""
     tau: sl.Estimate
     """Kendall's tau of variance with later positions."""
+    null: sl.Estimate
+    """Of tau, with positions shuffled."""
     p_value: float
-    """Of tau, against shuffled positions."""
+    """Of tau, against these."""
 
 
 def run(
@@ -60,6 +68,7 @@ def run(
     layers: Annotated[tuple[int, ...], "blocks to look at; those up to the first formation blocks by default"] = (),
     average: Annotated[Literal["mean", "median"], "how the variances of all dimensions are brought together"] = "mean",
     permutations: Annotated[int, "draws of shuffled positions", sl.Between(1, 100_000)] = 2000,
+    target: Annotated[int, "where a sink is made to ask for the cause; 0: the first of 10, 5, 20 that fits"] = 0,
 ) -> sl.Findings:
     sl.analysis.check_first_varies(study)
     blocks, rng = study.blocks(layers), study.generator("variance_decay/shuffled")
@@ -69,7 +78,9 @@ def run(
         for source, here in {"given prompts": study, "random tokens": study.random}.items()
     }
     weaker = min(decays, key=lambda source: decays[source][AGGREGATED].ratio.value)
-    verdict = sl.verdict(
+    outlier = sl.analysis.judge(
+        "quantity",
+        "variance",
         CLAIM,
         statistic=f"variance of the first token's aggregated value over the median of later ones ({weaker}, the lower)",
         estimate=decays[weaker][AGGREGATED].ratio,
@@ -78,15 +89,27 @@ def run(
         rule="holds when, on the given prompts and on random tokens, the interval of this ratio lies above "
         f"{LEAST_RATIO:g} and above the control's, and that of Kendall's tau of variance with later positions lies "
         "below 0 and below the control's, with p < 0.05 against shuffled positions (the larger p of the two is given)",
-        holds=all(decays_by_averaging(each[AGGREGATED], each[BEFORE]) for each in decays.values()),
-        p_value=max(each[AGGREGATED].p_value for each in decays.values()),
+        conditions=[c for each in decays.values() for c in decays_by_averaging(each[AGGREGATED], each[BEFORE])],
     )
+    verdict = sl.analysis.verdict_of(CLAIM, [outlier, cause(study, target)])
     numbers = {}
     for source, each in decays.items():
         for quantity, item in each.items():
             numbers[f"{RATIO}, {quantity}, {source}"] = item.ratio
             numbers[f"{TAU}, {quantity}, {source}"] = item.tau
     return sl.Findings(verdict, table(decays, blocks), caption(blocks, average), numbers)
+
+
+def cause(study: sl.Study, target: int) -> sl.analysis.Part:
+    """Is it the deviation, and not the mean, that makes a sink?"""
+    return sl.analysis.cause(
+        study,
+        sl.stages.VALUE_AGGREGATION,
+        "deviation_exchanged",
+        "mean_exchanged",
+        sentence="The token becomes a sink because its aggregated value is a high-variance outlier.",
+        target=target or None,
+    )
 
 
 def decay(
@@ -106,7 +129,10 @@ def decay(
 
     ratio = estimate(metrics.first_over_later, correlation=False)
     tau = estimate(lambda variance: trend(variance, in_order), correlation=True)
-    return Decay(variance, ratio, tau, statistics.permutation_p(tau.value, trend(variance, shuffled), "less"))
+    null = trend(variance, shuffled)
+    return Decay(
+        variance, ratio, tau, statistics.null_estimate(null), statistics.permutation_p(tau.value, null, "less")
+    )
 
 
 def trend(variance: Variance, positions: Float[Tensor, "draw pos"]) -> Float[Tensor, " draw"]:
@@ -114,13 +140,15 @@ def trend(variance: Variance, positions: Float[Tensor, "draw pos"]) -> Float[Ten
     return metrics.kendall_tau(positions, variance[:, 1:]).mean(-1)
 
 
-def decays_by_averaging(aggregated: Decay, before: Decay) -> bool:
+def decays_by_averaging(aggregated: Decay, before: Decay) -> list[sl.analysis.Condition]:
     """The rule, on one kind of prompts."""
-    return (
-        aggregated.ratio.above(max(LEAST_RATIO, before.ratio.high))
-        and aggregated.tau.below(min(0.0, before.tau.low))
-        and aggregated.p_value < 0.05
-    )
+    return [
+        sl.analysis.above(aggregated.ratio, LEAST_RATIO),
+        sl.analysis.above(aggregated.ratio, before.ratio),
+        sl.analysis.below(aggregated.tau, 0.0),
+        sl.analysis.below(aggregated.tau, before.tau),
+        sl.analysis.rare(aggregated.tau, aggregated.null, aggregated.p_value, sought=SOUGHT, alternative="less"),
+    ]
 
 
 def table(decays: Mapping[str, Mapping[str, Decay]], blocks: tuple[int, ...]) -> pd.DataFrame:

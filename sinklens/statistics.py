@@ -220,6 +220,21 @@ def drawn_estimate(
     return Estimate(value, low, high, len(array), n_groups_of(kept))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p-values: the chance of one wrong rejection among all stays below the level.
+
+    The smallest of ``m`` is multiplied by ``m``, the next by ``m - 1``, and so on; none is below one before it, or
+    above 1. One that is NaN stays NaN, and does not count.
+    """
+    adjusted = np.full(len(p_values), np.nan)
+    order = [i for i in np.argsort(p_values) if np.isfinite(p_values[i])]
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted.tolist()
+
+
 def bootstrap_estimate(
     statistic: Callable[[np.ndarray], Any],
     n_prompts: int,

@@ -67,6 +67,8 @@ class Study:
     """Called with (rows done, rows in all) while patches run."""
     rows: int | None = None
     """Rows for one forward pass, in place of the memory budget."""
+    scored: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """What analyses have scored on it, which others need not score again."""
 
     def __repr__(self) -> str:
         found = vars(self).get("formation")

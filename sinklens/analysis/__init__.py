@@ -4,34 +4,50 @@ An analysis is a file with an :class:`Analysis` named ``ANALYSIS``. Its ``run`` 
 and its own options by keyword, and returns :class:`Findings`; its ``draw`` makes a plotly figure of these. What is
 measured and what is drawn stay apart, so that numbers can be had without a plotting library.
 
-The verdict is one of three words. *holds* and *does not hold* follow from the rule that the analysis states, which
-compares an interval with a control and with a threshold; *not measurable* comes with the reason. A result against a
-claim is a result.
+A verdict has parts: does the quantity behave as stated, and is it the cause (:func:`cause`)? Each follows from a stated
+rule on whole intervals (:func:`above`, :func:`below`, :func:`rare`). Together they say *holds*, *holds in part*, *does
+not hold*, *undecided* (more prompts would tell) or *not measurable*, with the reason. A result against a claim is a
+result.
 """
 
-from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict, verdict
+from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict, verdict, verdict_of
+from sinklens.analysis.causes import cause
+from sinklens.analysis.corrections import parts_table
 from sinklens.analysis.discovery import folder, list_analyses
 from sinklens.analysis.preconditions import check_first_varies, check_k, check_sink_varies
 from sinklens.analysis.run import config_of, load_analysis, main, run_analysis
 from sinklens.analysis.tables import base_reading, mean_and_range, patch_table, tidy
+from sinklens.chain.parts import Condition, Part, above, below, judge, of_bool, rare, unmeasured, within
 
 __all__ = [
     "Analysis",
     "AnalysisResult",
+    "Condition",
     "Findings",
+    "Part",
     "Verdict",
+    "above",
     "base_reading",
+    "below",
+    "cause",
     "check_first_varies",
     "check_k",
     "check_sink_varies",
     "config_of",
     "folder",
+    "judge",
     "list_analyses",
     "load_analysis",
     "main",
     "mean_and_range",
+    "of_bool",
+    "parts_table",
     "patch_table",
+    "rare",
     "run_analysis",
     "tidy",
+    "unmeasured",
     "verdict",
+    "verdict_of",
+    "within",
 ]

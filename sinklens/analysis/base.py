@@ -4,34 +4,34 @@ An analysis is a file with an :class:`Analysis` named ``ANALYSIS``. Its ``run`` 
 and its own options by keyword, and returns :class:`Findings`; its ``draw`` makes a plotly figure of these. What is
 measured and what is drawn stay apart, so that numbers can be had without a plotting library.
 
-The verdict is one of three words. *holds* and *does not hold* follow from the rule that the analysis states, which
-compares an interval with a control and with a threshold; *not measurable* comes with the reason. A result against a
-claim is a result.
+A verdict has parts (:mod:`sinklens.chain.parts`): does the quantity behave as stated, and is it the cause? Each
+follows from the rule that the analysis states, which compares an interval with a control and with a threshold. All of
+them hold and the claim *holds*; some do and it *holds in part*; none does and it *does not hold*; *undecided* is what
+more prompts would tell, and *not measurable* comes with the reason. A result against a claim is a result.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd
 
+from sinklens.chain.parts import About, Answer, Part, PartAnswer, together, which
 from sinklens.errors import InputError
 from sinklens.records.files import atomic_folder, write_json
 from sinklens.records.plain import check_kinds
 from sinklens.records.summaries import html, summary
-from sinklens.records.text import number
+from sinklens.records.text import join, number
 from sinklens.statistics import Estimate
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-Answer = Literal["holds", "does not hold", "not measurable"]
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,29 @@ class Verdict:
     control_estimate: Estimate | None = None
     """Its value and 95% interval; for a null the mean and the range of 95% of its draws."""
     p_value: float | None = None
-    """Against the null, where there is one."""
+    """Of the rule (:attr:`sinklens.chain.parts.Part.p_value`), where there is one."""
     rule: str = ""
     """When the claim counts as holding."""
     reason: str = ""
     """Why it is not measurable; empty otherwise."""
+    parts: tuple[Part, ...] = ()
+    """What it is made of; the fields above from ``statistic`` on are the first one's."""
+
+    @property
+    def which(self) -> str:
+        """Which parts hold and which do not; empty where there are fewer than two."""
+        return which(self.parts)
+
+    def part(self, name: str) -> Part:
+        """The part of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        found = {part.name: part for part in self.parts}
+        if name not in found:
+            raise KeyError(f"the verdict has no part {name!r}: its parts are {', '.join(found) or 'none'}")
+        return found[name]
 
 
 def verdict(
@@ -68,12 +86,44 @@ def verdict(
     holds: bool,
     p_value: float | None = None,
 ) -> Verdict:
-    """A verdict by a rule: ``holds`` says whether the rule is met. A statistic that is NaN is not measurable."""
-    outcome: Answer = "holds" if holds else "does not hold"
+    """A verdict of one part, a quantity, by a rule that is either met or not: ``holds`` says whether it is.
+
+    A statistic that is NaN is not measurable. :func:`sinklens.analysis.verdict_of` makes verdicts of several parts, and
+    :func:`sinklens.analysis.judge` parts that can be undecided.
+    """
+    outcome: PartAnswer = "holds" if holds else "does not hold"
     reason = ""
     if not np.isfinite(estimate.value):
         outcome, reason = "not measurable", "the statistic has no finite value on these prompts"
-    return Verdict(outcome, claim, statistic, estimate, control, control_estimate, p_value, rule, reason)
+    part = Part("quantity", "quantity", claim, outcome, statistic, estimate, control, control_estimate, rule, p_value)
+    return verdict_of(claim, [replace(part, reason=reason)])
+
+
+def verdict_of(claim: str, parts: Sequence[Part]) -> Verdict:
+    """A verdict by what its parts say together (:func:`sinklens.chain.parts.together`).
+
+    Args:
+        claim: the claim, in one sentence.
+        parts: at least one; the first one's value and control stand for the verdict where there is room for one.
+
+    Raises:
+        InputError: there are no parts, or two of one name.
+    """
+    if not parts or len({part.name for part in parts}) < len(parts):
+        raise InputError("a verdict needs parts, and each a name of its own")
+    first = parts[0]
+    return Verdict(
+        together([part.outcome for part in parts]),
+        claim,
+        first.statistic,
+        first.estimate,
+        first.control,
+        first.control_estimate,
+        first.p_value,
+        first.rule,
+        first.reason if all(part.outcome == "not measurable" for part in parts) else "",
+        tuple(parts),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +190,8 @@ class AnalysisResult:
     def __repr__(self) -> str:
         found = self.findings.verdict
         value = "" if found.estimate is None else f"{found.statistic}: {number(found.estimate.value)}"
-        return summary(self, self.name, found.outcome, value, found.reason, f"{len(self.findings.table):,} rows")
+        said = found.outcome + (f" ({found.which})" if found.which else "")
+        return summary(self, self.name, said, value, found.reason, f"{len(self.findings.table):,} rows")
 
     def _repr_html_(self) -> str:
         return html(f"{self!r} {self.findings.verdict.claim}", self.findings.table)
@@ -185,9 +236,9 @@ class AnalysisResult:
         try:
             data = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             found = data["verdict"]
-            for key in ("estimate", "control_estimate"):
-                found[key] = None if found[key] is None else _estimate(found[key])
             _check(data)
+            found |= _estimates(found)
+            found["parts"] = tuple(_part(part) for part in found.get("parts", ()))  # there were none once
             numbers = {name: _either(value) for name, value in data["numbers"].items()}
             table = pd.read_parquet(folder / "table.parquet")
             figure = folder / "figure.json"
@@ -213,12 +264,32 @@ def _check(data: Mapping[str, Any]) -> None:
     check_kinds({"seconds": (data["seconds"], (int, float))})
     said = data["verdict"]
     check_kinds({name: (said[name], str) for name in ("claim", "statistic", "control", "rule", "reason")})
-    if said["outcome"] not in get_args(Answer):
-        raise ValueError(
-            f"its verdict is {said['outcome']!r}, which is none of holds, does not hold and not measurable"
-        )
+    check_kinds({"parts": (said.get("parts", []), list)})
+    _check_said(said, get_args(Answer))
+
+
+def _check_said(said: Mapping[str, Any], answers: Sequence[str]) -> None:
+    if said["outcome"] not in answers:
+        raise ValueError(f"its verdict is {said['outcome']!r}, which is none of {join(answers)}")
     if said["p_value"] is not None:
         check_kinds({"p_value": (said["p_value"], (int, float))})
+
+
+def _part(said: dict[str, Any]) -> Part:
+    check_kinds({"a part": (said, dict)})
+    text = ("name", "sentence", "statistic", "control", "rule", "detail", "reason")
+    check_kinds({name: (said[name], str) for name in text})
+    if said["about"] not in get_args(About):
+        raise ValueError(f"a part of its verdict is about {said['about']!r}")
+    _check_said(said, get_args(PartAnswer))
+    smallest = None if said["smallest"] is None else _number(said["smallest"])
+    fields: dict[str, Any] = {**said, **_estimates(said), "smallest": smallest}
+    return Part(**fields)
+
+
+def _estimates(said: Mapping[str, Any]) -> dict[str, Estimate | None]:
+    both = {name: said[name] for name in ("estimate", "control_estimate")}
+    return {name: None if value is None else _estimate(value) for name, value in both.items()}
 
 
 def _number(value: float | None) -> float:
@@ -230,7 +301,8 @@ def _number(value: float | None) -> float:
 
 def _estimate(data: Mapping[str, Any]) -> Estimate:
     check_kinds({"n": (data["n"], int)})
-    return Estimate(_number(data["value"]), _number(data["low"]), _number(data["high"]), data["n"])
+    ends = (_number(data[name]) for name in ("value", "low", "high"))
+    return Estimate(*ends, data["n"], data.get("n_groups"))
 
 
 def _either(value: Mapping[str, Any] | float | None) -> Estimate | float:

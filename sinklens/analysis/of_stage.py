@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated
 
 import pandas as pd
 
-from sinklens.analysis.base import Analysis, Findings, verdict
+from sinklens.analysis.base import Analysis, Findings, verdict_of
 from sinklens.chain.run import score_chain
-from sinklens.chain.verdicts import CLOSE, GOOD, Finding, findings, overall
+from sinklens.chain.stage_verdicts import stage_parts
+from sinklens.chain.verdicts import Finding, findings
 from sinklens.pairs import PairChoice
 from sinklens.stages import Stage
 from sinklens.statistics import Estimate
@@ -19,17 +19,15 @@ from sinklens.viz.charts import bars, mark
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-RULE = (
-    f"holds when every effect is within {CLOSE:g} of what the claim predicts (or beyond a predicted 1) and no interval "
-    "reaches the opposite outcome"
-)
+ORDER = ("does not hold", "undecided", "holds", "not measurable")
+"""Outcomes of parts: the one that speaks most against the claim comes first."""
 
 
 def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
     """An analysis that scores ``stage`` alone, on a sink made at a target.
 
-    The verdict is on the worst of its effects: that of the mechanism edits where the stage has any, else of the
-    transplant.
+    The verdict has a part for every mechanism edit (the transplant, where the stage has none), and one for the stage's
+    own readout: the effect that is farthest from its prediction comes first.
 
     Args:
         stage: the stage.
@@ -54,24 +52,12 @@ def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
             control_draws=control_draws,
             min_gap=min_gap,
         )
-        found = findings(result)
-        own = [item for item in found if not item.control]
-        deciding = [item for item in own if item.kind == "mechanism"] or own
-        worst = max(deciding, key=lambda item: -math.inf if math.isnan(item.short_of) else item.short_of)
-        controls = [c for c in found if c.control and (c.edit, c.direction) == (worst.edit, worst.direction)]
-        said = verdict(
-            stage.claim,
-            f"effect of {worst.edit} ({worst.direction}; the claim predicts {worst.predicted:g}), the worst of all",
-            _estimate(worst),
-            ", ".join(f"{c.control} (predicted {c.predicted:g})" for c in controls[:1]),
-            _estimate(controls[0]) if controls else None,
-            RULE,
-            holds=overall(deciding) in GOOD,
-        )
+        quantity, *causes = stage_parts(result, stage.name)
+        causes.sort(key=lambda part: ORDER.index(part.outcome))
         table = result.scores.drop(columns=["layers", "units", "strength"])
-        numbers = {_name(item): _estimate(item) for item in found if item is not worst}
+        numbers = {_name(item): _estimate(item) for item in findings(result)}
         caption = "Effects with 95% intervals over prompts: 1 is all of the sink, 0 none. Controls carry their names."
-        return Findings(said, table, caption, numbers)
+        return Findings(verdict_of(stage.claim, [*causes, quantity]), table, caption, numbers)
 
     return Analysis(stage.name, title, stage.claim, run, _draw, paper, code=stage.readout)
 

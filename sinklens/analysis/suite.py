@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sinklens.analysis.base import Analysis, AnalysisResult
+from sinklens.analysis.corrections import parts_table
 from sinklens.analysis.discovery import list_analyses
 from sinklens.analysis.run import config_of, load_analysis, run_analysis
 from sinklens.chain.result import ChainResult
@@ -121,7 +122,21 @@ def run_all(
         parts[name] = part
         write_record(out, study, {name: parts[name] for name in names if name in parts}, config or {})
         ends(part)
-    return SuiteResult(out, {name: parts[name] for name in names if name in parts})
+    listed = {name: parts[name] for name in names if name in parts}
+    write_record(out, study, listed, config or {}, judged_parts(out, parts))
+    return SuiteResult(out, listed)
+
+
+def judged_parts(out: Path, parts: Mapping[str, Part]) -> list[dict[str, Any]]:
+    """Every part of the verdicts that a folder holds, with its p-value as it is and corrected for their number."""
+    results = {}
+    for name, part in parts.items():
+        if name not in (FORMATION, CHAIN) and part.status != "failed":
+            try:
+                results[name] = AnalysisResult.load(out / name)
+            except InputError:  # of an earlier run, and damaged: it is made again when it is asked for
+                continue
+    return [to_plain(record) for record in parts_table(results).to_dict("records")]
 
 
 def _check(study: Study, target: int) -> None:
@@ -249,8 +264,14 @@ def _read_part(name: str, data: Mapping[str, Any]) -> Part:
     return part
 
 
-def write_record(out: Path, study: Study, parts: Mapping[str, Part], config: Mapping[str, Any]) -> None:
-    """Write ``run.json``: what a folder of several parts has, and why the rest is not there."""
+def write_record(
+    out: Path,
+    study: Study,
+    parts: Mapping[str, Part],
+    config: Mapping[str, Any],
+    verdicts: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write ``run.json``: what a folder of several parts has, why the rest is not there, and what verdicts say."""
     listed = {
         name: {k: v for k, v in asdict(part).items() if k not in ("name", "reused")} for name, part in parts.items()
     }
@@ -258,5 +279,6 @@ def write_record(out: Path, study: Study, parts: Mapping[str, Part], config: Map
         "config": {**study.batch.record(), "seed": study.seed, **config},
         "provenance": study.provenance,
         "parts": listed,
+        **({"verdicts": list(verdicts)} if verdicts else {}),
     }
     write_json(out / "run.json", data)

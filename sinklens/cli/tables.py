@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sinklens.analysis.base import AnalysisResult
+from sinklens.analysis.base import AnalysisResult, Verdict
 from sinklens.analysis.capabilities import Capabilities
-from sinklens.analysis.suite import SuiteResult
+from sinklens.analysis.suite import SuiteResult, judged_parts
+from sinklens.chain.parts import Part
 from sinklens.chain.result import METRIC, ChainResult
 from sinklens.formation import Formation
 from sinklens.pairs.choice import is_natural
@@ -168,13 +169,8 @@ def verdict_table(result: AnalysisResult) -> Table:
     rows = [("claim", verdict.claim), ("verdict", verdict.outcome.upper())]
     if verdict.reason:
         rows.append(("why", verdict.reason))
-    if verdict.estimate is not None:
-        rows.append((verdict.statistic, estimate_text(verdict.estimate)))
-    if verdict.control_estimate is not None:
-        rows.append((f"control: {verdict.control}", estimate_text(verdict.control_estimate)))
-    if verdict.p_value is not None:
-        rows.append(("p", number(verdict.p_value, 2)))
-    rows += [("rule", verdict.rule)] if verdict.rule else []
+    for part in verdict.parts or [verdict]:
+        rows += _part_rows(part, alone=len(verdict.parts) < 2)
     for name, value in result.findings.numbers.items():
         rows.append((name, estimate_text(value) if isinstance(value, Estimate) else number(value)))
     for name, text in rows:
@@ -182,25 +178,48 @@ def verdict_table(result: AnalysisResult) -> Table:
     return table
 
 
+def _part_rows(part: Part | Verdict, *, alone: bool) -> list[tuple[str, str]]:
+    """One part of a verdict (or a verdict that has none): its outcome, statistic, control, p, power and rule."""
+    rows = []
+    if isinstance(part, Part) and not alone:
+        rows.append((f"{part.about}: {part.name}", f"{part.outcome.upper()}. {part.sentence}"))
+    if isinstance(part, Part) and part.reason and part.outcome != "holds":
+        rows.append(("why", part.reason))
+    if part.estimate is not None:
+        detail = f" ({part.detail})" if isinstance(part, Part) and part.detail else ""
+        rows.append((part.statistic, estimate_text(part.estimate) + detail))
+    if part.control_estimate is not None:
+        rows.append((f"control: {part.control}", estimate_text(part.control_estimate)))
+    if part.p_value is not None:
+        rows.append(("p", number(part.p_value, 2)))
+    if isinstance(part, Part) and part.smallest is not None:
+        rows.append(("smallest effect that could have been seen", number(part.smallest, 2)))
+    return [*rows, ("rule", part.rule)] if part.rule else rows
+
+
 def verdicts_table(result: SuiteResult) -> Table:
     """One row per analysis: whether its claim holds, the statistic, the control."""
-    table = Table(title="Claims on this model")
-    for name in ("analysis", "verdict", "statistic [95% interval]", "control", "claim"):
+    table = Table(
+        title="Claims on this model, and the parts of each; p is corrected for their number in brackets (Holm)"
+    )
+    for name in ("analysis", "verdict", "statistic [95% interval]", "control", "p", "claim"):
         table.add_column(name, overflow="fold")
+    corrected = {(row["analysis"], row["part"]): row["p_holm"] for row in judged_parts(result.folder, result.parts)}
     for name, part in result.parts.items():
         if name in ("formation", "chain"):
             continue
         if part.status == "failed":
-            table.add_row(name, "failed", "", "", escape(part.reason))
+            table.add_row(name, "failed", "", "", "", escape(part.reason))
             continue
         verdict = AnalysisResult.load(result.folder / name).findings.verdict
-        table.add_row(
-            name,
-            verdict.outcome,
-            escape(_short(verdict.estimate)),
-            escape(_short(verdict.control_estimate)),
-            escape(verdict.claim + (f" ({verdict.reason})" if verdict.reason else "")),
-        )
+        claim = escape(verdict.claim + (f" ({verdict.reason})" if verdict.reason else ""))
+        parts = {item.name: _numbers(item, corrected.get((name, item.name))) for item in verdict.parts}
+        only = next(iter(parts.values())) if len(parts) == 1 else _numbers(verdict) if not parts else ("", "", "")
+        table.add_row(name, verdict.outcome, *only, claim)
+        for item in verdict.parts if len(parts) > 1 else ():
+            table.add_row(
+                "", f"  {item.outcome}", *parts[item.name], f"  {item.about}: {escape(item.name)}", style="dim"
+            )
     return table
 
 
@@ -217,6 +236,13 @@ def agreement_table(agreement: pd.DataFrame) -> Table:
         cells = (row["part"], f"{row['n_same']} of {row['n_runs']}", *verdicts, *numbers)
         table.add_row(*(escape(str(cell)) for cell in cells))
     return table
+
+
+def _numbers(part: Part | Verdict, corrected: float | None = None) -> tuple[str, str, str]:
+    p = "" if part.p_value is None else number(part.p_value, 2)
+    if p and corrected is not None and math.isfinite(corrected):
+        p += f" ({number(corrected, 2)})"
+    return escape(_short(part.estimate)), escape(_short(part.control_estimate)), p
 
 
 def capabilities_table(found: Capabilities) -> Table:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from sinklens.analysis.base import AnalysisResult
+from sinklens.analysis.corrections import parts_table
 from sinklens.chain.result import ChainResult
+from sinklens.chain.stage_verdicts import stages_in_words
 from sinklens.chain.verdicts import CLOSE, HALF, summary
 from sinklens.errors import InputError, need
 from sinklens.pages.chain import sections, subtitle
-from sinklens.pages.claims import Claim, by_outcome, claim, counted
+from sinklens.pages.claims import Claim, Corrected, by_outcome, claim, counted
 from sinklens.pages.figures import chain_figures, from_disk
 from sinklens.pages.gather import Gathered, Missing, Part, gather, of_result
 from sinklens.pages.run import cost, facts, origins, parts, reproduce, settings, whole_command
@@ -149,6 +151,7 @@ def _chains(gathered: Gathered, figures: dict[str, str]) -> list[dict[str, Any]]
 
 def _chain(part: Part, result: ChainResult, anchor: str) -> dict[str, Any]:
     lead, paragraphs = summary(result)
+    paragraphs = [*paragraphs, ("Stages", stages_in_words(result))]
     drawn = chain_figures(result)
     return {
         "id": anchor,
@@ -170,9 +173,10 @@ def _chain(part: Part, result: ChainResult, anchor: str) -> dict[str, Any]:
 def _claims(gathered: Gathered, figures: dict[str, str]) -> list[Claim]:
     claims: list[Claim] = []
     taken: set[str] = set()
+    corrected = _corrected(gathered)
     for part, result in gathered.analyses:
         anchor = _anchor(part.name, taken)
-        rows = _built(gathered, part, lambda: claim(part, result, anchor))  # noqa: B023  (called here)
+        rows = _built(gathered, part, lambda: claim(part, result, anchor, corrected))  # noqa: B023  (called here)
         claims += rows
         if rows and result.figure is not None:
             try:
@@ -180,6 +184,17 @@ def _claims(gathered: Gathered, figures: dict[str, str]) -> list[Claim]:
             except (InputError, RecursionError) as error:
                 gathered.missing.append(Missing(f"figure of {part.name}", "left out", str(error)))
     return claims
+
+
+def _corrected(gathered: Gathered) -> Corrected:
+    """Corrected p-values by analysis and part; none where there is one analysis alone, or a verdict is damaged."""
+    try:
+        table = parts_table({part.name: result for part, result in gathered.analyses})
+    except (AttributeError, TypeError, ValueError):
+        return {}
+    if table.analysis.nunique() < 2:
+        return {}
+    return dict(zip(zip(table.analysis, table.part, strict=True), table.p_holm, strict=True))
 
 
 def _anchor(name: str, taken: set[str]) -> str:

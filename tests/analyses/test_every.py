@@ -86,7 +86,10 @@ def test_every_experiment_of_the_paper_is_there():
 def test_a_verdict_is_complete(shared, name):
     result = shared[1][name]
     verdict = result.findings.verdict
-    assert verdict.outcome in ("holds", "does not hold"), verdict.reason
+    assert verdict.outcome in ("holds", "holds in part", "does not hold", "undecided"), verdict.reason
+    assert verdict.parts[0].outcome != "not measurable" and verdict.parts[0].estimate == verdict.estimate
+    for part in verdict.parts:
+        assert part.sentence.endswith(".") and (part.reason or part.rule.startswith("holds when")), part.name
     assert verdict.claim.endswith(".") and verdict.statistic and verdict.control
     assert verdict.rule.startswith("holds when")
     assert verdict.estimate is not None and np.isfinite(verdict.estimate.value)

@@ -107,7 +107,7 @@ def test_a_masked_token_of_the_planted_model_takes_half_of_the_sink():
     """By hand: its neuron fires, its key equals the sink's, and every later query shares its attention evenly."""
     found = findings("mask_intervention", planted(), positions=(5,))
     verdict, numbers = found.verdict, found.numbers
-    assert verdict.outcome == "holds"
+    assert verdict.parts[0].outcome == "holds"
     assert verdict.estimate.value == pytest.approx(0.5, abs=2e-3)
     # Another token that becomes a sink has no query left and spreads its own attention evenly: one query of ten, on at
     # least seven keys.
@@ -134,7 +134,7 @@ def test_a_masked_token_of_the_planted_model_takes_half_of_the_sink():
 def test_a_token_that_does_not_fire_gains_nothing_by_the_mask():
     """Position 3 has the other sign: alone with itself it lies on the wrong side of the neuron's threshold."""
     found = findings("mask_intervention", planted(), positions=(3,))
-    assert found.verdict.outcome == "does not hold"
+    assert found.verdict.parts[0].outcome == "does not hold"
     assert found.verdict.estimate.value == pytest.approx(0, abs=1e-5)
     both = findings("mask_intervention", planted(), positions=(3, 5))
     assert both.verdict.estimate.value == pytest.approx(0.25, abs=1e-3)
@@ -246,7 +246,7 @@ def test_amplification_fires_the_planted_neuron_where_the_arithmetic_says():
     """
     study = ladder(*BELOW_ZERO)
     found = findings("variance_amplification", study, positions=(4,), strengths=(8.0, 64.0), sweep_prompts=20)
-    assert found.verdict.outcome == "holds"
+    assert found.verdict.parts[0].outcome == "holds"
     assert found.verdict.estimate.value == pytest.approx(0.95 / 2, abs=2e-3)
     assert found.verdict.control_estimate.value == pytest.approx(0, abs=1e-4)
     assert found.numbers["share of prompts in which a token gains more than 0.25"].value == pytest.approx(0.95)
@@ -264,21 +264,21 @@ def test_amplification_fires_the_planted_neuron_where_the_arithmetic_says():
 
 def test_too_weak_an_amplification_does_nothing():
     found = findings("variance_amplification", ladder(*BELOW_ZERO), positions=(4,), strengths=(4.0, 8.0))
-    assert found.verdict.outcome == "does not hold"
+    assert found.verdict.parts[0].outcome == "does not hold"
     assert found.verdict.estimate.value == pytest.approx(0, abs=1e-4)
 
 
 def test_the_norm_control_counts_against_the_claim():
     """Above zero and below the mean: amplified it is 11/70 - 64/70, which does not fire; of the same norm, it does."""
     found = findings("variance_amplification", ladder(*ABOVE_ZERO), positions=(6,), strengths=(64.0,))
-    assert found.verdict.outcome == "does not hold"
+    assert found.verdict.parts[0].outcome == "does not hold"
     assert found.verdict.estimate.value < 0.05
     assert found.verdict.control_estimate.value > 0.4
 
 
 def test_without_any_variance_there_is_nothing_to_amplify():
     found = findings("variance_amplification", planted(), positions=(5,), strengths=(64.0,))
-    assert found.verdict.outcome == "does not hold"
+    assert found.verdict.parts[0].outcome == "does not hold"
     assert found.verdict.estimate.value == pytest.approx(0, abs=1e-6)
 
 
@@ -376,7 +376,7 @@ def test_the_planted_sink_goes_with_its_neuron(monkeypatch):
     monkeypatch.setattr(sl.models, "check_writes_directly", refuse)  # a rotation of 8 dimensions is no densification
     found = findings("settle_it", planted(), positions=(5,))
     left = np.mean([1 / (i + 1) for i in range(1, 16)])
-    assert found.verdict.outcome == "holds"
+    assert found.verdict.parts[0].outcome == "holds"
     assert found.verdict.estimate.value == pytest.approx(1 - left, abs=1e-5)
     assert found.verdict.control_estimate.value == pytest.approx(0, abs=1e-5)
     assert found.verdict.statistic.endswith("lowest: zero, mean") and "cannot be made dense" in found.caption
@@ -402,7 +402,7 @@ def refuse(_model: Any, _layer: int) -> None:
 def test_the_sink_stays_when_the_wrong_neuron_goes():
     """And then the strongest other neuron is the one that makes it."""
     found = findings("settle_it", planted(layer=0, super_neurons=[3], outlier_dims=[2]), positions=(5,))
-    assert found.verdict.outcome == "does not hold"
+    assert found.verdict.parts[0].outcome == "does not hold"
     assert found.verdict.estimate.value == pytest.approx(0, abs=1e-4)
     assert found.numbers["removed, natural sink, strongest other neurons, zero"].value > 0.8
 
@@ -624,7 +624,7 @@ def test_numbers_do_not_depend_on_the_batch_size(tiny_llama, name):
 def test_they_run_on_other_architectures(arch, name):
     """A plain MLP and learned positions; parallel blocks; a bridge whose MLPs are normalised behind."""
     found = findings(name, tiny(tiny_model(arch)))
-    assert found.verdict.outcome in ("holds", "does not hold")
+    assert found.verdict.parts[0].outcome in ("holds", "does not hold")
     measured = found.table[[c for c in ("value", "share", "removed") if c in found.table]]
     assert len(measured) and np.isfinite(measured).all(axis=None)
     load_analysis(name).draw(found)

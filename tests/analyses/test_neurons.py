@@ -62,7 +62,7 @@ def test_the_planted_neuron_is_found_by_activation_and_its_weights_outlie(many_n
     assert verdict.estimate is not None and verdict.p_value is not None
     assert verdict.estimate.value == pytest.approx(expected, rel=1e-4)
     assert verdict.p_value == pytest.approx(1 / 48, abs=0.01)  # a random neuron is the planted one as often
-    assert verdict.outcome == "holds"
+    assert verdict.parts[0].outcome == "holds"
     assert table.kind.tolist() == ["fires most for the sink, a super neuron"] + ["other neuron"] * 47
     assert np.isinf(table.selectivity[SUPER])  # it is silent elsewhere
 
@@ -76,7 +76,7 @@ def test_small_weights_that_fire_for_the_sink_do_not_outlie(many_neurons):
         mlp.W_out[SUPER] *= 100
     result = run("super_neurons", planted_study(many_neurons))
     assert result.findings.table.kind[SUPER] == "fires most for the sink, a super neuron"
-    assert result.findings.verdict.outcome == "does not hold"
+    assert result.findings.verdict.parts[0].outcome == "does not hold"
 
 
 def test_large_weights_that_do_not_fire_for_the_sink_do_not_count(many_neurons):
@@ -123,7 +123,7 @@ def test_a_percentile_is_one():
 
 def test_only_the_planted_sink_is_high_on_both(many_neurons):
     verdict = run("selective_activation", planted_study(many_neurons)).findings.verdict
-    assert verdict.outcome == "holds"
+    assert verdict.parts[0].outcome == "holds"
     assert verdict.estimate is not None and verdict.estimate.value == 1
     # The others' gates read the constant, which the sink has least of after its norm.
     assert verdict.control_estimate is not None and verdict.control_estimate.value == 0
@@ -138,7 +138,7 @@ def test_one_factor_alone_is_not_enough(many_neurons, matrix):
         column[3] = 5.0
     verdict = run("selective_activation", planted_study(many_neurons)).findings.verdict
     assert verdict.estimate is not None and verdict.estimate.value == 0
-    assert verdict.outcome == "does not hold"
+    assert verdict.parts[0].outcome == "does not hold"
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3"])
@@ -184,13 +184,13 @@ def test_rows_with_one_entry_are_heavy_tailed():
     assert verdict.estimate is not None
     assert verdict.estimate.value == pytest.approx(stats.kurtosis(rows[0].numpy()), rel=1e-4)
     assert findings.numbers["share of the energy in the 1 largest entries, super neurons"] == pytest.approx(1)
-    assert verdict.outcome == "holds"
+    assert verdict.parts[0].outcome == "holds"
 
 
 def test_dense_rows_are_not_however_long_they_are():
     rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(5))
     short, long = (run("down_projection", with_rows(size * rows), k=1).findings for size in (1, 1000))
-    assert short.verdict.outcome == long.verdict.outcome == "does not hold"
+    assert short.verdict.parts[0].outcome == long.verdict.parts[0].outcome == "does not hold"
     assert short.verdict.estimate is not None and long.verdict.estimate is not None
     assert short.verdict.estimate.value == pytest.approx(long.verdict.estimate.value, rel=1e-4)
 
@@ -200,7 +200,7 @@ def test_heavy_tails_that_all_neurons_have_are_not_the_super_neurons(many_neuron
     verdict = run("down_projection", planted_study(many_neurons), k=1).findings.verdict
     assert verdict.estimate is not None and verdict.control_estimate is not None
     assert verdict.estimate.value == pytest.approx(verdict.control_estimate.value, rel=1e-2)
-    assert verdict.outcome == "does not hold"
+    assert verdict.parts[0].outcome == "does not hold"
 
 
 def test_the_shape_of_rows_against_scipy():

@@ -77,7 +77,10 @@ def test_one_huge_dimension_dominates_the_sink():
     with torch.no_grad():
         model.embed.W_E[FIRST, 5] = 10_000.0
     result = run("dominance", first_is_sink(model), weighted=False)
-    assert without.findings.verdict.outcome == "does not hold" and result.findings.verdict.outcome == "holds"
+    assert (
+        without.findings.verdict.parts[0].outcome == "does not hold"
+        and result.findings.verdict.parts[0].outcome == "holds"
+    )
     ratio, ordinary = estimates(result)
     assert ratio.value == pytest.approx(32, rel=0.05)  # nearly all in one of 32 dimensions
     assert ordinary.value == pytest.approx(estimates(without)[1].value, rel=0.2)  # the others are as they were
@@ -97,7 +100,10 @@ def test_a_norm_s_weight_can_undo_dominance():
     plain, weighted = run("dominance", study, weighted=False), run("dominance", study)
     before = "dominance ratio of the sink over an ordinary position's, before the norm"
     assert number(plain, before) == number(weighted, before) > 5
-    assert plain.findings.verdict.outcome == "holds" and weighted.findings.verdict.outcome == "does not hold"
+    assert (
+        plain.findings.verdict.parts[0].outcome == "holds"
+        and weighted.findings.verdict.parts[0].outcome == "does not hold"
+    )
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -144,7 +150,7 @@ def test_the_planted_sink_is_a_constant_and_its_outlier_is_all_that_attention_ne
     assert number(result, "share of the attention left: outliers, key alone") == pytest.approx(1, abs=1e-4)
     assert number(result, "cosine between the normalised inputs of different prompts' sinks") > 0.999
     assert number(result, "the outlier dimensions' share of the energy") > 0.999
-    assert result.findings.verdict.outcome == "holds"
+    assert result.findings.verdict.parts[0].outcome == "holds"
 
 
 def test_a_sink_by_what_it_lacks_needs_no_outlier():
@@ -158,7 +164,7 @@ def test_a_sink_by_what_it_lacks_needs_no_outlier():
     assert share.value == pytest.approx(1, abs=1e-3)
     assert number(result, "share of the attention left: nothing") == pytest.approx(1, abs=1e-3)
     assert number(result, "share of the attention left: ordinary input") < 0.5
-    assert control.value > 0.5 and result.findings.verdict.outcome == "does not hold"
+    assert control.value > 0.5 and result.findings.verdict.parts[0].outcome == "does not hold"
 
 
 def test_sinks_that_differ_between_prompts_are_no_constant():
@@ -174,7 +180,7 @@ def test_sinks_that_differ_between_prompts_are_no_constant():
     # Pairs that differ up to the sink are those with the second prompt, whose outlier has the other sign.
     cosine = number(result, "cosine between the normalised inputs of different prompts' sinks")
     assert cosine == pytest.approx(-1, abs=0.01)
-    assert result.findings.verdict.outcome == "does not hold"
+    assert result.findings.verdict.part("nearly constant").outcome == "does not hold"
 
 
 def test_the_same_first_token_says_nothing_of_constancy():
@@ -236,7 +242,7 @@ def test_the_planted_key_lies_on_the_queries():
     assert aligned.value == pytest.approx(1, abs=1e-5) and control.value == 0  # an ordinary key is the zero vector
     assert number(result, "positive share of the sink's scores in these heads") == 1
     assert number(result, "positive share of an ordinary key's scores in these heads") == 0
-    assert result.findings.verdict.outcome == "holds"
+    assert result.findings.verdict.parts[0].outcome == "holds"
 
 
 def test_a_key_that_is_opposite_or_across_is_not_aligned():
@@ -249,11 +255,12 @@ def test_a_key_that_is_opposite_or_across_is_not_aligned():
         study.formation = Formation(0, (0, 0, 0), (SuperNeuron(SUPER, None, 0, 0, 0),), (OutlierDim(OUTLIER, 0, 0),))
         result = run("qk_locking", study)
         assert estimates(result)[0].value == pytest.approx(expected, abs=1e-5)
-        assert result.findings.verdict.outcome == "does not hold"
+        assert result.findings.verdict.parts[0].outcome == "does not hold"
         unsigned = run("qk_locking", study, sign="absolute")
         assert estimates(unsigned)[0].value == pytest.approx(abs(expected), abs=1e-5)
         # Aligned but for the sign is aligned; its scores are negative all the same.
-        assert unsigned.findings.verdict.outcome == "does not hold"
+        aligned, positive = (unsigned.findings.verdict.part(name).outcome for name in ("all blocks", "positive scores"))
+        assert (aligned, positive) == (("holds", "does not hold") if expected else ("does not hold", "not measurable"))
 
 
 @pytest.mark.parametrize("pool", ["head", "group"])
@@ -311,7 +318,7 @@ def of_full_rank() -> Any:
 def test_the_planted_collapse_is_the_sink_s_alone():
     result = run("effective_rank", planted_study(of_full_rank()))
     ratio, without = estimates(result)
-    assert result.findings.verdict.outcome == "holds"
+    assert result.findings.verdict.parts[0].outcome == "holds"
     assert number(result, "effective rank leaving the formation block, all tokens") == pytest.approx(1, abs=0.1)
     assert ratio.value < 0.5 < 0.9 < without.value
     assert "the sink token's norm alone" in result.findings.verdict.control
@@ -326,7 +333,7 @@ def test_without_an_outlier_nothing_collapses():
     silent = planted_study(model)
     silent.formation = sinks
     result = run("effective_rank", silent)
-    assert result.findings.verdict.outcome == "does not hold"
+    assert result.findings.verdict.parts[0].outcome == "does not hold"
     assert estimates(result)[0].value == pytest.approx(1, abs=0.3)
 
 
@@ -338,7 +345,7 @@ def test_a_collapse_of_all_tokens_is_told_apart():
         W_out = model.blocks[1].mlp.W_out
         W_out.copy_(1000 * torch.outer(torch.ones(len(W_out)), W_out[0] / W_out[0].norm()))
     result = run("effective_rank", study)
-    assert result.findings.verdict.outcome == "holds"
+    assert result.findings.verdict.parts[0].outcome == "holds"
     assert "the other tokens collapse as well" in result.findings.verdict.control
 
 

@@ -166,7 +166,7 @@ def test_variance_of_averaged_coin_tosses_falls_with_their_number():
     for position in (1, 3, 7, 15):
         assert table["given prompts", "aggregated", position] * (position + 1) / first == pytest.approx(1, rel=0.4)
         assert table["given prompts", "not aggregated", position] / first == pytest.approx(1, rel=0.05)
-    assert findings.verdict.outcome == "holds"
+    assert findings.verdict.parts[0].outcome == "holds"
     assert findings.verdict.p_value < 0.001
     assert findings.numbers["Kendall's tau of variance with position, aggregated, given prompts"].below(-0.8)
 
@@ -180,7 +180,7 @@ def test_variance_decay_takes_both_an_outlier_and_a_decay():
     assert "the same in all prompts" in same.findings.verdict.reason
     model.add_hook("blocks.0.attn.hook_pattern", attend_to_oneself, is_permanent=True)
     flat = run("variance_decay", planted_study(coin_tosses(), model), layers=(0,))
-    assert flat.verdict.outcome == "does not hold"
+    assert flat.verdict.parts[0].outcome == "does not hold"
     table = flat.table.pivot(index=["source", "position"], columns="quantity", values="value")
     np.testing.assert_allclose(table["aggregated"], table["not aggregated"], rtol=1e-5)  # nothing was averaged
 
@@ -235,14 +235,14 @@ def test_w_o_alignment_holds_where_w_o_weighs_what_varies_and_not_where_it_weigh
     # Where attention goes does not matter here: the sink is the first token by decree.
     monkeypatch.setattr(sl.Study, "sinks", property(lambda study: torch.zeros(study.batch.n, dtype=torch.long)))
     aligned, opposed = run("w_o_alignment", aligned_study(1)), run("w_o_alignment", aligned_study(-1))
-    assert aligned.verdict.outcome == "holds"
+    assert aligned.verdict.parts[0].outcome == "holds"
     assert aligned.verdict.estimate.value > 0.6
     assert aligned.numbers["share of blocks in which the sink has the highest variance after W_O"].value == 1
-    assert opposed.verdict.outcome == "does not hold"
+    assert opposed.verdict.parts[0].outcome == "does not hold"
     assert opposed.verdict.estimate.value < -0.6
     assert abs(opposed.verdict.control_estimate.value) < 0.05
     signed = run("w_o_alignment", aligned_study(1), weights="signed")
-    assert signed.verdict.outcome == "does not hold"
+    assert signed.verdict.parts[0].outcome == "does not hold"
     assert abs(signed.verdict.estimate.value) < 0.2
 
 
@@ -327,12 +327,12 @@ def sharpened(scales: tuple[float, float]) -> sl.Study:
 def test_heads_that_average_less_vary_more_unless_their_values_vary_less():
     before = "tau up to formation with the variance of the values before averaging"
     alike = run("head_imbalance", sharpened((1.0, 1.0)))
-    assert alike.verdict.outcome == "holds"
+    assert alike.verdict.parts[0].outcome == "holds"
     assert alike.verdict.estimate.value == pytest.approx(-1)
     assert np.isnan(alike.numbers[before].value)  # all values are alike: the order is made by averaging
     # Of six pairs of heads, the two that share values stay in order, and the four others are turned round.
     turned = run("head_imbalance", sharpened((100.0, 1.0)))
-    assert turned.verdict.outcome == "does not hold"
+    assert turned.verdict.parts[0].outcome == "does not hold"
     assert turned.verdict.estimate.value == pytest.approx(2 / 6)
     assert turned.numbers[before].above(0)
 
@@ -403,7 +403,7 @@ def test_a_constant_gate_leaves_the_ratio_of_its_block_exactly(tiny_llama, gate)
     # Without a scale the sigmoid gate is a constant too, and the claim falls.
     still = run("output_gate", study, gate=gate, scale=0.0)
     assert still.verdict.estimate.value == pytest.approx(1, abs=1e-5)
-    assert still.verdict.outcome == "does not hold"
+    assert still.verdict.parts[0].outcome == "does not hold"
 
 
 @pytest.mark.slow
@@ -416,9 +416,9 @@ def test_a_gate_that_adds_noise_where_there_is_little_lessens_the_ratio(monkeypa
         model.add_hook("blocks.0.attn.hook_z", values_about(mean), is_permanent=True)
         study = sl.Study(model, from_tokens(model, tiny_tokens(24, 16)), given=GIVEN | {"layer": 0})
         outcomes[mean] = run("output_gate", study).verdict
-    assert outcomes[3.0].outcome == "holds"
+    assert outcomes[3.0].parts[0].outcome == "holds"
     assert outcomes[3.0].estimate.value < 0.5
-    assert outcomes[0.0].outcome == "does not hold"
+    assert outcomes[0.0].parts[0].outcome == "does not hold"
     assert outcomes[0.0].estimate.value == pytest.approx(1, abs=0.15)
 
 

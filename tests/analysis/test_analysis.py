@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pandas.testing import assert_frame_equal
 
-from sinklens.analysis.base import Analysis, AnalysisResult, Findings, verdict
+from sinklens.analysis.base import Analysis, AnalysisResult, Findings, verdict, verdict_of
+from sinklens.analysis.corrections import parts_table
 from sinklens.analysis.discovery import list_analyses
 from sinklens.analysis.run import load_analysis, run_analysis
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
@@ -52,6 +55,53 @@ def test_what_is_saved_is_loaded(tmp_path):
         "summary.json",
         "table.parquet",
     ]
+
+
+def test_a_folder_of_before_verdicts_had_parts_is_read(tmp_path):
+    folder = run_analysis(SIMPLE, study()).save(tmp_path / "simple")
+    data = json.loads((folder / "summary.json").read_text())
+    assert data["verdict"].pop("parts")
+    (folder / "summary.json").write_text(json.dumps(data))
+    again = AnalysisResult.load(folder).findings.verdict
+    assert again.parts == () and again.outcome == "holds" and again.which == ""
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"about": "nothing"}, {"outcome": "holds in part"}, {"name": 3}, {"p_value": "x"}, {"smallest": []}, {"more": 1}],
+)
+def test_a_damaged_part_is_told(tmp_path, wrong):
+    folder = run_analysis(SIMPLE, study()).save(tmp_path / "simple")
+    data = json.loads((folder / "summary.json").read_text())
+    data["verdict"]["parts"][0] |= wrong
+    (folder / "summary.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match="damaged"):
+        AnalysisResult.load(folder)
+
+
+def test_a_verdict_of_parts_is_that_of_all_and_shows_the_first():
+    good = verdict("c", "s", Estimate(1.0, 0.9, 1.1), "n", None, "r", holds=True).parts[0]
+    bad = replace(good, name="cause", about="cause", outcome="does not hold", estimate=Estimate(0.1))
+    said = verdict_of("A claim.", [good, bad])
+    assert said.outcome == "holds in part" and said.estimate == good.estimate and said.part("cause") == bad
+    assert said.which == "quantity: holds; cause: does not hold"
+    with pytest.raises(KeyError, match="no part 'other': its parts are quantity, cause"):
+        said.part("other")
+    for parts in ([], [good, good]):
+        with pytest.raises(InputError, match="a verdict needs parts"):
+            verdict_of("A claim.", parts)
+
+
+def test_parts_of_several_analyses_are_corrected_together():
+    def result(name: str, p_value: float) -> AnalysisResult:
+        made = run_analysis(SIMPLE, study())
+        part = replace(made.findings.verdict.parts[0], p_value=p_value)
+        return replace(made, name=name, findings=replace(made.findings, verdict=verdict_of("It is so.", [part])))
+
+    table = parts_table({"a": result("a", 0.01), "b": result("b", 0.04), "c": result("c", math.nan)})
+    assert list(table.analysis) == ["a", "b", "c"] and list(table.part) == ["quantity"] * 3
+    assert table.p_holm[:2].tolist() == pytest.approx([0.02, 0.04]) and math.isnan(table.p_holm[2])
+    assert parts_table({}).empty
 
 
 @pytest.mark.parametrize("name", ["summary.json", "table.parquet"])

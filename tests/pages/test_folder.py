@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 import sinklens as sl
+from sinklens.analysis.base import AnalysisResult, verdict_of
+from sinklens.chain.parts import Part
 from sinklens.errors import InputError
 from sinklens.pages.claims import OUTCOMES, claim, counted
 from sinklens.pages.gather import gather, of_result
 from sinklens.pages.page import report
 from sinklens.pages.run import reproduce
+from sinklens.statistics import Estimate
 from tests.helpers.made_results import made_analysis, made_result, put
 from tests.helpers.parsed import Parsed
 from tests.helpers.tiny import tiny_model
@@ -27,6 +30,19 @@ pytest.importorskip("circuitsvis")
 
 def told(folder: Path) -> dict[str, tuple[str, str]]:
     return {item.name: (item.status, item.reason) for item in gather(folder).missing}
+
+
+def in_parts(name: str, p_value: float) -> AnalysisResult:
+    """A made-up analysis with a quantity that holds and a cause that does not."""
+    result = made_analysis(name)
+    details = {"statistic": "what was measured", "rule": "holds when it is above 0.5", "smallest": 0.05}
+    parts = (
+        Part("quantity", "first", "A sentence of the first.", "holds", estimate=Estimate(0.8, 0.7, 0.9, 8), **details),
+        Part("cause", "second", "A sentence of the second.", "does not hold", estimate=Estimate(0.2, 0.1, 0.3, 8)),
+    )
+    second = replace(parts[1], **details, p_value=1.0, detail="median 0.2, beyond one half in 10% of the prompts")
+    said = verdict_of("A claim.", [replace(parts[0], p_value=p_value), second])
+    return replace(result, findings=replace(result.findings, verdict=said))
 
 
 def test_a_folder_of_chains_and_analyses_is_one_page(tmp_path):
@@ -52,7 +68,7 @@ def test_a_folder_of_chains_and_analyses_is_one_page(tmp_path):
 
 
 def test_outcomes_are_equally_loud(tmp_path):
-    put(tmp_path, a=made_analysis("a"), b=made_analysis("b", "does not hold"), c=made_analysis("c", "not measurable"))
+    put(tmp_path, **{f"part_{i}": made_analysis(f"part_{i}", outcome) for i, outcome in enumerate(OUTCOMES)})
     page = report(tmp_path).read_text(encoding="utf-8")
     for outcome, (mark, kind) in OUTCOMES.items():
         badge = f'<span class="outcome {kind}"><span aria-hidden="true">{mark} </span>{outcome}</span>'
@@ -62,7 +78,7 @@ def test_outcomes_are_equally_loud(tmp_path):
 def test_a_verdict_that_is_none_of_the_three_is_damage(tmp_path):
     put(tmp_path, a=made_analysis("a"), b=made_analysis("b", "proves everything"))
     page = report(tmp_path).read_text(encoding="utf-8")
-    assert "none of holds, does not hold and not measurable" in Parsed(page).text
+    assert "none of holds, holds in part, does not hold, undecided and not measurable" in Parsed(page).text
 
 
 def test_claims_are_counted():
@@ -72,7 +88,32 @@ def test_claims_are_counted():
     start = "claims put to the test by analyses"
     assert counted([holds] * 3) == f"Of 3 {start}, 3 hold and 0 do not hold."
     assert counted([holds, fails, unknown]) == f"Of 3 {start}, 1 holds, 1 does not hold and 1 could not be measured."
+    partly, unclear = replace(holds, outcome="holds in part"), replace(holds, outcome="undecided")
+    said = "1 holds, 2 hold in part, 0 do not hold and 1 is undecided"
+    assert counted([holds, partly, partly, unclear]) == f"Of 4 {start}, {said}."
     assert counted([]) == ""
+
+
+def test_parts_of_a_verdict_are_shown_with_p_corrected_for_their_number(tmp_path):
+    put(tmp_path, a=in_parts("a", 0.01), b=in_parts("b", 0.02))
+    text = Parsed(report(tmp_path).read_text(encoding="utf-8")).text
+    for said in (
+        "holds in part",
+        "first: holds; second: does not hold",
+        "quantity: first",
+        "cause: second",
+        "A sentence of the second.",
+        "median 0.2, beyond one half in 10% of the prompts",
+        "0.040 corrected",
+        "0.060 corrected",
+        "could have seen 0.050",
+    ):
+        assert said in text, said
+
+
+def test_a_single_analysis_has_nothing_to_correct_for(tmp_path):
+    text = Parsed(report(in_parts("a", 0.01).save(tmp_path / "a")).read_text(encoding="utf-8")).text
+    assert "cause: second" in text and " corrected" not in text.replace("and corrected", "")
 
 
 def test_an_analysis_s_own_folder_has_no_chain(tmp_path):
