@@ -301,8 +301,8 @@ def _number(value: float | None) -> float:
 
 def _estimate(data: Mapping[str, Any]) -> Estimate:
     check_kinds({"n": (data["n"], int)})
-    ends = (_number(data[name]) for name in ("value", "low", "high"))
-    return Estimate(*ends, data["n"], data.get("n_groups"))
+    value, low, high = (_number(data[name]) for name in ("value", "low", "high"))
+    return Estimate(value, low, high, data["n"], data.get("n_groups"))
 
 
 def _either(value: Mapping[str, Any] | float | None) -> Estimate | float:

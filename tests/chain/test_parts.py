@@ -12,7 +12,7 @@ import pytest
 
 from sinklens.chain.parts import above, below, judge, judged, of_bool, rare, together, unmeasured, which, within
 from sinklens.chain.stage_verdicts import cause_part, quantity_part, stage_parts, stages_in_words
-from sinklens.statistics import Estimate, holm, null_estimate, permutation_p, two_way_interval
+from sinklens.statistics import Estimate, drawn_interval, holm, null_estimate, permutation_p
 from tests.helpers.made_results import made_result
 
 
@@ -160,13 +160,13 @@ def test_holm_does_not_count_what_has_no_p():
 def test_draws_that_differ_widen_the_interval():
     """Two rotations, one of which does all and one nothing, on prompts that are alike."""
     values = np.array([[1.0] * 8, [0.0] * 8])
-    assert two_way_interval(values, 0) == (0, 1)
+    assert drawn_interval(values.T, 0) == (0, 1)
     alike = np.array([np.linspace(0, 1, 8)] * 3)
-    low, high = two_way_interval(alike, 0)
+    low, high = drawn_interval(alike.T, 0)
     assert 0.2 < low < 0.5 < high < 0.8
-    assert np.isnan(two_way_interval(values[:, :1], 0)).all()
+    assert np.isnan(drawn_interval(values[:, :1].T, 0)).all()
     holed = np.where(np.arange(8) == 3, np.nan, values)
-    assert two_way_interval(holed, 0) == (0, 1)
+    assert drawn_interval(holed.T, 0) == (0, 1)
 
 
 def test_permutations_of_few_things_have_no_power():
