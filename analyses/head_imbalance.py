@@ -64,13 +64,13 @@ def run(
     if span == "up_to_formation" and len(blocks) > 1:
         shown = study.formation.first  # its attention feeds the MLP that forms the sink, as in the paper's block 1
         chosen[f"block {shown}"] = (shown,)
-    parts, p_values = [], []
+    parts = []
     for name, within in chosen.items():
         tau = mean_tau(study, entropy, output, within)
         null = permuted(entropy(all_prompts, within), output(all_prompts, within), permutations, study)
-        p_values.append(statistics.permutation_p(tau.value, null, "less"))
-        parts.append(order_of_heads(name, tau, statistics.null_estimate(null), p_values[-1]))
-    verdict = sl.analysis.verdict_of(CLAIM, parts, p_values[0])
+        p_value = statistics.permutation_p(tau.value, null, "less")
+        parts.append(order_of_heads(name, tau, statistics.null_estimate(null), p_value))
+    verdict = sl.analysis.verdict_of(CLAIM, parts)
     others = {name: within for name, within in spans.items() if within and name != span}
     numbers = {f"tau {NAMES[name]}": mean_tau(study, entropy, output, within) for name, within in others.items()}
     before = mean_tau(study, entropy, values, blocks)

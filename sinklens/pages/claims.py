@@ -167,7 +167,7 @@ def _part_row(part: Judged, corrected: float | None) -> PartRow:
         control_value=_text(part.control_estimate),
         rule=str(part.rule),
         p=p,
-        corrected="" if corrected is None or not p else f"{number(corrected, 2)} corrected",
+        corrected="" if corrected is None or not p else f"Holm {number(corrected, 2)}",
         smallest="" if part.smallest is None else number(part.smallest, 2),
     )
 

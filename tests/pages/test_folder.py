@@ -104,8 +104,8 @@ def test_parts_of_a_verdict_are_shown_with_p_corrected_for_their_number(tmp_path
         "cause: second",
         "A sentence of the second.",
         "median 0.2, beyond one half in 10% of the prompts",
-        "0.040 corrected",
-        "0.060 corrected",
+        "Holm 0.040",
+        "Holm 0.060",
         "could have seen 0.050",
     ):
         assert said in text, said
@@ -113,7 +113,7 @@ def test_parts_of_a_verdict_are_shown_with_p_corrected_for_their_number(tmp_path
 
 def test_a_single_analysis_has_nothing_to_correct_for(tmp_path):
     text = Parsed(report(in_parts("a", 0.01).save(tmp_path / "a")).read_text(encoding="utf-8")).text
-    assert "cause: second" in text and " corrected" not in text.replace("and corrected", "")
+    assert "cause: second" in text and "Holm" not in text
 
 
 def test_an_analysis_s_own_folder_has_no_chain(tmp_path):
