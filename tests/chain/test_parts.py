@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from sinklens.chain.parts import above, below, judge, judged, of_bool, rare, together, unmeasured, which, within
@@ -219,16 +218,3 @@ def test_an_effect_over_one_half_and_below_is_undecided():
     chosen = (result.scores.edit == "query_direction_removed") & (result.scores.direction == "noise")
     result.scores.loc[chosen, ["effect", "ci_low", "ci_high"]] = [0.6, 0.4, 0.8]
     assert cause_part(result, "qk_locking", "query_direction_removed").outcome == "undecided"
-
-
-def test_draws_enter_the_interval_of_what_is_drawn():
-    result = made_result()
-    rows = [
-        {"stage": "qk_locking", "edit": "query_direction_removed", "control": "", "direction": "noise"}
-        | {"draw": draw, "prompt": prompt, "effect": 0.9 if draw else 0.2}
-        for draw in (0, 1)
-        for prompt in range(6)
-    ]
-    drawn = replace(result, effects=pd.DataFrame(rows))
-    assert cause_part(result, "qk_locking", "query_direction_removed").outcome == "holds"
-    assert cause_part(drawn, "qk_locking", "query_direction_removed").outcome == "undecided"

@@ -52,7 +52,8 @@ def test_draws_that_differ_widen_the_interval_and_equal_ones_do_not() -> None:
         for p in prompts
         for d in draws
     ]
-    same, different = summarise(pd.DataFrame(rows), ["stage"], seed=4).itertuples()
+    found: list[Any] = list(summarise(pd.DataFrame(rows), ["stage"], seed=4).itertuples())
+    same, different = found
     assert (same.ci_low, same.ci_high) == pytest.approx(bootstrap_interval(own, seed=4))
     assert different.effect == pytest.approx(same.effect)
     assert different.ci_low < same.ci_low - 0.2 and different.ci_high > same.ci_high + 0.2
