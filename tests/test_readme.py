@@ -76,8 +76,29 @@ def test_the_first_page_s_results_are_those_of_the_table(rows):
     for name, outcome, value in claims.values():
         row = rows[name.strip("`")]
         assert (outcome, value) == (row[0], row[2]), name
-    assert "of sixteen analyses seven hold" in TEXT.replace("\n", " ")
-    assert (len(rows), sum(row[0] == "holds" for row in rows.values())) == (16, 7)
+    outcomes = [row[0].strip("*") for row in rows.values()]
+    words = [
+        "no",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "thirteen",
+        "fourteen",
+        "fifteen",
+        "sixteen",
+    ]
+    words += ["seventeen", "eighteen", "nineteen", "twenty"]
+    of, whole, part = (words[n] for n in (len(rows), outcomes.count("holds"), outcomes.count("holds in part")))
+    assert f"of {of} analyses {whole} hold and {part} hold in part" in TEXT.replace("\n", " ")
 
 
 def test_the_map_has_every_room_in_order():

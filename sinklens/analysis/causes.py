@@ -89,7 +89,7 @@ def scored(
     key = (stage.name, names, choice, prompts, draws, study.seed, found)
     if key not in study.scored:
         few = study.first(prompts)
-        study.scored[key] = score_chain(few, choice, stages=(stage,), control_draws=draws)
+        study.scored[key] = score_chain(few, choice, stages=(stage,), control_draws=draws, scores_only=True)
     return study.scored[key]
 
 

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import pandas as pd
+
 from sinklens.chain import scoring
 from sinklens.chain.checks import pair_checks
 from sinklens.chain.first_prompt import first_prompt
@@ -123,8 +125,13 @@ def score_chain(
     readout_blocks: int = 4,
     control_draws: int = 3,
     min_gap: float = 0.01,
+    scores_only: bool = False,
 ) -> ChainResult:
-    """:func:`run_chain` where model, prompts and what is known of them are in a study; it raises the same."""
+    """:func:`run_chain` where model, prompts and what is known of them are in a study; it raises the same.
+
+    ``scores_only`` leaves out what else there is to see of a chain (matrix, checks, views, provenance) and the passes
+    that it takes.
+    """
     _check(choice, study, stages, readout_blocks, control_draws, min_gap)
     named = study.named_readout(metric)
     seed, model, batch = study.seed, study.model, study.batch
@@ -133,7 +140,7 @@ def score_chain(
 
     trials, skipped = _trials(setting, stages, control_draws)
     scored = [stage for stage in stages if any(trial.stage is stage for trial in trials)]
-    own = _own_readouts(setting, scored, skipped)
+    own = {} if scores_only else _own_readouts(setting, scored, skipped)
     readouts = [*_metric(setting, named), *own.values()]
     result = study.runner(readouts, pair.runs).run([trial.patch for trial in trials], study.progress)
 
@@ -147,17 +154,17 @@ def score_chain(
         scores=scoring.scores(effects, trials, seed, batch.groups),
         effects=effects,
         matrix=scoring.summarise_matrix(matrix, seed, batch.groups),
-        checks=pair_checks(setting),
+        checks=pd.DataFrame() if scores_only else pair_checks(setting),
         formation=study.formation,
         runs=_run_values(result),
         config={
             **_config(choice, setting, scored, named),
             **{"control_draws": control_draws, "min_gap": min_gap, "not_applicable": skipped},
         },
-        provenance=study.provenance,
+        provenance={} if scores_only else study.provenance,
         engine=asdict(result.stats),
         tokens=[list(batch.labels[0])],
-        **first_prompt(setting),
+        **({} if scores_only else first_prompt(setting)),
     )
 
 
