@@ -77,28 +77,8 @@ def test_the_first_page_s_results_are_those_of_the_table(rows):
         row = rows[name.strip("`")]
         assert (outcome, value) == (row[0], row[2]), name
     outcomes = [row[0].strip("*") for row in rows.values()]
-    words = [
-        "no",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-        "thirteen",
-        "fourteen",
-        "fifteen",
-        "sixteen",
-    ]
-    words += ["seventeen", "eighteen", "nineteen", "twenty"]
-    of, whole, part = (words[n] for n in (len(rows), outcomes.count("holds"), outcomes.count("holds in part")))
-    assert f"of {of} analyses {whole} hold and {part} hold in part" in TEXT.replace("\n", " ")
+    whole, part = outcomes.count("holds"), outcomes.count("holds in part")
+    assert f"Of {len(rows)} analyses {whole} hold and {part} hold in part" in TEXT.replace("\n", " ")
 
 
 def test_the_map_has_every_room_in_order():
