@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from sinklens.edits.base import Edit
 from sinklens.edits.general import OfSource
 from sinklens.engine.capture import ActivationStore, Want, capture_runs
-from sinklens.errors import InputError
+from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation
 from sinklens.models.identities import identities
 from sinklens.models.view import BlockWeights, Model, ModelShape
@@ -175,13 +175,22 @@ class Setting:
 
     def _asked_most(self) -> list[tuple[HookSite, tuple[int, ...]]]:
         """Sites and blocks that the stages of the chain read, as far as the model has them."""
-        fired = identities(self.model).fired
+        measured = identities(self.model)
+        fired = measured.fired
         asked = [
             (Z, self.up_to_formation),
             (RESID_POST, (self.formation.layer,)),
             *((site, self.after_formation) for site in (LN1_NORMALIZED, Q, K)),
         ]
-        return [(site, blocks) for site, blocks in asked if all(site.at(block) in fired for block in blocks)]
+
+        def is_there(site: HookSite, blocks: tuple[int, ...]) -> bool:
+            try:
+                measured.check_layout(site.template, blocks)
+            except NotApplicableError:  # it has other axes here: what needs it says so
+                return False
+            return all(site.at(block) in fired for block in blocks)
+
+        return [(site, blocks) for site, blocks in asked if is_there(site, blocks)]
 
     def at(self, source: Source, site: HookSite, layers: Sequence[int]) -> Vectors:
         """A run's activations at one position of every prompt: the source's, or the target where it names none."""

@@ -498,7 +498,7 @@ def test_the_rule(tiny_llama: Any, zero: Any, dense: Any, control: Any, holds: b
     analysis = load_analysis("settle_it")
     ends = {"zero": sl.Estimate(*zero), "mean": sl.Estimate(0.99, 0.98, 1.0), "densified": sl.Estimate(*dense)}
 
-    def estimate(rows: Any, _column: str, _seed: int) -> sl.Estimate:
+    def estimate(rows: Any, _column: str, _seed: int, _texts: Any = None) -> sl.Estimate:
         row = rows.iloc[0]
         usual = sl.Estimate(0.0, 0.0, 0.0)
         if row.neurons == "random neurons" and row.edit == "mean":
@@ -624,7 +624,7 @@ def test_numbers_do_not_depend_on_the_batch_size(tiny_llama, name):
 def test_they_run_on_other_architectures(arch, name):
     """A plain MLP and learned positions; parallel blocks; a bridge whose MLPs are normalised behind."""
     found = findings(name, tiny(tiny_model(arch)))
-    assert found.verdict.parts[0].outcome in ("holds", "does not hold")
+    assert found.verdict.parts[0].outcome in ("holds", "does not hold", "undecided")
     measured = found.table[[c for c in ("value", "share", "removed") if c in found.table]]
     assert len(measured) and np.isfinite(measured).all(axis=None)
     load_analysis(name).draw(found)
