@@ -26,13 +26,10 @@ import torch
 
 import sinklens as sl
 from sinklens import edits, sites
-from sinklens.pairs.effects import effect
 
 CLAIM = "The deviation that the first token's aggregated value has is enough to make a token a sink."
 DEVIATION, NORM, SPIKE, LARGEST = "deviation", "deviation's norm alone", "spike", "largest dimensions"
 HALF, LITTLE = 0.5, 0.1
-MIN_GAP = 0.01
-"""Prompts in which the pair moves attention by less cannot be divided by."""
 
 
 def run(
@@ -150,14 +147,11 @@ def of_the_largest(setting: sl.Setting, dims: Sequence[int]) -> list[Asked]:
 
 def effects(setting: sl.Setting, asked: Sequence[Asked]) -> pd.DataFrame:
     """The effect of every dose in every prompt."""
-    pair, study = setting.pair, setting.study
-    metric = sl.readouts.attention_received("attention", setting.readout_layers, pair.target, study.batch.n)
-    result = study.run([patch for _, _, patch in asked], [metric], pair.runs)
-    table = sl.analysis.patch_table(result, [{"curve": curve, "dose": dose} for curve, dose, _ in asked], {})
-    start, end = (result.runs[run.run]["attention"].numpy()[table.prompt] for run in (pair.without, pair.with_sink))
-    table = table.assign(effect=effect(table.attention.to_numpy(), start, end, MIN_GAP))
+    labels = [{"curve": curve, "dose": dose} for curve, dose, _ in asked]
+    table = sl.analysis.effect_table(setting, [patch for _, _, patch in asked], labels)
     if table.effect.isna().all():
-        raise sl.NoSinkError(f"no prompt's target receives {MIN_GAP} more attention in the run with the sink")
+        least = sl.analysis.MIN_GAP
+        raise sl.NoSinkError(f"no prompt's target receives {least} more attention in the run with the sink")
     return table
 
 

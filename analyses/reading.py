@@ -22,14 +22,11 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens import edits, sites
-from sinklens.pairs.effects import effect
 
 CLAIM = "What the super neurons read of a token that is a sink, W_O has written."
 ATTENTION, MLPS, ALL = "attention", "MLPs", "all blocks"
 SITES = {ATTENTION: sites.ATTN_OUT, MLPS: sites.MLP_OUT}
 HALF = 0.5
-MIN_GAP = 0.01
-"""Prompts in which the pair moves attention by less cannot be divided by."""
 
 Writers = dict[tuple[str, int], sl.HookSite]
 """By kind and block, where it writes."""
@@ -168,15 +165,9 @@ def effects_of(setting: sl.Setting, writers: Writers) -> pd.DataFrame:
     for (kind, _), chosen in sets.items():
         patch = setting.patch("denoise", sites.RESID_MID, block, edits.WrittenBy(kind, basis, chosen))
         patches.append(replace(patch, allow_unchanged=True))
-    pair, n = setting.pair, setting.batch.n
-    metric = sl.readouts.attention_received("attention", setting.readout_layers, pair.target, n)
-    result = setting.study.run(patches, [metric], pair.runs)
     labels = [{"writer": kind, "block": name} for kind, name in sets]
-    table = sl.analysis.patch_table(result, labels, {})
-    start, end = (result.runs[run.run]["attention"].numpy()[table.prompt] for run in (pair.without, pair.with_sink))
-    values = effect(table.attention.to_numpy(), start, end, MIN_GAP)
-    table = table.assign(value=values, quantity="effect", neuron=-1, branch="")
-    return table.drop(columns="attention")
+    table = sl.analysis.effect_table(setting, patches, labels).rename(columns={"effect": "value"})
+    return table.assign(quantity="effect", neuron=-1, branch="").drop(columns="attention")
 
 
 def numbers(study: sl.Study, table: Any, top: int) -> dict[str, sl.Estimate]:

@@ -16,7 +16,7 @@ from sinklens.analysis.corrections import parts_table
 from sinklens.analysis.discovery import folder, list_analyses
 from sinklens.analysis.preconditions import check_first_varies, check_k, check_sink_varies
 from sinklens.analysis.run import config_of, load_analysis, main, run_analysis
-from sinklens.analysis.tables import base_reading, mean_and_range, patch_table, tidy
+from sinklens.analysis.tables import MIN_GAP, base_reading, effect_table, mean_and_range, patch_table, tidy
 from sinklens.chain.parts import Condition, Part, above, below, judge, of_bool, rare, unmeasured, within
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "AnalysisResult",
     "Condition",
     "Findings",
+    "MIN_GAP",
     "Part",
     "Verdict",
     "above",
@@ -34,6 +35,7 @@ __all__ = [
     "check_k",
     "check_sink_varies",
     "config_of",
+    "effect_table",
     "folder",
     "judge",
     "list_analyses",

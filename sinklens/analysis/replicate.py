@@ -13,14 +13,23 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from sinklens.analysis.base import Analysis, AnalysisResult
-from sinklens.analysis.run import config_of, run_analysis
-from sinklens.analysis.suite import CHAIN, Part, Parts, SuiteResult, Told, Watch, earlier_parts, write_record
-from sinklens.chain.agree import Said, compare, said_by_chain
+from sinklens.analysis.suite import (
+    CHAIN,
+    Part,
+    Parts,
+    SuiteResult,
+    Told,
+    Watch,
+    check_folder,
+    earlier_parts,
+    part_key,
+    write_record,
+)
+from sinklens.chain.agree import Said, agreement_text, compare, said_by_chain
 from sinklens.chain.result import ChainResult
 from sinklens.errors import InputError
-from sinklens.records.files import check_out, holds_something, remove_leftovers, write_json, writing
+from sinklens.records.files import write_json, writing
 from sinklens.records.plain import to_plain
-from sinklens.records.provenance import package_digest
 from sinklens.study import Study
 
 Result = TypeVar("Result", ChainResult, AnalysisResult)
@@ -34,6 +43,15 @@ RECORD = "replicate.json"
 def set_names(sets: int) -> list[str]:
     """Names of so many sets, which are also those of their folders."""
     return [f"set-{i}" for i in range(1, sets + 1)]
+
+
+def sets_of(study: Study, sets: int, n: int | None = None) -> dict[str, Study]:
+    """So many studies on disjoint sets of a study's prompts, by name.
+
+    Raises:
+        InputError: there are too few prompts.
+    """
+    return dict(zip(set_names(sets), study.disjoint(sets, n), strict=True))
 
 
 def replicate(study: Study, sets: int, run: Callable[[Study], T], *, n: int | None = None) -> dict[str, T]:
@@ -51,7 +69,7 @@ def replicate(study: Study, sets: int, run: Callable[[Study], T], *, n: int | No
     Raises:
         InputError: there are too few prompts.
     """
-    return {name: run(each) for name, each in zip(set_names(sets), study.disjoint(sets, n), strict=True)}
+    return {name: run(each) for name, each in sets_of(study, sets, n).items()}
 
 
 def said_by(result: ChainResult | AnalysisResult) -> list[Said]:
@@ -124,7 +142,7 @@ def replicate_into(
     fresh: bool = False,
     begins: Watch = lambda _name, _number, _of: None,
     ends: Told = lambda _part: None,
-) -> tuple[SuiteResult, dict[str, Result]]:
+) -> tuple[SuiteResult, dict[str, Result], str]:
     """One chain or analysis on disjoint sets of prompts, each in a folder of its own; finished ones are kept.
 
     Args:
@@ -141,12 +159,15 @@ def replicate_into(
         begins: called when a set begins.
         ends: called when a set ends.
 
+    Returns:
+        What became of every set, their results, and a line on how far these agree.
+
     Raises:
         InputError: there are too few prompts, or the folder holds something else.
         WriteError: there is no room.
     """
     out = Path(out)
-    studies = dict(zip(set_names(sets), study.disjoint(sets, n), strict=True))
+    studies = sets_of(study, sets, n)
     earlier = earlier_parts(out)
     if earlier and not set(earlier) <= set(set_names(len(earlier))):
         raise InputError(f"{out} holds a run that is not of several sets of prompts: choose another --out")
@@ -156,21 +177,15 @@ def replicate_into(
     write_record(out, study, {name: part for name, part in earlier.items() if name in studies}, record)
     for number, (name, each) in enumerate(studies.items(), start=1):
         begins(name, number, sets)
-        parts[name] = made.part(name, _key(each, options or {}, analysis), earlier.get(name))
+        key = part_key(each, analysis, options or {}, {"options": options or {}})
+        parts[name] = made.part(name, key, earlier.get(name))
         write_record(out, study, parts, record)
         ends(parts[name])
     table = verdict_agreement({name: [result] for name, result in made.results.items()})
     save_agreement(table, out)
-    return SuiteResult(out, parts), made.results
-
-
-def _key(study: Study, options: Mapping[str, Any], analysis: Analysis | None) -> dict[str, Any]:
-    """All that decides a set's numbers."""
-    made = {name: study.provenance[name] for name in ("weight_digest", "prompts_digest", "dtype", "device")}
-    if analysis is not None:
-        return {**made, **config_of(analysis, study, options)}
-    own = {"options": options, "seed": study.seed, "given": study.given, "code": package_digest()[:16]}
-    return to_plain({**made, **own})
+    size = next(iter(studies.values())).batch.n
+    told = agreement_text(table, f"{len(made.results)} disjoint sets of {size} prompts")
+    return SuiteResult(out, parts), made.results, told
 
 
 def check_sets_folder(out: Path) -> None:
@@ -179,11 +194,7 @@ def check_sets_folder(out: Path) -> None:
     Raises:
         InputError: it is a file, holds something else, or cannot be written.
     """
-    check_out(out, force=True)
-    if out.is_dir():
-        remove_leftovers(out)
-        if holds_something(out) and not (out / RECORD).is_file():
-            raise InputError(f"{out} is not the folder of an earlier run with --replicate: choose another --out")
+    check_folder(out, RECORD, "an earlier run with --replicate")
 
 
 def all_agreement(folder: Path, parts: Mapping[str, SuiteResult]) -> pd.DataFrame:
@@ -211,8 +222,3 @@ def results_of(suite: SuiteResult) -> list[ChainResult | AnalysisResult]:
         else:
             results.append(AnalysisResult.load(place))
     return results
-
-
-def run_named(analysis: Analysis, options: Mapping[str, Any]) -> Callable[[Study], AnalysisResult]:
-    """What runs an analysis with these options on a set."""
-    return lambda study: run_analysis(analysis, study, **options)

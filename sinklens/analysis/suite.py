@@ -222,15 +222,33 @@ class _Suite(Parts):
 
 
 def _key(study: Study, target: int, analysis: Analysis | None) -> dict[str, Any]:
-    """All that decides a part's numbers."""
+    return part_key(study, analysis, {} if analysis is None else analysis.options, {"target": target})
+
+
+def part_key(
+    study: Study, analysis: Analysis | None, options: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that decides a part's numbers.
+
+    Args:
+        study: model, prompts and seed.
+        analysis: the analysis; None for what is none.
+        options: what the analysis is told.
+        chosen: what else is told to what is none.
+    """
     made = {name: study.provenance[name] for name in ("weight_digest", "prompts_digest", "dtype", "device")}
     if analysis is not None:
-        return {**made, **config_of(analysis, study, analysis.options)}
-    return to_plain({**made, "seed": study.seed, "given": study.given, "target": target, "code": package_digest()[:16]})
+        return {**made, **config_of(analysis, study, options)}
+    return to_plain({**made, "seed": study.seed, "given": study.given, **chosen, "code": package_digest()[:16]})
 
 
-def check_folder(out: Path) -> None:
+def check_folder(out: Path, record: str = "run.json", run: str = "an earlier run") -> None:
     """Make sure, before any work is done, that results can be put into ``out``.
+
+    Args:
+        out: the folder.
+        record: the file that marks one which may be taken up.
+        run: what such a folder is of.
 
     Raises:
         InputError: it is a file, holds something else, or cannot be written.
@@ -238,8 +256,8 @@ def check_folder(out: Path) -> None:
     check_out(out, force=True)
     if out.is_dir():
         remove_leftovers(out)
-        if holds_something(out) and not (out / "run.json").is_file():
-            raise InputError(f"{out} is not the folder of an earlier run: choose another --out")
+        if holds_something(out) and not (out / record).is_file():
+            raise InputError(f"{out} is not the folder of {run}: choose another --out")
 
 
 def earlier_parts(out: Path) -> dict[str, Part]:

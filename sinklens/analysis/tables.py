@@ -11,6 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens.engine.run import PatchResult
+from sinklens.pairs.effects import effect
+from sinklens.patches import Patch
+from sinklens.readouts.build import attention_received
+from sinklens.stages.base import Setting
+
+MIN_GAP = 0.01
+"""Prompts in which the pair moves attention by less cannot be divided by."""
 
 
 def tidy(values: Tensor, axes: Mapping[str, Sequence[Any]], **columns: Any) -> pd.DataFrame:
@@ -45,6 +52,28 @@ def patch_table(
         n = len(next(iter(numbers.values())))
         tables.append(pd.DataFrame({"prompt": range(n), **columns, **numbers}))
     return pd.concat(tables, ignore_index=True)
+
+
+def effect_table(setting: Setting, patches: Sequence[Patch], labels: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """A :func:`patch_table` of patches in the run without the sink, with what each does of the sink as ``effect``.
+
+    Args:
+        setting: the pair, and the blocks in which attention to the target is read.
+        patches: the patches, of the direction ``denoise``.
+        labels: for every patch in order, further columns.
+
+    Returns:
+        ``prompt``, the labels, ``attention`` (received by the target) and ``effect``: 0 is no sink and 1 that of the
+        run with it; NaN in prompts in which the runs differ by less than :data:`MIN_GAP`.
+    """
+    pair = setting.pair
+    metric = attention_received("attention", setting.readout_layers, pair.target, setting.batch.n)
+    result = setting.study.run(patches, [metric], pair.runs)
+    table = patch_table(result, labels, {})
+    start, end = (
+        result.runs[source.run]["attention"].numpy()[table.prompt] for source in (pair.without, pair.with_sink)
+    )
+    return table.assign(effect=effect(table.attention.to_numpy(), start, end, MIN_GAP))
 
 
 def base_reading(result: PatchResult, table: pd.DataFrame, readout: str) -> Float[np.ndarray, " row"]:

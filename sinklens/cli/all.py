@@ -155,11 +155,11 @@ def run_everything(
 
 def _sets(study: Any, out: Path, sizes: tuple[int, int]) -> dict[str, Any]:
     """A study for every set of prompts, by the name of its folder; marks the folder that they are in."""
-    from sinklens.analysis.replicate import RECORD, set_names
+    from sinklens.analysis.replicate import RECORD, sets_of
     from sinklens.records.files import write_json, writing
 
     sets, n = sizes
-    studies = dict(zip(set_names(sets), study.disjoint(sets, n), strict=True))
+    studies = sets_of(study, sets, n)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     write_json(out / RECORD, {"sets": sets, "n_prompts": n, "command": command_line()})

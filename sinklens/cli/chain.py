@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -245,10 +245,8 @@ def _all_events(
             result.save(folder / name)
         study = Study.of(model, batch, formation, seed=options["seed"])
         write_record(folder, study, parts, {"command": command_line()})
-    step("writing the reports")
-    write_report(out)
     titles = {f"event-{event.number}": f"Event {event}, explained by block {event.layer}" for event in formation.steps}
-    return [_Chain(titles[name], result, out / name, write_report(out / name)) for name, result in results.items()]
+    return _reported(results, out, step, titles)
 
 
 def _several_targets(
@@ -276,10 +274,8 @@ def _several_targets(
         study = Study.of(model, batch, formation, seed=options["seed"])
         parts = {f"target-{target}": Part(f"target-{target}", "done") for target in targets}
         write_record(folder, study, parts, {"command": command_line()})
-    step("writing the reports")
-    write_report(out)
-    places = {target: out / f"target-{target}" for target in targets}
-    chains = [_Chain(f"Target {t}", results[t], place, write_report(place)) for t, place in places.items()]
+    named = {f"target-{target}": result for target, result in results.items()}
+    chains = _reported(named, out, step, {f"target-{target}": f"Target {target}" for target in targets})
     return chains, agreement_text(table, f"targets {join([str(target) for target in targets])}")
 
 
@@ -294,8 +290,7 @@ def _several_sets(
     sizes: tuple[int, int],
 ) -> tuple[list[_Chain], str]:
     """A chain for every set of prompts, each in a folder of its own, and a line on how far they agree."""
-    from sinklens.analysis.replicate import replicate_into, verdict_agreement
-    from sinklens.chain.agree import agreement_text
+    from sinklens.analysis.replicate import replicate_into
     from sinklens.chain.result import ChainResult
     from sinklens.chain.run import run_chain
     from sinklens.study import Study
@@ -309,7 +304,7 @@ def _several_sets(
         result.config["command"] = command_line()
         return result
 
-    suite, results = replicate_into(
+    suite, results, agree = replicate_into(
         study,
         sets,
         out,
@@ -322,12 +317,16 @@ def _several_sets(
         begins=lambda name, _number, of: step(f"scoring the chain on {name} of {of}"),
     )
     left_out(suite)
+    return _reported(results, out, step, {name: name for name in results}), agree
+
+
+def _reported(
+    results: Mapping[str, Any], out: Path, step: Callable[[str], None], titles: Mapping[str, str]
+) -> list[_Chain]:
+    """A report of the folder and one of each chain in it, by the names of their folders."""
     step("writing the reports")
     write_report(out)
-    places = {name: out / name for name in results}
-    chains = [_Chain(name, results[name], place, write_report(place)) for name, place in places.items()]
-    table = verdict_agreement({name: [result] for name, result in results.items()})
-    return chains, agreement_text(table, f"{len(results)} disjoint sets of {n} prompts")
+    return [_Chain(titles[name], result, out / name, write_report(out / name)) for name, result in results.items()]
 
 
 def _print_chains(chains: list[_Chain], as_json: bool, agreement: str | None = None) -> None:

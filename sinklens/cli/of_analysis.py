@@ -11,10 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from sinklens.analysis.base import Analysis, AnalysisResult
-from sinklens.analysis.replicate import replicate_into, verdict_agreement
+from sinklens.analysis.replicate import replicate_into
 from sinklens.analysis.run import run_analysis
 from sinklens.analysis.suite import earlier_parts
-from sinklens.chain.agree import agreement_text
 from sinklens.cli.common import (
     Backend,
     BackendOption,
@@ -148,7 +147,7 @@ def _several_sets(
         result.config.update(command)
         return result
 
-    suite, results = replicate_into(
+    suite, results, agree = replicate_into(
         study,
         sets,
         out,
@@ -169,9 +168,7 @@ def _several_sets(
     for name, result in results.items():
         console().print(name, markup=False)
         _print(result, out / name, write_report(out / name), as_json=False)
-    table = verdict_agreement({name: [result] for name, result in results.items()})
-    told = agreement_text(table, f"{len(results)} disjoint sets of {n} prompts")
-    console().print(told, markup=False, soft_wrap=True)
+    console().print(agree, markup=False, soft_wrap=True)
 
 
 def _print(result: AnalysisResult, out: Path, page: Path | None, as_json: bool) -> None:

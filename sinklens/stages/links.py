@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from torch import Generator, Tensor
 
@@ -16,11 +17,10 @@ from sinklens.errors import NotApplicableError
 from sinklens.models.identities import identities
 from sinklens.pairs.pair import Direction
 from sinklens.patches import Patch, Source
-from sinklens.readouts.base import Readout
 from sinklens.sites import ATTN_OUT, MLP_OUT, RESID_MID, HookSite
 from sinklens.stages.base import ISOLATED, NOTHING, Build, Experiment, Need, Prediction, Setting, Stage
 from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_positions
-from sinklens.stages.w_o_alignment import reading_subspace
+from sinklens.stages.w_o_alignment import all_read, in_subspace, read_readout
 
 
 def _before_formation(setting: Setting) -> tuple[int, ...]:
@@ -50,13 +50,6 @@ def _exchanged(site: HookSite, held: HookSite, *, elsewhere: bool = False) -> Bu
     return build
 
 
-def _written_readout(setting: Setting, stage: Stage) -> Readout:
-    basis = reading_subspace(setting)
-    return setting.readout(
-        stage, lambda x, _layer: x.float() @ basis.to(x.device), combine=lambda stack: stack.sum(0).norm(dim=-1)
-    )
-
-
 EARLY_MLPS = Stage(
     name="early_mlps",
     claim="What attention writes reaches the super neurons through what the MLPs before make of it.",
@@ -75,24 +68,13 @@ EARLY_MLPS = Stage(
             for control, predicted in (("", says), ("other_position", NOTHING))
         ),
     ),
-    readout=_written_readout,
+    readout=read_readout,
 )
 """Between W_O and the super neurons: what the early MLPs write at the target."""
 
 
-def _read(make: Callable[[Setting, Tensor], edits.Edit], *, at_random: bool = False) -> Build:
-    """An edit of what lies in the subspace that the super neurons read, or in a random one of that rank."""
-
-    def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
-        basis = reading_subspace(setting)
-        if at_random:
-            d_model, rank = basis.shape
-            basis = edits.random_orthonormal(d_model, rank, generator)
-        patch = setting.patch(direction, stage.site, stage.layers(setting), make(setting, basis))
-        # The runs may differ in nothing but what is read, or in nothing of it that this writer has written.
-        return replace(patch, allow_unchanged=True)
-
-    return build
+# The runs may differ in nothing but what is read, or in nothing of it that one writer has written.
+_read = partial(in_subspace, may_be_nothing=True)
 
 
 def _written_by(name: str, site: HookSite) -> Callable[[Setting, Tensor], edits.Edit]:
@@ -101,10 +83,6 @@ def _written_by(name: str, site: HookSite) -> Callable[[Setting, Tensor], edits.
         return edits.WrittenBy(name, basis, tuple((site, block) for block in blocks))
 
     return make
-
-
-def _all_read(_setting: Setting, basis: Tensor) -> edits.Edit:
-    return edits.Subspace("reading_subspace", basis)
 
 
 def _all_the_rest(_setting: Setting, basis: Tensor) -> edits.Edit:
@@ -119,11 +97,6 @@ def _of_writer(name: str, site: HookSite, predicted: Prediction, need: Need) -> 
     )
 
 
-def _read_readout(setting: Setting, stage: Stage) -> Readout:
-    basis = reading_subspace(setting)
-    return setting.readout(stage, lambda x, _layer: (x.float() @ basis.to(x.device)).norm(dim=-1))
-
-
 READING = Stage(
     name="reading",
     claim="Of the residual stream that enters the MLP of the formation block, only what the super neurons read counts.",
@@ -133,12 +106,12 @@ READING = Stage(
     experiments=(
         TRANSPLANT,
         ELSEWHERE,
-        Experiment("reading_subspace", _read(_all_read), ISOLATED),
-        Experiment("reading_subspace", _read(_all_read, at_random=True), NOTHING, "random_subspace", drawn=True),
+        Experiment("reading_subspace", _read(all_read), ISOLATED),
+        Experiment("reading_subspace", _read(all_read, at_random=True), NOTHING, "random_subspace", drawn=True),
         Experiment("reading_subspace", _read(_all_the_rest), NOTHING, control="all_the_rest"),
         *_of_writer("read_of_mlps", MLP_OUT, ISOLATED, Need("mlp_adds", _before_formation)),
         *_of_writer("read_of_attention", ATTN_OUT, NOTHING, Need("attention_adds", lambda s: s.up_to_formation)),
     ),
-    readout=_read_readout,
+    readout=read_readout,
 )
 """Between the early MLPs and the super neurons: what the latter read, split by who wrote it."""

@@ -22,9 +22,6 @@ from sinklens.patches import Patch
 from sinklens.sites import HookSite
 from sinklens.stages.base import NOTHING, SPARED, Experiment, Prediction, Setting, Stage, Vectors
 
-SAME = 1e-6
-"""A change of less than this share of the activation's norm is rounding."""
-
 
 @dataclass(frozen=True, eq=False)
 class Ends:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Generator, Tensor
 
@@ -10,7 +13,7 @@ from sinklens.pairs.pair import Direction
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout
 from sinklens.sites import ATTN_OUT, Z
-from sinklens.stages.base import ISOLATED, NOTHING, REMOVED, Experiment, Need, Setting, Stage, at_formation
+from sinklens.stages.base import ISOLATED, NOTHING, REMOVED, Build, Experiment, Need, Setting, Stage, at_formation
 from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_positions
 
 
@@ -24,15 +27,31 @@ def reading_subspace(setting: Setting) -> Tensor:
     return torch.linalg.qr(read.cpu()).Q
 
 
-def _subspace(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
-    edit = edits.Subspace("reading_subspace", reading_subspace(setting))
-    return setting.patch(direction, stage.site, stage.layers(setting), edit)
+def in_subspace(
+    make: Callable[[Setting, Tensor], edits.Edit], *, at_random: bool = False, may_be_nothing: bool = False
+) -> Build:
+    """An edit of what lies in the subspace that the super neurons read.
+
+    Args:
+        make: ``(setting, basis) -> edit``.
+        at_random: in a random subspace of that rank instead.
+        may_be_nothing: whether there may be nothing in it in which the runs differ.
+    """
+
+    def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
+        basis = reading_subspace(setting)
+        if at_random:
+            d_model, rank = basis.shape
+            basis = edits.random_orthonormal(d_model, rank, generator)
+        patch = setting.patch(direction, stage.site, stage.layers(setting), make(setting, basis))
+        return replace(patch, allow_unchanged=may_be_nothing)
+
+    return build
 
 
-def _random_subspace(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
-    d_model, rank = reading_subspace(setting).shape
-    edit = edits.Subspace("reading_subspace", edits.random_orthonormal(d_model, rank, generator))
-    return setting.patch(direction, stage.site, stage.layers(setting), edit)
+def all_read(_setting: Setting, basis: Tensor) -> edits.Edit:
+    """Exchange all that lies in the subspace."""
+    return edits.Subspace("reading_subspace", basis)
 
 
 def _permuted(setting: Setting, direction: Direction, generator: Generator) -> edits.Edit:
@@ -49,7 +68,8 @@ def _permuted_elsewhere(setting: Setting, stage: Stage, direction: Direction, ge
     return setting.patch(direction, Z, stage.layers(setting), edit, positions=other_positions(setting, generator))
 
 
-def _alignment_readout(setting: Setting, stage: Stage) -> Readout:
+def read_readout(setting: Setting, stage: Stage) -> Readout:
+    """How much of what the stage's blocks write together the super neurons read: its norm in their subspace."""
     basis = reading_subspace(setting)
 
     def combine(stack: Tensor) -> Tensor:
@@ -69,11 +89,18 @@ W_O_ALIGNMENT = Stage(
     experiments=(
         TRANSPLANT,
         ELSEWHERE,
-        Experiment("reading_subspace", _subspace, ISOLATED, needs=READ),
-        Experiment("reading_subspace", _random_subspace, NOTHING, control="random_subspace", drawn=True, needs=READ),
+        Experiment("reading_subspace", in_subspace(all_read), ISOLATED, needs=READ),
+        Experiment(
+            "reading_subspace",
+            in_subspace(all_read, at_random=True),
+            NOTHING,
+            control="random_subspace",
+            drawn=True,
+            needs=READ,
+        ),
         Experiment("permuted_z", _permuted_z, REMOVED, drawn=True),
         # Permuting z where the sink is not must leave the sink as it was in either run.
         Experiment("permuted_z", _permuted_elsewhere, NOTHING, control="other_position"),
     ),
-    readout=_alignment_readout,
+    readout=read_readout,
 )
