@@ -63,9 +63,18 @@ def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], *, 
             raise InputError(f"{name} {shown(value)} must be one of {', '.join(map(str, typing.get_args(kind)))}")
         if kinds and kinds <= {int, float}:
             check_number(name, value, (between if limits else None) or Between(-math.inf), whole=float not in kinds)
+        if between is not None and limits and typing.get_origin(kind) is tuple:
+            _check_each(name, value, kind, between)
         for wanted, what, fits in _KINDS:
             if {typing.get_origin(item) or item for item in kinds} == {wanted} and not fits(value):
                 raise InputError(f"{name} {shown(value)} must be {what}")
+
+
+def _check_each(name: str, values: Any, kind: Any, between: Between) -> None:
+    """The limits of a tuple of numbers are those of each of them."""
+    whole = float not in typing.get_args(kind)
+    for value in values if isinstance(values, Iterable) and not isinstance(values, str) else (values,):
+        check_number(name, value, between, whole=whole)
 
 
 _KINDS: tuple[tuple[object, str, Callable[[Any], bool]], ...] = (

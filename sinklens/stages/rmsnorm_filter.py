@@ -44,7 +44,10 @@ def largest_dims(setting: Setting, layers: Sequence[int], m: int) -> dict[int, t
 
 def only_dims(name: str, dims: Mapping[int, tuple[int, ...]], d_model: int) -> edits.Masked:
     """An edit that exchanges some dimensions alone, in every block its own."""
-    masks = {layer: torch.zeros(d_model).index_fill_(0, torch.tensor(chosen), 1.0) for layer, chosen in dims.items()}
+    masks = {
+        layer: torch.zeros(d_model).index_fill_(0, torch.tensor(chosen, dtype=torch.long), 1.0)
+        for layer, chosen in dims.items()
+    }
     return edits.Masked(name, masks)
 
 

@@ -132,3 +132,12 @@ def test_lists_of_names() -> None:
     assert names("--only", " a,b ,, c") == ("a", "b", "c")
     with pytest.raises(InputError, match="--only is empty"):
         names("--only", " , ")
+
+
+def test_the_limits_of_a_tuple_are_those_of_each_of_its_numbers() -> None:
+    def function(*, dims: Annotated[tuple[int, ...], "help", Between(1)] = (1,)) -> None: ...
+
+    check_arguments(function, {"dims": (1, 3)})
+    for wrong in ((0,), (3, 0), (1.5,), (True,), 0):
+        with pytest.raises(InputError, match="dims"):
+            check_arguments(function, {"dims": wrong})
