@@ -50,7 +50,7 @@ from sinklens.models.view import (
     vocabulary_size,
     without_hooks,
 )
-from sinklens.sites import LN2_NORMALIZED, MLP_POST, PATTERN, RESID_PRE, ROT_K, ROT_Q, SITES, HookSite, unit_count
+from sinklens.sites import LN2_NORMALIZED, MLP_POST, PATTERN, ROT_K, ROT_Q, SITES, HookSite, unit_count
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Relative error that rounding may make: activations are compared in float32, so a sublayer's output rounds once."""
@@ -485,7 +485,6 @@ _AXES: dict[str, tuple[str, ...]] = {
         site.template.removeprefix("blocks.{layer}."): site.axes
         for site in (*SITES.values(), ROT_Q, ROT_K, LN2_NORMALIZED)
     },
-    "hook_resid_mid": RESID_PRE.axes,
     "attn.hook_attn_scores": PATTERN.axes,
     "mlp.hook_pre": MLP_POST.axes,
     "mlp.hook_pre_linear": MLP_POST.axes,
