@@ -24,6 +24,7 @@ from sinklens.chain.checks import pair_checks
 from sinklens.chain.first_prompt import first_prompt
 from sinklens.chain.result import METRIC, ChainResult
 from sinklens.chain.scoring import SINK, Trial
+from sinklens.engine.residual import as_written
 from sinklens.engine.run import PatchResult, Progress
 from sinklens.engine.validation import check_edits
 from sinklens.errors import InputError, NotApplicableError
@@ -240,7 +241,7 @@ def _trials(setting: Setting, stages: Sequence[Stage], draws: int) -> tuple[list
                     try:
                         stage.check(setting, experiment)
                         patch = experiment.build(setting, stage, direction, setting.study.generator(name))
-                        check_edits(setting.model, [patch])
+                        check_edits(setting.model, as_written(setting.model, [patch], (), setting.pair.runs))
                     except NotApplicableError as error:
                         skipped[f"{stage.name}/{experiment.edit}"] = str(error)
                         continue

@@ -29,6 +29,7 @@ from sinklens.engine.memory import check_limits, is_out_of_memory, peak_bytes, r
 from sinklens.engine.pace import Pace
 from sinklens.engine.packed import DifferentModelError, PackedJob, PackedModel, unpackable
 from sinklens.engine.plain import PlainJob, plain_wants
+from sinklens.engine.residual import as_written
 from sinklens.engine.trust import checked_combined
 from sinklens.engine.validation import validate
 from sinklens.errors import EditError, EngineError, InputError
@@ -222,6 +223,7 @@ class PatchRunner:
         began = time.perf_counter()
         with usual_state(self.model):
             self._refresh()
+            patches = as_written(self.model, patches, self.readouts, self.runs)
             validate(self.model, self.tokens, patches, (), self.runs)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)

@@ -12,7 +12,6 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype, is_string_dtype
 from sinklens.analysis.base import AnalysisResult
 from sinklens.analysis.discovery import list_analyses
 from sinklens.analysis.run import load_analysis, run_analysis
-from sinklens.models.view import is_bridge
 from sinklens.prompts import from_tokens
 from sinklens.statistics import Estimate
 from sinklens.study import Study
@@ -87,9 +86,6 @@ def test_every_experiment_of_the_paper_is_there():
 def test_a_verdict_is_complete(shared, name):
     result = shared[1][name]
     verdict = result.findings.verdict
-    if name == "reading" and is_bridge(shared[0].model):
-        assert verdict.outcome == "not measurable" and "hook_resid_mid" in verdict.reason
-        return
     assert verdict.outcome in ("holds", "holds in part", "does not hold", "undecided"), verdict.reason
     assert verdict.parts[0].outcome != "not measurable" and verdict.parts[0].estimate == verdict.estimate
     for part in verdict.parts:

@@ -13,8 +13,7 @@ from tests.helpers.one_at_a_time import cache_of
 from tests.helpers.settings import TARGET, setting_for, tokens_for
 from tests.helpers.tiny import tiny_model
 
-# An edit of hook_resid_mid reaches only a part of a bridge: there it is not applicable, and says so.
-pytest.importorskip("transformer_lens.HookedTransformer")
+pytestmark = pytest.mark.backend
 READING = sl.analysis.load_analysis("reading")
 
 
