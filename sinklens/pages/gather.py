@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from sinklens.analysis.base import AnalysisResult
 from sinklens.chain.result import ChainResult
 from sinklens.errors import InputError
 from sinklens.formation import Formation, formation_from_json
+from sinklens.pages.agreement import FILE, read_agreement
 
 CHAIN_FILE, ANALYSIS_FILE, RECORD_FILE, FORMATION_FILE = "chain.json", "summary.json", "run.json", "formation.json"
 _LEFT_OVER = ("scores.parquet", "effects.parquet", "table.parquet", "figure.json", "attention.safetensors")
@@ -61,6 +64,8 @@ class Gathered:
     """Content of ``run.json``."""
     formation: Formation | None = None
     """Content of ``formation.json``."""
+    agreement: pd.DataFrame | None = None
+    """How far the runs in it agree."""
 
     @property
     def chains(self) -> list[tuple[Part, ChainResult]]:
@@ -101,7 +106,8 @@ def gather(folder: Path) -> Gathered:
     missing = _explained(missing, parts, record)
     if not parts and not missing:
         raise InputError(f"{folder} holds no chain.json or summary.json, and no folder with one: give a run's folder")
-    return Gathered(folder.resolve().name, sorted(parts, key=_order), missing, record, _formation(folder, missing))
+    formation, agreement = _formation(folder, missing), _agreement(folder, missing)
+    return Gathered(folder.resolve().name, sorted(parts, key=_order), missing, record, formation, agreement)
 
 
 def _inside(path: Path, missing: list[Missing]) -> list[Part]:
@@ -152,6 +158,14 @@ def _formation(folder: Path, missing: list[Missing]) -> Formation | None:
         return formation_from_json(json.loads(path.read_text(encoding="utf-8")))
     except Exception as error:  # as above
         missing.append(Missing(FORMATION_FILE, "damaged", " ".join(str(error).split()) or type(error).__name__))
+        return None
+
+
+def _agreement(folder: Path, missing: list[Missing]) -> pd.DataFrame | None:
+    try:
+        return read_agreement(folder)
+    except Exception as error:  # as above
+        missing.append(Missing(FILE, "damaged", " ".join(str(error).split()) or type(error).__name__))
         return None
 
 

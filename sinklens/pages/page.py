@@ -21,6 +21,7 @@ from sinklens.chain.result import ChainResult
 from sinklens.chain.stage_verdicts import stages_in_words
 from sinklens.chain.verdicts import CLOSE, HALF, summary
 from sinklens.errors import InputError, need
+from sinklens.pages.agreement import agreement_section
 from sinklens.pages.chain import sections, subtitle
 from sinklens.pages.claims import Claim, Corrected, by_outcome, claim, counted
 from sinklens.pages.figures import chain_figures, from_disk
@@ -97,6 +98,7 @@ def render(run: Gathered | ChainResult | AnalysisResult) -> str:
         parts=parts(gathered),
         origins=origins(gathered),
         missing=gathered.missing,
+        agreement=agreement_section(gathered.agreement),
         command=whole_command(gathered),
         figures=figures,
         texts=texts,

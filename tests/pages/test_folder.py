@@ -11,6 +11,8 @@ import pytest
 
 import sinklens as sl
 from sinklens.analysis.base import AnalysisResult, verdict_of
+from sinklens.analysis.replicate import save_agreement
+from sinklens.chain.agree import Said, compare
 from sinklens.chain.parts import Part
 from sinklens.errors import InputError
 from sinklens.pages.claims import OUTCOMES, claim, counted
@@ -281,3 +283,41 @@ def test_a_command_takes_the_short_name_of_the_model():
     result = made_analysis()
     result.provenance["model"] = sl.models.REGISTRY["smollm2"].title
     assert "--model smollm2 " in reproduce(result)
+
+
+def agreeing(folder: Path) -> None:
+    runs = {"<b>one</b>": 0.5, "two": 0.7}
+    said = {
+        name: [Said("chain", "sink", "agrees", 1.0), Said("<i>rank</i>", "verdict", "holds", value)]
+        for name, value in runs.items()
+    }
+    said["two"][1] = replace(said["two"][1], verdict="undecided")
+    said["two"].append(Said("chain", "a control", "agrees", 0.0, control=True))
+    put(folder, **{"target-5": made_result(), "target-7": made_result()})
+    save_agreement(compare(said), folder)
+
+
+def test_runs_that_are_compared_have_a_section(tmp_path):
+    agreeing(tmp_path)
+    page = report(tmp_path).read_text()
+    assert "1 of 2 verdicts are the same for all 2 runs." in Parsed(page).text
+    table = page[page.index("Do the runs agree?</h2>") :]
+    assert table.index("undecided (0.700)") < table.index("agrees (1)"), "what differs stands first"
+    assert "<i>rank" not in page and "<b>one" not in page and "a control" not in page
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"agreement": 3}', '{"agreement": [{"part": "x"}]}', '{"agreement": [{"part": {"a": 1}}]}'],
+)
+def test_a_damaged_comparison_is_named_and_the_rest_is_shown(tmp_path, text):
+    agreeing(tmp_path)
+    (tmp_path / "agreement.json").write_text(text)
+    page = report(tmp_path).read_text()
+    assert "Do the runs agree?" not in page and "agreement.json" in Parsed(page).text and "target-7" in page
+
+
+def test_a_run_with_nothing_to_compare_has_no_such_section(tmp_path):
+    put(tmp_path, one=made_result())
+    save_agreement(compare({"one": [Said("chain", "sink", "agrees", 1.0)]}), tmp_path)
+    assert "Do the runs agree?" not in report(tmp_path).read_text()
