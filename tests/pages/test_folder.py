@@ -292,7 +292,7 @@ def agreeing(folder: Path) -> None:
         for name, value in runs.items()
     }
     said["two"][1] = replace(said["two"][1], verdict="undecided")
-    said["two"].append(Said("chain", "a control", "agrees", 0.0, control=True))
+    said["two"].append(Said("chain", "beside it", "agrees", 0.0, control=True))
     put(folder, **{"target-5": made_result(), "target-7": made_result()})
     save_agreement(compare(said), folder)
 
@@ -303,7 +303,7 @@ def test_runs_that_are_compared_have_a_section(tmp_path):
     assert "1 of 2 verdicts are the same for all 2 runs." in Parsed(page).text
     table = page[page.index("Do the runs agree?</h2>") :]
     assert table.index("undecided (0.700)") < table.index("agrees (1)"), "what differs stands first"
-    assert "<i>rank" not in page and "<b>one" not in page and "a control" not in page
+    assert "<i>rank" not in page and "<b>one" not in page and "beside it" not in page
 
 
 @pytest.mark.parametrize(
