@@ -19,7 +19,7 @@ hold; and after the first formation blocks the first token's values are all alik
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -37,6 +37,7 @@ CLAIM = (
     "natural and random tokens alike."
 )
 LEAST_RATIO = 2.0  # round: twice an ordinary position's variance
+LEAST_TOKENS = 4  # round: fewer have no order to speak of
 SOUGHT = 0.3
 """A tau of this size must have been possible to see, for one that is not seen to speak against the claim."""
 AGGREGATED, BEFORE = "aggregated", "not aggregated"
@@ -73,12 +74,42 @@ def run(
     sl.analysis.check_first_varies(study)
     blocks, rng = study.blocks(layers), study.generator("variance_decay/shuffled")
     shuffled = torch.rand(permutations, study.batch.length - 1, generator=rng)
-    decays = {
+    decays = measured(study, blocks, average, shuffled)
+    outlier = replace(outlier_of(decays), detail=halved(study, blocks, average, shuffled))
+    verdict = sl.analysis.verdict_of(CLAIM, [outlier, cause(study, target)])
+    numbers = {}
+    for source, each in decays.items():
+        for quantity, item in each.items():
+            numbers[f"{RATIO}, {quantity}, {source}"] = item.ratio
+            numbers[f"{TAU}, {quantity}, {source}"] = item.tau
+    return sl.Findings(verdict, table(decays, blocks), caption(blocks, average), numbers)
+
+
+def measured(
+    study: sl.Study, blocks: tuple[int, ...], average: Literal["mean", "median"], shuffled: Float[Tensor, "draw pos"]
+) -> dict[str, dict[str, Decay]]:
+    """By kind of prompts and quantity, what variance does over as many later positions as are shuffled."""
+    return {
         source: {quantity: decay(here, site, blocks, average, shuffled) for quantity, site in SITES.items()}
         for source, here in {"given prompts": study, "random tokens": study.random}.items()
     }
+
+
+def halved(
+    study: sl.Study, blocks: tuple[int, ...], average: Literal["mean", "median"], shuffled: Float[Tensor, "draw pos"]
+) -> str:
+    """What the same rule says of the first half of the prompts; there are fewer positions to fall over."""
+    half = study.batch.length // 2
+    if half < LEAST_TOKENS:
+        return ""
+    shorter = measured(study, blocks, average, shuffled[:, : half - 1])
+    return f"on the first {half} tokens alone: {outlier_of(shorter).outcome}"
+
+
+def outlier_of(decays: Mapping[str, Mapping[str, Decay]]) -> sl.analysis.Part:
+    """The quantity: is the first token an outlier, and does variance fall behind it, as averaging makes it?"""
     weaker = min(decays, key=lambda source: decays[source][AGGREGATED].ratio.value)
-    outlier = sl.analysis.judge(
+    return sl.analysis.judge(
         "quantity",
         "variance",
         CLAIM,
@@ -91,13 +122,6 @@ def run(
         "below 0 and below the control's, with p < 0.05 against shuffled positions (the larger p of the two is given)",
         conditions=[c for each in decays.values() for c in decays_by_averaging(each[AGGREGATED], each[BEFORE])],
     )
-    verdict = sl.analysis.verdict_of(CLAIM, [outlier, cause(study, target)])
-    numbers = {}
-    for source, each in decays.items():
-        for quantity, item in each.items():
-            numbers[f"{RATIO}, {quantity}, {source}"] = item.ratio
-            numbers[f"{TAU}, {quantity}, {source}"] = item.tau
-    return sl.Findings(verdict, table(decays, blocks), caption(blocks, average), numbers)
 
 
 def cause(study: sl.Study, target: int) -> sl.analysis.Part:
@@ -119,8 +143,9 @@ def decay(
     average: Literal["mean", "median"],
     shuffled: Float[Tensor, "draw pos"],
 ) -> Decay:
-    """Ratio and tau with intervals over prompts; positions are shuffled alike in every block."""
-    curves = statistics.resampled_curves(study.activations(site, blocks).values(), average)
+    """Ratio and tau over as many tokens as are shuffled, with intervals over prompts; alike in every block."""
+    first = slice(shuffled.shape[-1] + 1)
+    curves = statistics.resampled_curves([act[:, first] for act in study.activations(site, blocks).values()], average)
     in_order = torch.arange(shuffled.shape[-1]).float()[None]
     variance = curves(np.arange(study.batch.n))
 

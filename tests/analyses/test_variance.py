@@ -172,6 +172,22 @@ def test_variance_of_averaged_coin_tosses_falls_with_their_number():
 
 
 @pytest.mark.slow
+def test_variance_decay_says_what_the_same_rule_finds_on_half_of_the_tokens():
+    """The model is causal: what it does on the first half does not depend on the second."""
+    model, tokens = planted_model(), coin_tosses(length=24)
+    analysis: Any = sl.analysis.load_analysis("variance_decay")
+    decay = analysis.run.__globals__["decay"]
+    draws = torch.rand(50, 23, generator=torch.Generator().manual_seed(0))
+    whole, half = planted_study(tokens, model), planted_study(tokens[:, :12], model)
+    first, alone = (decay(study, sl.sites.Z, (0,), "mean", draws[:, :11]) for study in (whole, half))
+    assert first.ratio == alone.ratio and first.p_value == alone.p_value
+    torch.testing.assert_close(first.variance, alone.variance)
+    assert first.ratio != decay(whole, sl.sites.Z, (0,), "mean", draws).ratio
+    parts = [analysis.run(planted_study(tokens[:, :length], model)).verdict.parts[0] for length in (24, 6)]
+    # With fewer than two later positions there is no order.
+    assert [part.detail for part in parts] == ["on the first 12 tokens alone: holds", ""]
+
+
 def test_variance_decay_takes_both_an_outlier_and_a_decay():
     tokens, model = coin_tosses(), planted_model()
     tokens[:, 0] = PLUS  # as a BOS would be: no variance at the first position
