@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +19,7 @@ from sinklens.errors import EngineError, InputError
 from sinklens.models.load import load_model
 from tests.benchmark import cases, flops, hf_peers, measure, peers, record, run, shapes, workload
 from tests.benchmark.__main__ import app as benchmark
+from tests.benchmark.calls import REST, TOTAL, Clock
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -295,3 +298,39 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_a_peer_without_a_name_is_refused() -> None:
     with pytest.raises(InputError):
         measure.peer_names("sinklens,,nnsight")
+
+
+# --- Whole calls -----------------------------------------------------------------------------------------------------
+
+
+def test_phases_inside_one_another_are_counted_once() -> None:
+    synchronized: list[int] = []
+    clock = Clock(lambda: synchronized.append(1))
+    with clock.whole() as times:
+        with clock.phase("outer"):
+            time.sleep(0.02)
+            with clock.phase("inner"):
+                time.sleep(0.03)
+        with pytest.raises(ValueError, match="inside"), clock.phase("outer"):
+            raise ValueError("inside")
+    assert set(times) == {TOTAL, REST, "outer", "inner"} and synchronized
+    assert times["outer"] >= 0.02 and times["inner"] >= 0.03
+    assert times[TOTAL] == pytest.approx(times["outer"] + times["inner"] + times[REST])
+    with clock.whole() as again:
+        pass
+    assert set(again) == {TOTAL, REST}, "each time is of what is done within"
+
+
+@pytest.mark.slow
+def test_calls_and_commands_are_timed_in_processes_of_their_own(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tests.benchmark.calls", "--model", "tiny", "--what", "calls", "--n", "2"]
+    words += ["--length", "16", "--repeats", "1", "--out", str(tmp_path / "times.json")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads((tmp_path / "times.json").read_text())["medians"].values()
+    assert list(found) == ["load_model", "run_chain", "sl.sweep", "run_chain, again", "sl.sweep, again"]
+    for call, times in found.items():
+        assert times[TOTAL] == pytest.approx(sum(times.values()) - times[TOTAL]), call
+    assert found["load_model"]["load"] > 0.5 * found["load_model"][TOTAL]
+    assert min(found["run_chain"][phase] for phase in ("capture", "patches", "statistics")) > 0
+    assert "| run_chain, again | transformer-lens" in done.stdout
