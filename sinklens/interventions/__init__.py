@@ -6,13 +6,12 @@ that return new tensors, and they work on ``HookedTransformer`` and on ``Transfo
     with model.hooks(sl.interventions.block_aggregation(position=10, layers=range(12))):
         logits = model(tokens)
 
-They are built from the same edits as the engine's patches. Use them for single runs and exploration, and
-:func:`sinklens.run_patches` for sweeps.
+They are built from the same edits as the engine's patches. Use them for single runs, exploration and
+generation (positions count from the prompt's first token, with a key-value cache too), and :func:`sinklens.run_patches`
+for sweeps.
 """
 
 from sinklens.interventions.hooks import (
-    Hook,
-    Hooks,
     Mode,
     ablate_dims,
     ablate_heads,
@@ -20,13 +19,13 @@ from sinklens.interventions.hooks import (
     amplify_variance,
     block_aggregation,
     densify_down_projection,
-    hooks_of,
     permute_z,
     transplant,
     transplant_attention_output,
     transplant_keys,
     transplant_values,
 )
+from sinklens.interventions.patched import Hook, Hooks, hooks_of
 
 __all__ = [
     "Hook",

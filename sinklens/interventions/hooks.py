@@ -6,13 +6,14 @@ that return new tensors, and they work on ``HookedTransformer`` and on ``Transfo
     with model.hooks(sl.interventions.block_aggregation(position=10, layers=range(12))):
         logits = model(tokens)
 
-They are built from the same edits as the engine's patches. Use them for single runs and exploration, and
-:func:`sinklens.run_patches` for sweeps.
+They are built from the same edits as the engine's patches. Use them for single runs, exploration and
+generation (positions count from the prompt's first token, with a key-value cache too), and :func:`sinklens.run_patches`
+for sweeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,145 +23,20 @@ from torch import Tensor
 
 from sinklens import edits
 from sinklens.edits.mechanism import check_amplification
-from sinklens.engine.apply import Op, apply_edit, gather
-from sinklens.engine.places import group_of, pairs_of
 from sinklens.errors import InputError
+from sinklens.interventions.cached import Span
+from sinklens.interventions.patched import Hooks, edited, first_of, hooks_of, seers
 from sinklens.models.identities import block_weights, check_writes_directly
 from sinklens.models.view import Model, model_shape
 from sinklens.patches import Patch
 from sinklens.records.integers import whole_number, whole_numbers
 from sinklens.sites import ATTN_OUT, MLP_OUT, MLP_POST, PATTERN, RESID_POST, HookSite, K, V, Z
 
-Hook = Callable[[Tensor, Any], Tensor | None]
-Hooks = list[tuple[str, Hook]]
 Mode = Literal["zero", "mean", "resample"]
-
-
-def hooks_of(patch: Patch, source: Mapping[str, Tensor] | None = None) -> Hooks:
-    """The hooks that apply ``patch`` to every row of whatever batch is run.
-
-    Args:
-        patch: the patch; its ``run`` is ignored. Empty ``positions`` mean all of them.
-        source: for edits that use one, hook-point name to the source activation ``[batch, pos, ...]``, as in a
-            TransformerLens cache.
-
-    Raises:
-        InputError: no units where some are to be chosen, or a negative block, position or unit. From the hooks: a
-            position, unit or prompt that the run, or the source, does not have.
-    """
-    for part in patch.parts:
-        if part.units == ():
-            raise InputError("choose at least one neuron, dimension or head")
-        positions = tuple(position for row in part.where.rows for position in row)
-        for name, numbers in (("blocks", part.layers), ("positions", positions), ("units", part.units or ())):
-            if any(number < 0 for number in numbers):
-                raise InputError(f"{name} count from 0, but {tuple(numbers)} has a negative one")
-    writers: Hooks = []
-    readers: Hooks = []
-    for part in patch.parts:
-        for layer in part.layers:
-            live: dict[str, Tensor] = {}
-            writers.append((part.site.at(layer), _writer(part, layer, live, source)))
-            for place in part.edit.reads_in(layer):
-                readers.append((place.site.at(place.layer), _reader(place.key, live)))
-    # What is read at a hook point is read as edited: there a reader stands behind the writers.
-    edited = {name for name, _ in writers}
-    early = [(name, hook) for name, hook in readers if name not in edited]
-    late = [(name, hook) for name, hook in readers if name in edited]
-    return [*early, *writers, *late]
 
 
 def _one(value: int, what: str) -> tuple[int]:
     return (whole_number(value, what),)
-
-
-def _op(patch: Patch, layer: int, act: Tensor) -> Op:
-    """The edit at the patch's positions of every row of ``act``; no positions mean all of them."""
-    length = act.shape[patch.site.pos_axis]
-    _check_places(patch, act)
-    placed = patch if any(patch.where.rows) else replace(patch, positions=tuple(range(length)))
-    group = group_of(placed, act.device)
-    rows = torch.arange(len(act), device=act.device)
-    pairs = pairs_of(group, torch.zeros_like(rows), rows)
-    return Op(
-        patch.site,
-        layer,
-        patch.edit,
-        (pairs.of, pairs.positions),
-        pairs.of,
-        pairs.positions,
-        pairs.units,
-        source_positions=pairs.source_positions,
-    )
-
-
-def _check_places(patch: Patch, act: Tensor) -> None:
-    """Refuse places that ``act`` does not have, in which an index would raise, or bring a GPU down."""
-    length, what = act.shape[patch.site.pos_axis], f"the edit {patch.edit.name!r} at {patch.site.template}"
-    if not patch.where.shared and len(patch.where.rows) != len(act):
-        raise InputError(f"{what} has positions for {len(patch.where.rows)} prompts, but the batch has {len(act)}")
-    beyond = [position for row in patch.where.rows for position in row if position >= length]
-    if beyond:
-        raise InputError(f"{what} is for position {beyond[0]}, but the run has positions 0..{length - 1}")
-    if patch.units is None:
-        return
-    if patch.site.unit_name is None:
-        raise InputError(f"{patch.site.template} has no units to choose: leave them out")
-    size = patch.site.to_canonical(act).shape[2]
-    if not all(unit < size for unit in patch.units):
-        raise InputError(f"{what} is for unit {max(patch.units)}, but there are {size} ({patch.site.unit_name})")
-
-
-def _check_values(patch: Patch, layer: int, act: Tensor) -> None:
-    """Refuse values of another size than the activation's, which would be broadcast or picked from wrongly."""
-    edit = patch.edit
-    if not isinstance(edit, edits.Constant | edits.PerPrompt) or edit.values is None:
-        return
-    values, shape = tuple(edit.values[layer].shape), tuple(patch.site.to_canonical(act).shape[2:])
-    wanted = shape if isinstance(edit, edits.Constant) else (len(act), *shape)
-    if values != wanted:
-        raise InputError(f"the edit {edit.name!r} at {patch.site.at(layer)} needs values {wanted}, but got {values}")
-
-
-def _check_source(op: Op, name: str, source: Mapping[str, Tensor], pos_axis: int) -> None:
-    """Refuse a source run without the hook point, the prompts or the positions that are asked of it."""
-    if name not in source:
-        raise InputError(f"the source run has no {name!r}, which the edit {op.edit.name!r} takes: cache it there")
-    assert op.source_positions is not None
-    n_prompts, length = len(source[name]), source[name].shape[pos_axis]
-    prompts, positions = int(op.prompts.max()) + 1, int(op.source_positions.max()) + 1
-    if prompts > n_prompts or positions > length:
-        raise InputError(
-            f"the edit {op.edit.name!r} needs {prompts} prompts and {positions} positions of {name!r}, but the source "
-            f"run has {n_prompts} and {length}: run both on the same prompts"
-        )
-
-
-def _reader(key: str, live: dict[str, Tensor]) -> Hook:
-    def read(act: Tensor, hook: Any) -> None:  # noqa: ARG001
-        live[key] = act
-
-    return read
-
-
-def _writer(patch: Patch, layer: int, live: dict[str, Tensor], source: Mapping[str, Tensor] | None) -> Hook:
-    def source_of(op: Op, site: HookSite, block: int) -> Tensor:
-        if source is None:
-            raise InputError(f"the edit {op.edit.name!r} needs the source run's activations")
-        assert op.source_positions is not None
-        name, units = site.at(block), op.units if site == op.site else None
-        _check_source(op, name, source, site.pos_axis)
-        return gather(site.to_canonical(source[name]), (op.prompts, op.source_positions), units)
-
-    def write(act: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        _check_values(patch, layer, act)
-        op, edited = _op(patch, layer, act), act.clone()
-        places = patch.edit.reads_in(layer)
-        reads = {place.key: gather(place.site.to_canonical(live[place.key]), op.address, None) for place in places}
-        apply_edit(patch.site.to_canonical(edited), op, reads, source_of, None)
-        return edited
-
-    return write
 
 
 def block_aggregation(position: int, layers: Sequence[int]) -> Hooks:
@@ -199,22 +75,36 @@ def amplify_variance(
     if mean is not None and not set(blocks) <= set(mean):
         raise InputError(f"mean has no block {min(set(blocks) - set(mean))}: give one for every block of {blocks}")
 
-    def edit_for(layer: int, act: Tensor) -> edits.Edit:
-        amplified = edits.amplification({layer: act}, at[0], strength, axis)
+    def edit_for(layer: int, act: Tensor, index: int) -> edits.Edit:
+        amplified = edits.amplification({layer: act}, index, strength, axis)
         if mean is not None:
             amplified = replace(amplified, mean={layer: mean[layer]})
         return edits.SameNormScaling(of=amplified) if norm_only else amplified
 
-    def hook_for(layer: int) -> Hook:
-        def amplify(act: Tensor, hook: Any) -> Tensor | None:
-            if mean is None and axis == "prompts" and len(act) < 2:
-                raise InputError("the mean over prompts needs at least two: pass more prompts, or a mean")
-            patch = Patch(Z, (layer,), at, edit_for(layer, act))
-            return hooks_of(patch)[0][1](act, hook)
+    def hooks_for(layer: int) -> Hooks:
+        span = Span(f"amplify_variance at {Z.at(layer)}")
 
-        return amplify
+        def amplify(act: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+            first = first_of(span, Z, act)
+            _check_mean(mean is None, axis, len(act), first)
+            if at[0] < first:
+                return None
+            return edited(Patch(Z, (layer,), at, edit_for(layer, act, at[0] - first)), layer, act, first, {}, None)
 
-    return [(Z.at(layer), hook_for(layer)) for layer in blocks]
+        return [*seers(Z, layer, span), (Z.at(layer), amplify)]
+
+    return [hook for layer in blocks for hook in hooks_for(layer)]
+
+
+def _check_mean(own: bool, axis: edits.MeanAxis, n_prompts: int, first: int) -> None:
+    """Refuse a mean, over the run that is being edited, which this pass does not have."""
+    if own and axis == "prompts" and n_prompts < 2:
+        raise InputError("the mean over prompts needs at least two: pass more prompts, or a mean")
+    if own and axis != "prompts" and first > 0:
+        raise InputError(
+            f"the mean over {axis} changes with every token that is generated: pass a mean, or leave the cache off "
+            "(use_past_kv_cache=False)"
+        )
 
 
 def _ablation(layer: int, mode: Mode, values: Tensor | None) -> edits.Edit:

@@ -266,7 +266,7 @@ class Permanent:
 
 def one_by_one(model: Any) -> np.ndarray:
     """Every patch on all prompts with plain hooks, in the order of :func:`numbers`."""
-    from sinklens.interventions.hooks import hooks_of
+    from sinklens.interventions import hooks_of
 
     cells = []
     for patch in PATCHES:
@@ -278,7 +278,7 @@ def one_by_one(model: Any) -> np.ndarray:
 
 
 def patch_source(model: Any) -> dict[str, Tensor]:
-    from sinklens.interventions.hooks import hooks_of
+    from sinklens.interventions import hooks_of
 
     held: dict[str, Tensor] = {}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sinklens.edits import AttendTo, Edit, OfSource, PerPrompt
-from sinklens.interventions.hooks import Hooks, hooks_of
+from sinklens.interventions import Hooks, hooks_of
 from sinklens.patches import Patch, Positions, Runs, Source
 from sinklens.readouts.base import Readout, Rows
 

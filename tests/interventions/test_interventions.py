@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sinklens import edits, interventions, sites
 from sinklens.errors import InputError
-from sinklens.interventions.hooks import Hook, Hooks, hooks_of
+from sinklens.interventions import Hook, Hooks, hooks_of
 from sinklens.models.families import D_HEAD, D_MLP, D_MODEL, N_HEADS
 from sinklens.models.identities import block_weights
 from sinklens.models.load import load_model
