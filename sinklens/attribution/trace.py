@@ -21,7 +21,7 @@ from torch import Tensor
 from sinklens.engine.hooks import Program, check_fired, hook_points, readouts_in, root_ops
 from sinklens.engine.trust import checked_combined, read
 from sinklens.errors import EngineError, InputError
-from sinklens.models.state import one_pass, without_inference
+from sinklens.models.state import backward_hooks, one_pass, without_inference
 from sinklens.models.view import Model, check_hook_name, device_of, forward, model_shape, parameters_of
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout, Rows
@@ -78,9 +78,14 @@ def trace_run(
             the full one.
 
     Raises:
-        InputError: a readout that does not pass gradients on.
+        InputError: a readout that does not pass gradients on, or somebody's backward hooks on the model.
         EngineError: a hook that does not exist or never fired, a gradient that is not finite.
     """
+    if wrt and backward_hooks(model):
+        raise InputError(
+            "there are backward hooks on the model, which may change the gradients that estimates are made of: take "
+            "them off, or run the patches exactly"
+        )
     last = max([layer for r in readouts for layer in r.layers] + [node.layer for node in keep | wrt])
     pass_ = _Pass(model, prompts.to(device_of(model)), keep, wrt, drops)
     program = pass_.program(roots, readouts, last)

@@ -276,6 +276,19 @@ def foreign_hooks(model: Model) -> tuple[object, ...]:
     return tuple(found)
 
 
+def backward_hooks(model: Model) -> tuple[object, ...]:
+    """Somebody's hooks on the gradients: TransformerLens's, torch's on any module, torch's on all modules."""
+    found: list[object] = []
+    for module in modules_of(model):
+        found += getattr(module, "bwd_hooks", ())
+        for name in _BACKWARD_HOOKS:
+            found += list(getattr(module, name).values())
+    shared = torch.nn.modules.module
+    for name in ("_global_backward_hooks", "_global_backward_pre_hooks"):
+        found += list(getattr(shared, name).values())
+    return tuple(found)
+
+
 def _is_theirs(hook: object) -> bool:
     """Whether the libraries have put a hook there themselves (a TransformerLens hook is listed as such besides)."""
     return _library(getattr(hook, "__module__", None))

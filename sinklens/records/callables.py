@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
 
 _INSTALLED = {"site-packages", "dist-packages"}
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+_FROM_OUTSIDE = {
+    *("environ", "getenv", "argv", "import_module"),
+    *("open", "read_text", "read_bytes", "fromfile", "memmap", "loadtxt", "genfromtxt", "load_file", "safe_open"),
+    *("read_csv", "read_table", "read_json", "read_pickle", "read_parquet", "read_feather", "read_excel"),
+}
+_OF_MODULES = {"load": ("torch", "numpy", "json", "pickle", "joblib"), "modules": ("sys",)}
+LOOKED_UP = {"getattr", "hasattr", "vars", "dir", "__dict__", "attrgetter"}
+"""Ways to a module's names that do not say which."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,20 @@ def read_by(code: CodeType) -> Read:
             elif instruction.opname == "IMPORT_NAME":
                 imports.add(instruction.argval)
     return Read(tuple(sorted(found)), tuple(sorted(names)), tuple(sorted(imports)))
+
+
+def outside_of(read: Read, modules: Iterable[str]) -> str | None:
+    """What a function takes from files or from the process while it runs, so far as its names tell.
+
+    Args:
+        read: its names.
+        modules: the modules among the globals that it reads.
+    """
+    for name in read.names:
+        of_modules = set(_OF_MODULES.get(name, ())) & {module.partition(".")[0] for module in modules}
+        if name in _FROM_OUTSIDE or of_modules:
+            return name
+    return None
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

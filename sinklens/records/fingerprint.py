@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sinklens.records.callables import ModuleNames, is_library, read_by, resolves
+from sinklens.records.callables import LOOKED_UP, ModuleNames, is_library, outside_of, read_by, resolves
 
 _PROCESS = os.urandom(16)
 """Of what has no stable fingerprint, no other process has the same one."""
@@ -103,7 +103,8 @@ class _Walk:
         except (Unstable, RecursionError) as error:
             what = "too deeply nested to be gone through" if isinstance(error, RecursionError) else str(error)
             self.unstable.append(f"{name}, {what}" if name else what)
-            found = hashlib.sha256(_PROCESS + str(key).encode()).digest()
+            itself = id(value.module) if isinstance(value, ModuleNames) else key
+            found = hashlib.sha256(_PROCESS + str(itself).encode()).digest()
         finally:
             del self._above[key]
         self._done[key] = (value, found)
@@ -176,8 +177,39 @@ def _of_object(value: object) -> Parts:
         *_state(value, state),
         ("", None if items is None else list(items)),
         ("", None if pairs is None else dict(pairs)),
+        *_unsaid(value),
     ]
     return Parts("object", children)
+
+
+def _unsaid(value: object) -> list[tuple[str, object]]:
+    """The attributes of an object whose class, of the user's own, says itself what of it is copied: it may leave some
+    out that it computes with.
+    """
+    cls = type(value)
+    own = [
+        name
+        for name in ("__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__")
+        for base in cls.__mro__
+        if base is not object and name in vars(base)
+    ]
+    if not own or is_library(cls.__module__):
+        return []
+    slots = {name for base in cls.__mro__ for name in _slots_of(base) if hasattr(value, name)}
+    return _state(value, {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots}})
+
+
+def _slots_of(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _beside(value: Any) -> list[tuple[str, object]]:
+    """What a tensor or an array has besides its numbers: attributes, and a class of the user's own."""
+    cls = type(value)
+    attributes = {name: item for name, item in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
+    own = [] if is_library(cls.__module__) else [("", cls)]
+    return [*own, *_state(value, attributes)]
 
 
 def _state(value: object, state: object) -> list[tuple[str, object]]:
@@ -215,14 +247,14 @@ def _(value: Tensor) -> Parts:
     if value.is_meta:
         raise Unstable("a tensor without values, on the device meta")
     kind = "" if type(value) in (Tensor, torch.nn.Parameter) else type(value).__qualname__
-    tag = f"tensor {kind} {tuple(value.shape)} {value.dtype} {value.layout}"
+    tag, beside = f"tensor {kind} {tuple(value.shape)} {value.dtype} {value.layout}", _beside(value)
     value = value.detach()
     if value.is_quantized:
         value = value.dequantize()
     if value.layout != torch.strided:
         value = value.to_dense()
     flat = value.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return Parts(tag, data=flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return Parts(tag, beside, data=flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
 
 @parts_of.register
@@ -230,9 +262,10 @@ def _(value: np.ndarray) -> Parts:
     tag = f"array {type(value).__name__} {value.shape} {value.dtype.descr if value.dtype.names else value.dtype.str}"
     if isinstance(value, np.ma.MaskedArray):
         return Parts(tag, (("", value.filled(0)), ("", np.ma.getmaskarray(value))))
+    beside = _beside(value)
     if value.dtype.hasobject:
-        return Parts(tag, (("", value.tolist()),))
-    return Parts(tag, data=np.ascontiguousarray(value).reshape(-1).view(np.uint8).data if value.size else b"")
+        return Parts(tag, (("", value.tolist()), *beside))
+    return Parts(tag, beside, data=np.ascontiguousarray(value).reshape(-1).view(np.uint8).data if value.size else b"")
 
 
 @parts_of.register
@@ -331,6 +364,10 @@ def _outside(function: FunctionType) -> Iterable[tuple[str, object]]:
     for module in read.imports:
         if not is_library(module):
             raise Unstable(f"an import of {module} inside a function (import it above)")
+    found = [function.__globals__.get(name) for name in read.globals]
+    modules = [*read.imports, *(item.__name__ for item in found if isinstance(item, ModuleType))]
+    if (outside := outside_of(read, modules)) is not None:
+        raise Unstable(f"{outside} in a function (read what it needs before, and give it that)")
     for name in read.globals:
         if name in function.__globals__:
             item = function.__globals__[name]
@@ -342,6 +379,9 @@ def _outside(function: FunctionType) -> Iterable[tuple[str, object]]:
 @parts_of.register
 def _(value: ModuleNames) -> Parts:
     """A module as far as the names go that a function reads; one of a package by its name."""
+    looked_up = LOOKED_UP & set(value.names)
+    if looked_up and not is_library(value.module.__name__):
+        raise Unstable(f"the module {value.module.__name__} through {min(looked_up)}")
     inside = {} if is_library(value.module.__name__) else vars(value.module)
     children = [
         (name, (name, ModuleNames(inside[name], value.names) if isinstance(inside[name], ModuleType) else inside[name]))

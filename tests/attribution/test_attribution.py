@@ -559,3 +559,32 @@ def test_a_screen_by_sizes_without_blocks(llama):
     assert found.top.tolist() == sizes.argsort(descending=True)[:5].tolist()
     plain = screen(llama, tokens_for(llama), NEURONS, received(), **options)
     torch.testing.assert_close(found.estimates, plain.estimates)
+
+
+def test_somebody_s_hooks_on_gradients_are_refused(llama):
+    """They would change estimates, which stand for exact effects that they do not change."""
+    tokens, wanted = tokens_for(llama), [received()]
+    patches = [Patch(sites.RESID_PRE, (1,), (TARGET,), edits.Constant())]
+    exactly = run_patches(llama, tokens, patches, wanted).values[SINK]
+
+    def refused() -> None:
+        for estimates in (estimate, grad_drop):
+            with pytest.raises(InputError, match="backward hooks"):
+                estimates(llama, tokens, patches, wanted)
+        assert torch.equal(run_patches(llama, tokens, patches, wanted).values[SINK], exactly)
+
+    with llama.hooks(bwd_hooks=[("blocks.2.hook_resid_pre", lambda grad, hook: (0 * grad,))]):  # noqa: ARG005
+        refused()
+    everywhere = torch.nn.modules.module
+    for register in (
+        llama.unembed.register_full_backward_hook,
+        llama.unembed.register_full_backward_pre_hook,
+        everywhere.register_module_full_backward_hook,
+        everywhere.register_module_full_backward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        try:
+            refused()
+        finally:
+            handle.remove()
+    assert estimate(llama, tokens, patches, wanted).changes[SINK].abs().max() > 0

@@ -216,6 +216,31 @@ def test_what_is_the_same() -> None:
     assert fingerprint_of((shared, shared)) == fingerprint_of(([1], [1]))
 
 
+class Hides:
+    """An object that leaves out of a copy what it computes with."""
+
+    __slots__ = ("a", "b")
+
+    def __init__(self, a: int) -> None:
+        self.a = a
+
+    def __reduce__(self) -> Any:
+        return (Hides, (1,))
+
+
+class Scaled(np.ndarray):
+    """An array of the user's own kind."""
+
+
+def test_what_an_object_does_not_say_of_itself() -> None:
+    """What its class leaves out of a copy, and what was put beside the numbers of a tensor or an array."""
+    assert fingerprint_of(Hides(1)) == fingerprint_of(Hides(1)) != fingerprint_of(Hides(2))
+    for make in (lambda: torch.zeros(3), lambda: np.zeros(3).view(Scaled)):
+        values: list[Any] = [make(), make(), make()]
+        values[1].scale, values[2].scale = 1, 2
+        assert len({fingerprint_of(value) for value in values}) == 3
+
+
 def asks(_logits: Any, _rows: Any) -> Any:
     return eval("A")  # noqa: S307
 
@@ -226,6 +251,17 @@ def imports(_logits: Any, _rows: Any) -> Any:
     return sweeps
 
 
+SETTINGS = ModuleType("settings_of_a_notebook")
+OUTSIDE: dict[str, Any] = {
+    "getattr": lambda logits, _: logits[:, -1, getattr(SETTINGS, "A")],  # noqa: B009
+    "vars": lambda logits, _: logits[:, -1, vars(SETTINGS)["A"]],
+    "__dict__": lambda logits, _: logits[:, -1, SETTINGS.__dict__["A"]],
+    "modules": lambda logits, _: logits[:, -1, sys.modules["settings"].A],
+    "environ": lambda logits, _: logits[:, -1, int(os.environ["A"])],
+    "load": lambda logits, _: logits @ torch.load("direction.pt"),
+    "read_text": lambda logits, _: logits[:, -1, int(Path("token.txt").read_text())],
+    "read_csv": lambda logits, _: logits @ pd.read_csv("direction.csv").to_numpy(),
+}
 GENERATOR = np.random.default_rng(0)
 LOCK = threading.Lock()
 UNSTABLE: list[tuple[str, Any]] = [
@@ -238,6 +274,8 @@ UNSTABLE: list[tuple[str, Any]] = [
     ("an import of tests.helpers", imports),
     ("a ufunc", np.frompyfunc(lambda x: x, 1, 1)),
     ("a tensor without values", torch.zeros(2, device="meta")),
+    *((f"through {name}", OUTSIDE[name]) for name in ("getattr", "vars", "__dict__")),
+    *((f"{name} in a function", OUTSIDE[name]) for name in ("modules", "environ", "load", "read_text", "read_csv")),
 ]
 
 
