@@ -40,7 +40,7 @@ from sinklens.models.identities import identities, require
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import BlockWeights, Model, model_shape
 from sinklens.patches import CLEAN
-from sinklens.prompts import PromptBatch
+from sinklens.prompts import PromptBatch, check_batch
 from sinklens.readouts.base import Readout
 from sinklens.records.ranges import Between, check_number, short, shown, spans
 from sinklens.records.summaries import html, some, summary
@@ -268,9 +268,10 @@ def find_formation(
     Raises:
         NoSinkError: no position receives enough attention, no block makes its norm jump, or no neuron qualifies; with
             the numbers that were measured.
-        InputError: activations are not finite, a block, event, neuron or dimension does not exist, or both a block
-            and an event are given.
+        InputError: no model, or no prompts that it can read; activations are not finite, a block, event, neuron or
+            dimension does not exist, or both a block and an event are given.
     """
+    check_batch(model, batch)
     shape = model_shape(model)
     _check_given(shape, layer, super_neurons, outlier_dims, event)
     rows = row_budget(model, batch.length, memory_budget)
@@ -327,6 +328,7 @@ def explained(
     Raises:
         NoSinkError: no neuron of the block qualifies.
     """
+    check_batch(model, batch)
     sinks = torch.tensor(formation.sink_positions, device="cpu")
     post, added = _written(model, batch, layer, row_budget(model, batch.length, memory_budget))
     neurons = _super_neurons(model, layer, post, sinks, neuron_z, selectivity, super_neurons)

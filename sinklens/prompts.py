@@ -435,6 +435,21 @@ def check_ids(model: Model, tokens: Any) -> None:
         raise InputError(f"Token ids must lie in 0..{size - 1}, and these lie in {low}..{high}{theirs}.")
 
 
+def check_batch(model: Model, batch: Any) -> None:
+    """Make sure that there is a model, and a batch of prompts that it can read.
+
+    Raises:
+        InputError: something else in the place of either, or prompts of another model: token ids or a length that this
+            one does not have.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"the model must be a loaded one (load_model), not of type {type(model).__name__}")
+    if not isinstance(batch, PromptBatch):
+        raise InputError(f"prompts must be a PromptBatch (see sinklens.prompts), not of type {type(batch).__name__}")
+    check_ids(model, batch.tokens)
+    _check_size(model, length=batch.length)
+
+
 def bos_text(record: Mapping[str, Any]) -> str:
     """What a result's record says of the BOS, in words; empty for one of an earlier version."""
     there = "a BOS in front" if record.get("has_bos") else "no BOS"

@@ -70,11 +70,19 @@ class Study:
     scored: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     """What analyses have scored on it, which others need not score again."""
 
+    def __post_init__(self) -> None:
+        """Make sure of the model and its prompts.
+
+        Raises:
+            InputError: see :func:`sinklens.prompts.check_batch`.
+        """
+        prompts.check_batch(self.model, self.batch)
+
     def __repr__(self) -> str:
         found = vars(self).get("formation")
         block = "" if found is None else f"formation block {found.layer}"
-        prompts = f"{self.batch.n:,} prompts of {self.batch.length:,} tokens"
-        return summary(self, model_id(self.model), prompts, block, f"seed {self.seed}")
+        given = f"{self.batch.n:,} prompts of {self.batch.length:,} tokens"
+        return summary(self, model_id(self.model), given, block, f"seed {self.seed}")
 
     def _repr_html_(self) -> str:
         found = vars(self).get("formation")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import sinklens as sl
 from sinklens import sites, statistics
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
 from sinklens.prompts import from_tokens
@@ -16,6 +18,7 @@ from sinklens.readouts.base import Readout
 from sinklens.study import Study
 from tests.helpers.analyses import GIVEN, study
 from tests.helpers.planted import OUTLIER, SUPER, planted_twice, prompts
+from tests.helpers.sweeps import FORMATION
 from tests.helpers.tiny import tiny_model, tiny_tokens
 
 
@@ -129,3 +132,32 @@ def test_whether_anything_varies_at_the_sink(same: bool, at: int, varies: bool) 
     assert here.varies_at(torch.tensor([at] * 3)) == varies
     here.formation = types.SimpleNamespace(sink_positions=(at,) * 3)
     assert here.sink_varies == varies
+
+
+ENTRIES: dict[str, Callable[..., Any]] = {
+    "find_formation": sl.find_formation,
+    "Study": Study,
+    "run_chain": sl.run_chain,
+    "run_chains": lambda model, batch: sl.run_chains(model, batch, targets=[4]),
+    "make_pair": lambda model, batch: sl.make_pair(sl.PairChoice(4), model, batch, FORMATION),
+    "sweep": lambda model, batch: sl.sweep(model, batch, stages="resid_pre", formation=FORMATION),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "bridge"])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_the_model_cannot_read_is_refused_at_once(entry: str, backend: Any):
+    """On a bridge prompts longer than its context run, to numbers that mean nothing."""
+    model, other = tiny_model("llama", backend), tiny_model("llama", max_position_embeddings=128, vocab_size=150)
+    long = from_tokens(other, tiny_tokens(3, 80))
+    strange = from_tokens(other, tiny_tokens(3, 12) + 40)
+    for batch, match in (
+        (long, "at most 64 tokens"),
+        (strange, r"must lie in 0\.\.100"),
+        (long.tokens, "must be a PromptBatch .* not of type Tensor"),
+        (["a text"], "must be a PromptBatch .* not of type list"),
+    ):
+        with pytest.raises(InputError, match=match):
+            ENTRIES[entry](model, batch)
+    with pytest.raises(InputError, match=r"must be a loaded one \(load_model\), not of type str"):
+        ENTRIES[entry]("tiny-sink", from_tokens(model, tiny_tokens(3, 12)))

@@ -119,7 +119,7 @@ class Attributor:
         if self._needs is None or not self._needs.cover(needs) or before != self._seen:
             self._held.clear()  # must go before the next is traced
             job.readings.clear()
-            self._needs = needs.in_all_blocks(job.last)
+            self._needs = needs.in_all_blocks(job.last_block)
             self._held = list(job.passes(self._needs, *self._limits))
         return _collect(job, self._held, patches)
 

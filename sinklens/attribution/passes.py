@@ -80,7 +80,8 @@ class Estimation:
         self.model, self.tokens, self.readouts, self.runs = model, tokens, readouts, runs
         self.qk_fix, self.device, self.shape = qk_fix, device_of(model), model_shape(model)
         self.last = max((layer for readout in readouts for layer in readout.layers), default=-1)
-        self.drops = range(min(self.last, self.shape.n_layers - 1) + 1) if drop_blocks else range(0)
+        self.last_block = min(self.last, self.shape.n_layers - 1)  # the logits stand behind it
+        self.drops = range(self.last_block + 1) if drop_blocks else range(0)
         self.names = [without(readout.name, drop) for readout in readouts for drop in (None, *self.drops)]
         self.readings: dict[str, dict[str, list[Tensor]]] = {}
         self.n_forwards = self.n_backwards = 0

@@ -22,7 +22,7 @@ from sinklens.errors import InputError
 from sinklens.formation import Formation, find_formation
 from sinklens.models.view import Model
 from sinklens.pairs.choice import Target, check_targets
-from sinklens.prompts import PromptBatch
+from sinklens.prompts import PromptBatch, check_batch
 from sinklens.records.text import join, number
 
 
@@ -67,6 +67,7 @@ def run_chains(
     Raises:
         NoSinkError, InputError, EngineError: as for :func:`sinklens.run_chain`; a target that is named twice.
     """
+    check_batch(model, batch)
     check_targets(targets, batch.length)
     if formation is None:
         formation = find_formation(model, batch, event=event, memory_budget=options.get("memory_budget"))

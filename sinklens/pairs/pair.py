@@ -26,7 +26,7 @@ from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model
 from sinklens.pairs.choice import NATURAL, Direction, InducedKind, PairChoice, PairKind, directions_of
 from sinklens.patches import CLEAN, Patch, Positions, Runs, Source
-from sinklens.prompts import PromptBatch
+from sinklens.prompts import PromptBatch, check_batch
 from sinklens.sites import PATTERN, HookSite, Z
 
 
@@ -101,6 +101,7 @@ def make_pair(
             the sink itself, blocks beyond the formation block, fewer than two prompts for ``amplify_variance`` over
             prompts.
     """
+    check_batch(model, batch)
     choice.check(batch.length)
     if choice.is_natural:
         return natural_pair(batch, formation, seed)

@@ -18,7 +18,7 @@ from sinklens.models.view import Model
 from sinklens.pairs import InducedKind
 from sinklens.pairs.ablations import EditLike
 from sinklens.pairs.choice import Target
-from sinklens.prompts import PromptBatch
+from sinklens.prompts import PromptBatch, check_batch
 from sinklens.readouts.named import ReadoutLike
 from sinklens.records.ranges import SEEDS, Between, Range, check_arguments
 from sinklens.sweeps.companions import Companions
@@ -156,6 +156,7 @@ def sweep(
 @in_usual_state
 def run_sweep(model: Model, batch: PromptBatch, request: Request, execution: Execution) -> SweepResult:
     """:func:`sinklens.sweep`, of arguments that were read."""
+    check_batch(model, batch)
     check_kept(model, request, execution)
     cluster, sink = prepare(execution)
     plan, record = Planner(model, batch, request, execution).begin(sink)

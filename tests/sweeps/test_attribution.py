@@ -225,3 +225,15 @@ def test_an_exact_sweep_has_nothing_verified(estimated):
     with pytest.raises(InputError, match="method='screen'"):
         estimated.judged()
     assert estimated.config["method"] == "attribution"
+
+
+@pytest.mark.parametrize("readout", ["loss", "logit_diff", lambda logits, _rows: logits[:, -1, 5]])
+def test_readouts_of_the_logits_are_estimated(model, batch, formation, readout):
+    """They stand behind the last block, which has no block behind it."""
+    given: dict[str, Any] = {"stages": "resid_pre", "layers": "0-3", "target": TARGET, "formation": formation}
+    exact = sweep(model, batch, readouts=readout, min_gap=0, **given)
+    for method in ("attribution", "screen"):
+        found = sweep(model, batch, readouts=readout, min_gap=0, method=method, top=4, sample=3, **given)
+        np.testing.assert_allclose(found.table.base, exact.table.base, rtol=1e-5)
+        assert len(found.table) == len(exact.table)
+        assert (found.table.value - found.table.base).abs().max() > 1e-3
