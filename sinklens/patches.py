@@ -148,16 +148,31 @@ class Patch:
         """Write places in one way, whichever the caller has chosen.
 
         Raises:
-            InputError: what is no place, or a source of another number of positions.
+            InputError: what is no place, site or edit, or a source of another number of positions.
         """
+        self._check_kinds()
         object.__setattr__(self, "layers", whole_numbers(self.layers, "block"))
         object.__setattr__(self, "positions", _written(self.positions))
         if self.units is not None:
             object.__setattr__(self, "units", whole_numbers(self.units, "unit"))
+        if self.also is None:
+            object.__setattr__(self, "also", ())
         if self.also and type(self.also) is not tuple:
             object.__setattr__(self, "also", (self.also,) if isinstance(self.also, Patch) else tuple(self.also))
+        if any(not isinstance(patch, Patch) for patch in self.also):
+            raise InputError(f"what goes with a patch (also) must be Patches, not {self.also!r}")
         if self.source is not None and self.source.positions is not None:
             self._check_source()
+
+    def _check_kinds(self) -> None:
+        for what, value, kind, such in (
+            ("site", self.site, HookSite, "sinklens.sites.RESID_PRE"),
+            ("edit", self.edit, Edit, "sinklens.edits.Constant(), or Function(name, function)"),
+        ):
+            if not isinstance(value, kind):
+                raise InputError(f"the {what} of a patch must be such as {such}, not of type {type(value).__name__}")
+        if self.source is not None and not isinstance(self.source, Source):
+            raise InputError(f"the source of a patch must be a Source(run), not of type {type(self.source).__name__}")
 
     def _check_source(self) -> None:
         where, source = self.where, self.source_where

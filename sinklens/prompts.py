@@ -41,6 +41,7 @@ from sinklens.models.state import in_usual_state
 from sinklens.models.view import (
     Model,
     bos_token,
+    check_model,
     context_length,
     prepends_bos,
     tokenizer_of,
@@ -442,8 +443,7 @@ def check_batch(model: Model, batch: Any) -> None:
         InputError: something else in the place of either, or prompts of another model: token ids or a length that this
             one does not have.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise InputError(f"the model must be a loaded one (load_model), not of type {type(model).__name__}")
+    check_model(model)
     if not isinstance(batch, PromptBatch):
         raise InputError(f"prompts must be a PromptBatch (see sinklens.prompts), not of type {type(batch).__name__}")
     check_ids(model, batch.tokens)

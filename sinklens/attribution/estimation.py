@@ -26,12 +26,13 @@ from torch import Tensor
 from sinklens.attribution.passes import Estimation, Needs
 from sinklens.attribution.trace import Trace, without
 from sinklens.edits import Edit, Transplant
+from sinklens.engine.given import check_own_values, check_readouts, check_runs, listed
 from sinklens.engine.places import group_parts, parts_of
 from sinklens.errors import InputError
 from sinklens.models.state import Snapshot, in_usual_state, snapshot, usual_state
-from sinklens.models.view import Model
+from sinklens.models.view import Model, check_model
 from sinklens.patches import CLEAN, Patch, Runs, Source
-from sinklens.prompts import PromptBatch
+from sinklens.prompts import PromptBatch, check_ids
 from sinklens.readouts.base import Readout
 from sinklens.sites import HookSite, unit_count
 
@@ -79,7 +80,9 @@ def estimate(
         NotApplicableError: the model's attention cannot be recomputed for the QK fix.
         EngineError: a hook that does not exist or never fired, a gradient that is not finite.
     """
+    patches = listed(patches, Patch, "patches")
     job = _job(model, prompts, readouts, runs, qk_fix)
+    check_own_values(patches, runs, len(job.tokens))
     return _collect(job, job.passes(job.needs(patches), memory_budget, max_rows), patches)
 
 
@@ -144,7 +147,9 @@ def grad_drop(
     left out. These are sizes for ranking, 0 or more, and no estimates of a change. Arguments and errors are those of
     :func:`estimate`; it takes as many backward passes more as there are blocks up to the last that is read.
     """
+    patches = listed(patches, Patch, "patches")
     job = _job(model, prompts, readouts, runs, qk_fix, drop_blocks=True)
+    check_own_values(patches, runs, len(job.tokens))
     found = _collect(job, job.passes(job.needs(patches), memory_budget, max_rows), patches)
     sizes = {
         readout.name: torch.stack([found.changes[without(readout.name, drop)] for drop in job.drops]).abs().mean(0)
@@ -161,10 +166,12 @@ def _job(
     qk_fix: bool,
     drop_blocks: bool = False,
 ) -> Estimation:
-    if not readouts:
-        raise InputError("give at least one readout to estimate")
+    check_model(model)
+    check_runs(runs)
+    readouts = check_readouts(readouts)
     tokens = prompts.tokens if isinstance(prompts, PromptBatch) else prompts
-    return Estimation(model, tokens, readouts, runs, qk_fix, drop_blocks)
+    check_ids(model, tokens)
+    return Estimation(model, tokens.long(), readouts, runs, qk_fix, drop_blocks)
 
 
 def _collect(

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinklens.engine.capture import ActivationStore, Want, capture_runs
+from sinklens.engine.given import check_own_values, check_readouts, check_runs, listed
 from sinklens.engine.memory import check_limits, is_out_of_memory, peak_bytes, release_cached, row_budget
 from sinklens.engine.pace import Pace
 from sinklens.engine.packed import DifferentModelError, PackedJob, PackedModel, unpackable
@@ -34,7 +35,7 @@ from sinklens.engine.trust import checked_combined
 from sinklens.engine.validation import validate
 from sinklens.errors import EditError, EngineError, InputError
 from sinklens.models.state import Snapshot, in_usual_state, snapshot, usual_state
-from sinklens.models.view import Model, check_hook_name, device_of
+from sinklens.models.view import Model, check_hook_name, check_model, device_of
 from sinklens.patches import CLEAN, Patch, Runs
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
@@ -130,7 +131,9 @@ def run_patches(
             finite, one row that does not fit in memory.
     """
     limits: dict[str, Any] = {"memory_budget": memory_budget, "max_rows": max_rows}
+    patches = listed(patches, Patch, "patches")
     runner = PatchRunner(model, prompts, readouts, runs=runs, **limits, once=True)
+    check_own_values(patches, runs, len(runner.tokens))
     return runner.run(patches, progress)
 
 
@@ -165,7 +168,9 @@ class PatchRunner:
         allow_nonfinite: bool = False,
         once: bool = False,
     ) -> None:
-        self.model, self.readouts, self.runs, self.keep = model, list(readouts), runs, keep
+        check_model(model)
+        check_runs(runs)
+        self.model, self.readouts, self.runs, self.keep = model, check_readouts(readouts), runs, keep
         with usual_state(model):
             self._prepare(prompts, memory_budget, max_rows)
         self.allow_nonfinite, self.once = allow_nonfinite, once
@@ -182,6 +187,7 @@ class PatchRunner:
         self.tokens = prompts.tokens if isinstance(prompts, PromptBatch) else prompts
         self.device = device_of(model)
         validate(model, self.tokens, (), self.readouts, self.runs)
+        self.tokens = self.tokens.long()
         for readout in self.readouts:
             if readout.site != LOGITS:
                 check_hook_name(model, readout.site.at(readout.layers[0]))

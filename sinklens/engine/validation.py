@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from sinklens.engine.given import check_values
 from sinklens.errors import InputError
 from sinklens.models.identities import identities
 from sinklens.models.view import Model, ModelShape, device_of, model_shape
@@ -92,6 +93,7 @@ def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int
     if any(len(set(positions)) != len(positions) for positions in patch.where.rows):
         raise InputError(f"positions {patch.where} repeat: {patch.describe()}")
     _validate_reads(patch)
+    check_values(patch, shape, n_prompts, length)
     if patch.units is not None:
         size = unit_count(patch.site, shape)
         if size is None:

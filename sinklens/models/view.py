@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinklens.errors import EngineError, NotApplicableError
+from sinklens.errors import EngineError, InputError, NotApplicableError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -378,6 +378,21 @@ def parameters_of(model: Model) -> Iterator[torch.nn.Parameter]:
 def dtype_of(model: Model) -> torch.dtype:
     """The dtype of the model's weights."""
     return next(parameters_of(model)).dtype
+
+
+def check_model(model: object) -> None:
+    """Make sure that something is a model of TransformerLens, and not inside a wrapper.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"the model must be a loaded one (load_model), not of type {type(model).__name__}")
+    if "_orig_mod" in model._modules or not (hasattr(model, "cfg") and hasattr(model, "hook_dict")):
+        raise InputError(
+            f"the model must be a HookedTransformer or a TransformerBridge, not a {type(model).__name__}: load_model "
+            "makes one of a Hugging Face model, and takes it out of the wrappers of torch.compile and DataParallel"
+        )
 
 
 def device_of(model: Model) -> torch.device:

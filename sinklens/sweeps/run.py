@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 
+from sinklens.edits import Edit
+from sinklens.engine.given import check_count
 from sinklens.engine.run import Progress
 from sinklens.errors import InputError
 from sinklens.formation import Formation
@@ -157,6 +159,9 @@ def sweep(
 def run_sweep(model: Model, batch: PromptBatch, request: Request, execution: Execution) -> SweepResult:
     """:func:`sinklens.sweep`, of arguments that were read."""
     check_batch(model, batch)
+    for edit in (*request.edits, *(companion.edit for companion in request.companions)):
+        if isinstance(edit, Edit):
+            check_count(edit, batch.n)
     check_kept(model, request, execution)
     cluster, sink = prepare(execution)
     plan, record = Planner(model, batch, request, execution).begin(sink)
