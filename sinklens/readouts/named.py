@@ -9,9 +9,10 @@ there is such a thing: ``logit_diff`` and ``loss`` have none, so they have value
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -146,7 +147,19 @@ def read_readout(readout: ReadoutLike) -> ReadoutLike:
         return named.name if is_the_package_s(READOUTS, KIND, named.name, named) else named
     if not isinstance(readout, Readout) and not callable(readout):
         raise InputError(f"readout {readout!r} must be a name, a Readout, or a function of logits and rows")
+    if not isinstance(readout, Readout) and not _takes_two(readout):
+        raise InputError(f"the readout {readout_name(readout)!r} must be a function of two things, logits and rows")
     return readout
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except ValueError:  # some functions of C do not say what they take
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def fingerprint(readout: ReadoutLike) -> object:

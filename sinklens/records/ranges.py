@@ -261,7 +261,9 @@ def _integers(name: str, given: int | Iterable[int]) -> tuple[int, ...]:
         found = {operator.index(item) for item in items if not _is_truth(item)}
     except TypeError:
         raise InputError(f"{name} {shown(given)} is not a range: {_FORMS}") from None
-    if not found or len(items) > len(found) == 0:
+    if found and any(_is_truth(item) for item in items):
+        raise InputError(f"{name} {shown(given)} has numbers and truths side by side: {_FORMS}")
+    if not found:
         raise InputError(f"{name} is empty: {_FORMS}")
     return tuple(sorted(found))
 

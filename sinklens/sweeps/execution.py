@@ -62,7 +62,8 @@ class Execution:
         """
         check_limits(arguments["memory_budget"], arguments["max_rows"])
         out, shard = arguments["out"], arguments["shard"]
-        if out is not None and not isinstance(out, str | os.PathLike):
+        path = os.fspath(out) if isinstance(out, str | os.PathLike) else None
+        if out is not None and (not isinstance(path, str) or not path.strip() or "\0" in path):
             raise InputError(f"out {shown(out)} must be the path of a folder")
         if shard is not None:
             shard = whole_numbers(shard, "shard")

@@ -80,7 +80,7 @@ def test_numbers_in_every_form() -> None:
         assert read("layers", form) == (1, 3)  # pyright: ignore[reportArgumentType]: an array is no Iterable[int] to it
     for one in (2, np.int32(2), torch.tensor(2), np.array(2)):
         assert read("layers", one) == (2,)  # pyright: ignore[reportArgumentType]: as above
-    truths = (True, [True, False], np.array([True, False]), torch.tensor([True]))
+    truths = (True, [True, False], np.array([True, False]), torch.tensor([True]), [True, 3], [3, np.False_])
     for wrong in (*truths, 1.5, [1.5], torch.tensor([1.0]), None):
         with pytest.raises(InputError):
             read("layers", wrong)  # pyright: ignore[reportArgumentType]: the point of the test
