@@ -58,7 +58,8 @@ class Span:
         if first not in (0, before):
             raise InputError(
                 f"{self.what} counts positions from the first token, but this pass goes on from a cache of {first} "
-                f"positions, of which {before} were run with it: run the prompt with the same hooks, or {_WITHOUT}"
+                f"positions, and {before} were run with it (or the cache keeps a sliding window alone): run the prompt "
+                f"with the same hooks, or {_WITHOUT}"
             )
         if assumed is None:
             self.keys = keys

@@ -1,7 +1,8 @@
 """A patch as plain TransformerLens hooks: they apply it to every row of whatever batch is run.
 
 Positions count from the first token of a prompt, in generation with a key-value cache too, which runs one new token at
-a time (:mod:`sinklens.interventions.cached`).
+a time (:mod:`sinklens.interventions.cached`). Pitfall: where TransformerLens pads prompts of different lengths on the
+left, they count from the first token of the padding.
 """
 
 from __future__ import annotations

@@ -138,6 +138,16 @@ def test_a_position_that_the_prompt_does_not_have(model: Any, cached: bool) -> N
             generated(model, tiny_tokens(2, LENGTH), hooks, cached=cached)
 
 
+def test_a_cache_that_keeps_a_window_alone_is_refused() -> None:
+    """Its keys say no more what was before them."""
+    model = tiny_model("mistral", "bridge", sliding_window=LENGTH + 2)
+    for site in (sites.RESID_PRE, sites.PATTERN, sites.MLP_POST):
+        hooks = hooks_of(Patch(site, (0,), (POSITION,), edits.Constant()))
+        with pytest.raises(InputError, match="keeps a sliding window alone"):
+            generated(model, tiny_tokens(2, LENGTH), hooks, cached=True)
+        generated(model, tiny_tokens(2, LENGTH), hooks, cached=False)
+
+
 # --- A cache of the caller's own -------------------------------------------------------------------------------------
 
 
