@@ -362,6 +362,8 @@ def from_texts(
     """
     if isinstance(texts, str):
         raise InputError("texts must be a list of strings, and it is a single string; put it in a list.")
+    if not isinstance(texts, Iterable):
+        raise InputError(f"texts must be a list of strings, not of type {type(texts).__name__}.")
     _check_size(model, length, n)
     tokenizer = tokenizer_of(model)
     if tokenizer is None:

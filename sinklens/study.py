@@ -122,8 +122,13 @@ class Study:
             batch: the prompts.
             formation: where the sink forms; found when it is asked for if not given.
             options: further fields.
+
+        Raises:
+            InputError: see :func:`sinklens.prompts.check_batch`; a formation that is none.
         """
         study = cls(model, batch, **options)
+        if formation is not None and not isinstance(formation, Formation):
+            raise InputError(f"formation must be what find_formation gives, not of type {type(formation).__name__}")
         if formation is not None:
             study.formation = formation
         return study

@@ -161,3 +161,14 @@ def test_what_the_model_cannot_read_is_refused_at_once(entry: str, backend: Any)
             ENTRIES[entry](model, batch)
     with pytest.raises(InputError, match=r"must be a loaded one \(load_model\), not of type str"):
         ENTRIES[entry]("tiny-sink", from_tokens(model, tiny_tokens(3, 12)))
+
+
+def test_things_of_another_kind_are_refused_where_they_enter():
+    here = study()
+    with pytest.raises(InputError, match="formation must be what find_formation gives, not of type str"):
+        sl.run_chain(here.model, here.batch, formation="block 3")  # type: ignore[arg-type]
+    for analysis, of in (("onset", here), (None, here.model)):
+        with pytest.raises(InputError, match="give an Analysis .* and a Study"):
+            sl.run_analysis(analysis, of)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="texts must be a list of strings, not of type NoneType"):
+        sl.prompts.from_texts(here.model, None, length=8)  # type: ignore[arg-type]

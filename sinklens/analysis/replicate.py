@@ -28,6 +28,7 @@ from sinklens.analysis.suite import (
 from sinklens.chain.agree import Said, agreement_text, compare, said_by_chain
 from sinklens.chain.result import ChainResult
 from sinklens.errors import InputError
+from sinklens.models.state import check_bare
 from sinklens.records.files import write_json, writing
 from sinklens.records.plain import to_plain
 from sinklens.study import Study
@@ -163,9 +164,10 @@ def replicate_into(
         What became of every set, their results, and a line on how far these agree.
 
     Raises:
-        InputError: there are too few prompts, or the folder holds something else.
+        InputError: there are too few prompts, the folder holds something else, or there are hooks on the model.
         WriteError: there is no room.
     """
+    check_bare(study.model, "a folder (out)", "use replicate, which keeps its results in memory")
     out = Path(out)
     studies = sets_of(study, sets, n)
     earlier = earlier_parts(out)

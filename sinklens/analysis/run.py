@@ -30,6 +30,9 @@ def run_analysis(analysis: Analysis, study: Study, **options: Any) -> AnalysisRe
         InputError: an option that does not exist, or does not fit the model and prompts.
         EngineError: a patch did nothing, or a readout is not finite.
     """
+    if not isinstance(analysis, Analysis) or not isinstance(study, Study):
+        given = f"{type(analysis).__name__} and {type(study).__name__}"
+        raise InputError(f"give an Analysis (load_analysis) and a Study(model, prompts), not {given}")
     unknown = set(options) - set(analysis.options)
     if unknown:
         known = ", ".join(analysis.options) or "none"

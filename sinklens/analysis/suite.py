@@ -24,6 +24,7 @@ from sinklens.chain.result import ChainResult
 from sinklens.chain.run import score_chain
 from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableError, WriteError
 from sinklens.formation import _check_given, formation_from_json, formation_to_json
+from sinklens.models.state import check_bare
 from sinklens.pairs import PairChoice
 from sinklens.records.files import FULL, cannot_write, check_out, holds_something, remove_leftovers, write_json
 from sinklens.records.plain import check_kinds, to_plain
@@ -99,7 +100,8 @@ def run_all(
 
     Raises:
         InputError: a part that does not exist, a folder that is not one of an earlier run, or a target, block,
-            event, neuron or dimension that the prompts or the model do not have: nothing has been written then.
+            event, neuron or dimension that the prompts or the model do not have, or hooks on the model: nothing has
+            been written then.
         WriteError: there is no room; what was finished is kept, and taken up when there is.
     """
     out = Path(out)
@@ -140,7 +142,8 @@ def judged_parts(out: Path, parts: Mapping[str, Part]) -> list[dict[str, Any]]:
 
 
 def _check(study: Study, target: int) -> None:
-    """Refuse, before any work, what would make parts fail."""
+    """Refuse, before any work, what would make parts fail, or a part pass for that of another model."""
+    check_bare(study.model, "a folder (out)", "run one with run_chain or run_analysis")
     PairChoice(target).check(study.batch.length)
     told = {name: study.given.get(name) for name in ("layer", "super_neurons", "outlier_dims", "event")}
     if study.given:

@@ -294,6 +294,26 @@ def _is_theirs(hook: object) -> bool:
     return _library(getattr(hook, "__module__", None))
 
 
+def check_bare(model: Model, where: str, instead: str) -> None:
+    """Make sure that a model's weights and config are all that its numbers follow from.
+
+    Args:
+        model: the model.
+        where: what knows these alone, such as ``a folder (out)``.
+        instead: what can be done where there is more.
+
+    Raises:
+        InputError: there are hooks on the model, or a part of it is not as it was loaded.
+    """
+    if foreign_hooks(model):
+        raise InputError(
+            f"there are hooks on the model, and {where} knows nothing of them: call model.reset_hooks() or leave the "
+            f"with of model.hooks first, or {instead}"
+        )
+    if (part := foreign_part(model)) is not None:
+        raise InputError(f"the model has {part}, and {where} knows nothing of it but its weights: {instead}")
+
+
 def _library(name: str | None) -> bool:
     return name is not None and name.partition(".")[0] in ("transformer_lens", "transformers")
 

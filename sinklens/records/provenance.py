@@ -6,10 +6,15 @@ import hashlib
 import inspect
 import platform
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sinklens.records.callables import is_library
 
 
 def versions() -> dict[str, str]:
@@ -58,9 +63,30 @@ def package_digest() -> str:
 
 
 def code_digest(function: Callable[..., object]) -> str:
-    """Digest of sinklens's source and of the file that ``function`` is written in."""
+    """Digest of sinklens's source, of the file that ``function`` is written in, and of the user's own files that this
+    one imports from.
+    """
     digest = hashlib.sha256(package_digest().encode())
     source = inspect.getsourcefile(function)
-    if source is not None and Path(source).is_file():
-        digest.update(Path(source).read_bytes())
+    files = [] if source is None else [source]
+    files += sorted(_imported(getattr(inspect.unwrap(function), "__globals__", {})) - set(files))
+    for path in files:
+        if Path(path).is_file():
+            digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _imported(names: Mapping[str, Any]) -> set[str]:
+    """The files of the user's own modules that the names of a module come from, and of those that these import from."""
+    found: set[str] = set()
+    ahead = [names]
+    while ahead:
+        for value in list(ahead.pop().values()):
+            of = getattr(value, "__module__", None)
+            module = value if isinstance(value, ModuleType) else sys.modules.get(of) if isinstance(of, str) else None
+            path = getattr(module, "__file__", None)
+            if module is None or path is None or path in found or is_library(module.__name__):
+                continue
+            found.add(path)
+            ahead.append(vars(module))
+    return found

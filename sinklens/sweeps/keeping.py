@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sinklens.errors import InputError
-from sinklens.models.state import foreign_hooks, foreign_part
+from sinklens.models.state import check_bare
 from sinklens.models.view import Model
 from sinklens.pairs.ablations import EditLike
 from sinklens.readouts.named import ReadoutLike, readout_name
@@ -23,16 +23,7 @@ def check_kept(model: Model, request: Request, execution: Execution) -> None:
     if execution.out is None and execution.engine == "local":
         return
     where = "a folder (out)" if execution.out is not None else f"the engine {execution.engine}"
-    if foreign_hooks(model):
-        raise InputError(
-            f"there are hooks on the model, and {where} knows nothing of them: call model.reset_hooks() or leave the "
-            "with of model.hooks first, or sweep in memory with the engine local"
-        )
-    if (part := foreign_part(model)) is not None:
-        raise InputError(
-            f"the model has {part}, and {where} knows nothing of it but its weights: sweep in memory with the engine "
-            "local"
-        )
+    check_bare(model, where, "sweep in memory with the engine local")
     if execution.out is not None:
         for what, thing in _things(request):
             _check_stable(what, thing)

@@ -13,6 +13,7 @@ import pytest
 
 from sinklens.analysis import suite
 from sinklens.analysis.base import Analysis, AnalysisResult, Findings, verdict
+from sinklens.analysis.replicate import replicate_into
 from sinklens.analysis.suite import Part, run_all
 from sinklens.chain import result as result_file
 from sinklens.chain.result import ChainResult
@@ -343,6 +344,19 @@ def test_bad_folders_and_names_are_refused_before_any_work(tmp_path, calls):
         run_all(study(), tmp_path / "torn", target=5)
     assert calls.made == [] and not (tmp_path / "all").exists()
     assert (tmp_path / "notes" / "diary.txt").read_text() == "mine"
+
+
+def test_a_model_with_hooks_is_refused_before_any_work(tmp_path, calls):
+    """The folder would take its numbers for those of the bare model."""
+    hooked = study()
+    hook = ("blocks.1.hook_resid_pre", lambda act, hook: 2 * act)  # noqa: ARG005
+    nothing: Any = print
+    with hooked.model.hooks(fwd_hooks=[hook]):
+        with pytest.raises(InputError, match=r"there are hooks on the model, and a folder \(out\) knows nothing"):
+            run_all(hooked, tmp_path / "all", target=5)
+        with pytest.raises(InputError, match="there are hooks on the model"):
+            replicate_into(hooked, 3, tmp_path / "sets", nothing, nothing, n=1)
+    assert calls.made == [] and not list(tmp_path.iterdir())
 
 
 def test_a_record_holds_no_more_than_a_part_takes():
