@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sinklens import prompts
 from sinklens.errors import InputError
+from sinklens.prompts.sources import N_PASSAGES
 
 WORDS = [f"w{i}" for i in range(30)]
 LINE = " ".join(WORDS[:10])
@@ -54,7 +55,7 @@ def write(path, content):
 
 def test_passages_are_32_distinct_texts():
     rows = passages()
-    assert len(rows) == prompts.N_PASSAGES == 32
+    assert len(rows) == N_PASSAGES == 32
     assert len({row["title"] for row in rows}) == 32
     assert len({row["text"].split()[0].strip('",.').lower() for row in rows}) == 32
     assert all(row["text"].isascii() and len(row["text"].split()) >= 200 for row in rows)
