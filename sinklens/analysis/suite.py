@@ -23,7 +23,7 @@ from sinklens.analysis.run import config_of, load_analysis, run_analysis
 from sinklens.chain.result import ChainResult
 from sinklens.chain.run import score_chain
 from sinklens.errors import EngineError, InputError, NoSinkError, NotApplicableError, WriteError
-from sinklens.formation import _check_given, formation_from_json, formation_to_json
+from sinklens.formation import check_given, formation_from_json, formation_to_json
 from sinklens.models.state import check_bare
 from sinklens.pairs import PairChoice
 from sinklens.records.files import FULL, cannot_write, check_out, holds_something, remove_leftovers, write_json
@@ -147,7 +147,7 @@ def _check(study: Study, target: int) -> None:
     PairChoice(target).check(study.batch.length)
     told = {name: study.given.get(name) for name in ("layer", "super_neurons", "outlier_dims", "event")}
     if study.given:
-        _check_given(study.shape, *told.values())
+        check_given(study.shape, *told.values())
     if told["event"] is not None:
         with contextlib.suppress(NoSinkError):  # that is for the parts to say
             study.formation  # noqa: B018  (which events there are is known when the sink is)

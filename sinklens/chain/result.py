@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sinklens.errors import InputError
-from sinklens.formation import Formation, _frame, formation_from_json, formation_to_json
+from sinklens.formation import Formation, formation_from_json, formation_to_json
+from sinklens.formation.found import frame_of
 from sinklens.records.files import atomic_folder, write_json
 from sinklens.records.plain import check_kinds, to_plain
 from sinklens.records.summaries import html, some, summary
@@ -142,8 +143,8 @@ class ChainResult:
             found = cls(
                 scores=_with_lists(pd.read_parquet(folder / "scores.parquet")),
                 effects=_with_lists(pd.read_parquet(folder / "effects.parquet")),
-                matrix=_frame(data["chain_matrix"]),
-                checks=_frame(data["checks"]),
+                matrix=frame_of(data["chain_matrix"]),
+                checks=frame_of(data["checks"]),
                 formation=formation_from_json(data["formation"]),
                 runs=data["runs"],
                 config=data["config"],

@@ -196,12 +196,13 @@ def load(
     step("loading torch and the model")
     from sinklens import prompts as make
     from sinklens.models.load import load_model
+    from sinklens.prompts.sources import N_PASSAGES
 
     loaded = load_model(model, device=device, dtype=dtype.value, backend=backend.value, devices=devices)
     _check_weights(loaded)
     leading, several = bos.value, n * (sets or 1)
     if prompts == "passages":
-        number = several if sets is None else min(several, make.N_PASSAGES)
+        number = several if sets is None else min(several, N_PASSAGES)
         return loaded, make.natural(loaded, n=number, length=length, prepend_bos=leading)
     if prompts == "random":
         return loaded, make.random_tokens(loaded, n=several, length=length, seed=seed, prepend_bos=leading)
