@@ -19,9 +19,10 @@ from torch import Tensor
 
 from sinklens import prompts
 from sinklens.edits.draws import others
-from sinklens.engine.capture import Want, capture_runs
+from sinklens.engine.capture import capture_runs
 from sinklens.engine.memory import row_budget
 from sinklens.engine.run import PatchResult, PatchRunner, Progress
+from sinklens.engine.store import Want
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation, explained, find_formation
 from sinklens.models.identities import block_weights, require

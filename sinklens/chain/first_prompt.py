@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sinklens import metrics
-from sinklens.engine.capture import Want, capture_runs
+from sinklens.engine.capture import capture_runs
+from sinklens.engine.store import Want
 from sinklens.models.identities import identities
 from sinklens.sites import MLP_POST, PATTERN
 from sinklens.stages.base import Setting

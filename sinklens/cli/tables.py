@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -104,7 +105,16 @@ def chain_footer(result: ChainResult) -> list[str]:
         f"{engine['n_patches']} patches, {engine['n_rows']} patched rows in {engine['n_forwards']} forward passes, "
         f"{engine['seconds']:.1f} s, {engine['n_rows'] / engine['seconds']:.0f} rows per second, peak memory "
         f"{(engine['peak_bytes'] or 0) / 2**30:.1f} GiB.",
+        *_slower(engine),
     ]
+
+
+def _slower(engine: Mapping[str, Any]) -> list[str]:
+    """Why patches did not run through the fast pass, where they did not; runs of earlier versions do not know."""
+    if engine.get("path") != "model":
+        return []
+    why = f" ({engine['reason']})" if engine.get("reason") else ""
+    return [f"Patches ran through TransformerLens, more slowly{why}."]
 
 
 def _received(result: ChainResult) -> str:

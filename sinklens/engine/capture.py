@@ -2,156 +2,55 @@
 
 One pass over the prompts for each run collects the residual streams that patched rows resume from, the source
 activations that edits transplant (only at the positions that are used), and the readouts of the run itself.
+
+On a bridge, whose hooks cost more than its arithmetic, the packed pass does this too where it knows the model, and the
+first prompt of every run is run through TransformerLens besides: what differs there is captured with hooks.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from sinklens.engine.apply import gather
 from sinklens.engine.hooks import Program, execute, readouts_in, root_ops
 from sinklens.engine.memory import is_out_of_memory, release_cached
+from sinklens.engine.packed import (
+    TOLERANCE,
+    DifferentModelError,
+    PackedModel,
+    check_reading,
+    difference,
+    execute_whole,
+    found_different,
+    packed_model,
+    unknown_place,
+)
+from sinklens.engine.store import ActivationStore, Want
 from sinklens.engine.trust import read
 from sinklens.engine.validation import check_edits
-from sinklens.errors import EditError, EngineError, InputError
+from sinklens.errors import EditError, InputError
 from sinklens.metrics.sums import running_sum
 from sinklens.models.identities import identities
 from sinklens.models.state import foreign_hooks, in_usual_state
-from sinklens.models.view import Model, device_of
+from sinklens.models.view import Model, can_resume, device_of
 from sinklens.patches import Runs
 from sinklens.prompts import check_ids
 from sinklens.readouts.base import PositionReadout, Readout, Rows
-from sinklens.sites import HookSite
+from sinklens.sites import RESID_POST, HookSite
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Want:
-    """An activation to keep from a run."""
-
-    run: str
-    """Run name."""
-    site: HookSite
-    """Where."""
-    layer: int
-    """Block."""
-    positions: tuple[int, ...] | None = None
-    """Positions to keep, for every prompt; ``None``: all."""
-
-    @property
-    def key(self) -> tuple[str, HookSite, int]:
-        """Which activation, wherever."""
-        return self.run, self.site, self.layer
-
-
-@dataclass(eq=False)
-class ActivationStore:
-    """Activations and readings of runs, on the model's device."""
-
-    length: int
-    """Tokens in a prompt."""
-    kept: dict[tuple[str, HookSite, int], tuple[int, ...] | None] = field(default_factory=dict)
-    """Positions kept of each activation."""
-    parts: dict[tuple[str, HookSite, int], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    """Activations ``[prompt, kept pos, unit, ...]``, in batches of prompts."""
-    readings: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
-    """``(run, readout, block) -> [prompt, ...]``."""
-    before: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
-    """The same of readouts over positions, ``[prompt, pos + 1, ...]``: the sum over all positions before each."""
-    n_forwards: int = 0
-    """Forward passes that this took."""
-    _lookups: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(default_factory=dict, repr=False)
-
-    def tensor(self, run: str, site: HookSite, layer: int) -> Float[Tensor, "prompt pos *rest"]:
-        """The whole kept activation, laid out as ``[prompt, pos, unit, ...]``."""
-        key = (run, site, layer)
-        parts = self.parts[key]
-        if len(parts) > 1:
-            self.parts[key] = parts = [torch.cat(parts)]
-        return parts[0]
-
-    def gather(
-        self, run: str, site: HookSite, layer: int, prompts: Tensor, positions: Tensor, units: Tensor | None = None
-    ) -> Float[Tensor, "pair unit *rest"]:
-        """The activation of ``run`` at (prompt, position) pairs.
-
-        Raises:
-            EngineError: when it was not captured there.
-        """
-        key = (run, site, layer)
-        if key not in self.kept:
-            raise EngineError(f"{site.at(layer)} was not captured in the run {run!r}")
-        kept, held = self.kept[key], self.tensor(run, site, layer)
-        device, there = positions.device, held.device  # blocks of one model may lie on several
-        prompts, positions = prompts.to(there), positions.to(there)
-        if kept is not None:
-            positions = self._lookup(kept, there)[positions]
-        return gather(held, (prompts, positions), None if units is None else units.to(there)).to(device)
-
-    def _lookup(self, kept: tuple[int, ...], device: torch.device) -> Int[Tensor, " pos"]:
-        """Position to its index among the kept ones."""
-        if (kept, device) not in self._lookups:
-            lookup = torch.full(
-                (self.length,), self.length, device="cpu"
-            )  # out of range: not kept must not pass for the last one
-            lookup[list(kept)] = torch.arange(len(kept), device="cpu")
-            self._lookups[kept, device] = lookup.to(device)
-        return self._lookups[kept, device]
-
-    def missing(self, wants: Iterable[Want]) -> list[Want]:
-        """What has to be captured so that all of ``wants`` is here: an activation anew, with the positions it has."""
-        wants = list(wants)
-        lacking = {want.key for want in wants if not self._covers(want)}
-        kept = [Want(*key, self.kept[key]) for key in lacking if key in self.kept]
-        return [*kept, *(want for want in wants if want.key in lacking)]
-
-    def _covers(self, want: Want) -> bool:
-        if want.key not in self.kept:
-            return False
-        kept = self.kept[want.key]
-        return kept is None or (want.positions is not None and set(want.positions) <= set(kept))
-
-    def update(self, newer: ActivationStore) -> None:
-        """Take over what ``newer`` holds."""
-        for mine, theirs in (
-            (self.kept, newer.kept),
-            (self.parts, newer.parts),
-            (self.readings, newer.readings),
-            (self.before, newer.before),
-        ):
-            mine.update(theirs)  # type: ignore[arg-type]
-        self.n_forwards += newer.n_forwards
-
-    def forget(self) -> None:
-        """Let go of all activations; readings stay."""
-        self.kept.clear()
-        self.parts.clear()
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all activations."""
-        return sum(part.numel() * part.element_size() for parts in self.parts.values() for part in parts)
-
-    def joined(self, runs: Sequence[str], site: HookSite, layer: int) -> Float[Tensor, "context pos *rest"]:
-        """The activation of several runs, one after another; each run's own becomes a view of it."""
-        if len(runs) == 1:
-            return self.tensor(runs[0], site, layer)
-        parts = [self.tensor(run, site, layer) for run in runs]
-        whole = torch.cat(parts)
-        for run, part in zip(runs, whole.split([len(part) for part in parts]), strict=True):
-            self.parts[run, site, layer] = [part]
-        return whole
-
-    def at(self, run: str, site: HookSite, layer: int, positions: Int[Tensor, " prompt"]) -> Tensor:
-        """The activation at one position of every prompt, ``[prompt, unit, ...]``."""
-        positions = positions.to(self.tensor(run, site, layer).device)
-        return self.gather(run, site, layer, torch.arange(len(positions), device=positions.device), positions)
+Passing = Callable[..., Mapping[tuple[str, int], Tensor]]
+"""``(tokens, program, stop_at=) -> readings``: a forward pass over whole prompts."""
+Places = Mapping[tuple[HookSite, int], tuple[int, ...] | None]
+"""Activations to keep of a run, with their positions."""
 
 
 @in_usual_state
@@ -170,6 +69,7 @@ def capture_runs(
         InputError: when an activation that is kept is not finite, or the vocabulary does not have the tokens.
         NotApplicableError: when a root edit would have no effect, or an activation has other axes than its site says.
         EngineError: when a hook does not exist or never fires.
+        DifferentModelError: what is wanted is of the packed pass alone, which has not this model's numbers.
     """
     check_ids(model, tokens)
     wants = list(wants)
@@ -178,7 +78,7 @@ def capture_runs(
     for site, layers in [*((r.site, r.layers) for r in readouts), *((want.site, (want.layer,)) for want in wants)]:
         measured.check_layout(site.template, layers)
     store = ActivationStore(tokens.shape[1])
-    wanted: dict[str, dict[tuple[HookSite, int], tuple[int, ...] | None]] = {}
+    wanted: dict[str, Places] = {}
     for run in runs:
         wanted[run] = _merge([want for want in wants if want.run == run])
         store.kept.update({(run, site, layer): kept for (site, layer), kept in wanted[run].items()})
@@ -187,11 +87,59 @@ def capture_runs(
     chosen = {run: tuple(roots) for run, roots in runs.items() if wanted[run] or readouts}
     last = max([layer for mine in wanted.values() for _, layer in mine] + read, default=-1)
     if last >= 0:
-        _capture(model, tokens, chosen, wanted, readouts, last + 1, store, max_rows)
+        packed = _packed(model, tokens, chosen, wanted, readouts, last + 1)
+        passing = partial(execute, model) if packed is None else partial(execute_whole, packed)
+        _capture(model, passing, tokens, chosen, wanted, readouts, last + 1, store, max_rows)
     return store
 
 
-def _capture(model, tokens, runs, wanted, readouts, stop_at, store, max_rows) -> None:  # noqa: ANN001
+def _packed(model, tokens, runs, wanted, readouts, stop_at) -> PackedModel | None:  # noqa: ANN001
+    """The model taken apart, if this can be captured with the packed pass and that is the better way.
+
+    It is tried on the first prompt of every run.
+    """
+    places = {(readout.site, layer) for readout in readouts for layer in readout.layers}
+    places |= {place for mine in wanted.values() for place in mine}
+    for root in (part for roots in runs.values() for patch in roots for part in patch.parts):
+        for layer in root.layers:
+            places |= {(root.site, layer), *((read.site, read.layer) for read in root.edit.reads_in(layer))}
+    if can_resume(model) or unknown_place(model, tokens.shape[1], places) is not None:
+        return None
+    packed = packed_model(model, tokens.shape[1])
+    try:
+        _check_packed(model, packed, tokens[:1], runs, readouts, stop_at)
+    except DifferentModelError as error:
+        why = f"the fast pass differs on this model ({error})"
+        logger.warning("runs are captured through TransformerLens: %s", why)
+        found_different(model, why)
+        if any(site == packed.keys_site for site, _ in places):
+            raise  # who wants what hooks do not see goes on without it
+        return None
+    return packed
+
+
+def _check_packed(model, packed, tokens, runs, readouts, stop_at) -> None:  # noqa: ANN001
+    """Make sure that both passes read the same of some prompts, and end with the same residual stream.
+
+    Raises:
+        DifferentModelError: they do not.
+    """
+    last = min(stop_at, packed.n_layers) - 1
+    wanted = {run: {(RESID_POST, last): None} for run in runs}
+    theirs, ours = ActivationStore(tokens.shape[1]), ActivationStore(tokens.shape[1])
+    for passing, store in ((partial(execute, model), theirs), (partial(execute_whole, packed), ours)):
+        _capture(model, passing, tokens, runs, wanted, readouts, stop_at, store, len(runs))
+    for run in runs:
+        mine, expected = (store.tensor(run, RESID_POST, last).flatten(0, 1).float() for store in (ours, theirs))
+        if not (error := difference(mine, expected, packed.dtype)) <= TOLERANCE[packed.dtype]:
+            raise DifferentModelError(f"{RESID_POST.at(last)} is off by {error:.2g} of its size")
+        for readout in readouts:
+            for layer in readout.layers:
+                mine, expected = (store.readings[run, readout.name, layer] for store in (ours, theirs))
+                check_reading(readout, mine, expected, packed.dtype)
+
+
+def _capture(model, passing, tokens, runs, wanted, readouts, stop_at, store, max_rows) -> None:  # noqa: ANN001
     device = device_of(model)
     collected: dict[tuple[str, str, int], list[Tensor]] = defaultdict(list)
     rows = [(run, prompt) for run in runs for prompt in range(len(tokens))]
@@ -216,9 +164,9 @@ def _capture(model, tokens, runs, wanted, readouts, stop_at, store, max_rows) ->
         part: dict = {}
         for site, layer in dict.fromkeys(key for run in spans for key in wanted[run]):
             keepers = [(run, span, wanted[run]) for run, span in spans.items() if (site, layer) in wanted[run]]
-            program.captures[site.at(layer)] = _keeper(part, site, layer, keepers)
+            program.captures[site, layer] = _keeper(part, site, layer, keepers)
         try:
-            readings = execute(model, tokens[prompts].to(device), program, stop_at=stop_at)
+            readings = passing(tokens[prompts].to(device), program, stop_at=stop_at)
         except RuntimeError as error:
             if not is_out_of_memory(error) or max_rows == 1:
                 raise

@@ -40,8 +40,8 @@ class Program:
     """Edits, root edits before patches."""
     readouts: list[tuple[Readout, int]] = field(default_factory=list)
     """Readouts and the block to read each in."""
-    captures: dict[str, Callable[[Tensor], None]] = field(default_factory=dict)
-    """Hook name to a function that is given the (edited) activation there and copies what it keeps."""
+    captures: dict[tuple[HookSite, int], Callable[[Tensor], None]] = field(default_factory=dict)
+    """Site and block to a function that is given the (edited) activation there and copies what it keeps."""
     source_of: SourceOf | None = None
     """Looks up source activations."""
     before_of: BeforeOf | None = None
@@ -128,8 +128,8 @@ def hook_points(program: Program) -> dict[str, HookPoint]:
         for place in op.edit.reads_in(op.layer):
             if place.layer >= program.first:
                 points[place.site.at(place.layer)].reads.append((op, place.key, place.site))
-    for name, capture in program.captures.items():
-        points[name].capture = capture
+    for (site, layer), capture in program.captures.items():
+        points[site.at(layer)].capture = capture
     for readout, layer in program.readouts:
         if readout.site != LOGITS:
             points[readout.site.at(layer)].readouts.append((readout, layer))

@@ -15,9 +15,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinklens.engine.apply import Op, source_at
-from sinklens.engine.capture import ActivationStore, Want, warn_of_split
+from sinklens.engine.capture import warn_of_split
 from sinklens.engine.hooks import Program, execute, readouts_in, root_ops
 from sinklens.engine.places import group_parts, pairs_of, parts_of
+from sinklens.engine.store import ActivationStore, Want
 from sinklens.engine.trust import checked_combined
 from sinklens.models.state import foreign_hooks
 from sinklens.models.view import Model, can_resume

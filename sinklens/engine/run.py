@@ -24,13 +24,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinklens.engine.capture import ActivationStore, Want, capture_runs
+from sinklens.engine.capture import capture_runs
 from sinklens.engine.given import check_own_values, check_readouts, check_runs, listed
 from sinklens.engine.memory import check_limits, is_out_of_memory, peak_bytes, release_cached, row_budget
 from sinklens.engine.pace import Pace
-from sinklens.engine.packed import DifferentModelError, PackedJob, PackedModel, unpackable
+from sinklens.engine.packed import (
+    DifferentModelError,
+    PackedJob,
+    PackedModel,
+    found_different,
+    packed_model,
+    unpackable,
+)
 from sinklens.engine.plain import PlainJob, plain_wants
 from sinklens.engine.residual import as_written
+from sinklens.engine.store import ActivationStore, Want
 from sinklens.engine.trust import checked_combined
 from sinklens.engine.validation import validate
 from sinklens.errors import EditError, EngineError, InputError
@@ -237,15 +245,15 @@ class PatchRunner:
                 n_patches=len(patches), n_rows=len(patches) * len(self.tokens), max_rows=self.pace.limit
             )
             captured = self._store.n_forwards if self._store is not None else 0
-            job: PackedJob | PlainJob | None = self._packed_job(patches)
+            job: PackedJob | PlainJob | None = None
             try:
+                job = self._packed_job(patches)
                 if job is not None:
                     self._batches(job, stats, progress)
                     self._checked = self._checked or not job.unchecked
             except DifferentModelError as error:
-                logger.warning("patches run through TransformerLens: the fast pass differs on this model (%s)", error)
-                self._packed, self._checked, job = None, True, None
-                self._unpacked = f"the fast pass differs on this model ({error})"
+                self._give_up_packing(error)
+                job, captured = None, 0
             if job is None:
                 stats.path, stats.reason, stats.n_forwards = "model", self._unpacked, 0
                 job = self._plain_job(patches)
@@ -255,6 +263,13 @@ class PatchRunner:
             stats.seconds = time.perf_counter() - began
             stats.peak_bytes = peak_bytes(self.device)
             return PatchResult(values, runs, stats)
+
+    def _give_up_packing(self, error: DifferentModelError) -> None:
+        """Do without the packed pass, which has not this model's numbers: the runs may have been captured with it."""
+        self._unpacked = f"the fast pass differs on this model ({error})"
+        logger.warning("patches run through TransformerLens: %s", self._unpacked)
+        found_different(self.model, self._unpacked)
+        self._packed, self._store, self._checked = None, None, True
 
     def _values(self, job: PackedJob | PlainJob, patches: Sequence[Patch]) -> dict[str, Tensor]:
         """What a finished job has read, if it can be trusted."""
@@ -275,7 +290,7 @@ class PatchRunner:
         for name in dict.fromkeys(part.site.at(part.start) for patch in patches for part in patch.parts):
             check_hook_name(self.model, name)
         if self._packed is None:
-            self._packed = PackedModel(self.model, self.tokens.shape[1])
+            self._packed = packed_model(self.model, self.tokens.shape[1])
         job = PackedJob(
             self._packed, self.tokens, patches, self.readouts, self.runs, self.device, unchecked=not self._checked
         )

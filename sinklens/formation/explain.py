@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sinklens import metrics
-from sinklens.engine.capture import Want, capture_runs
+from sinklens.engine.capture import capture_runs
+from sinklens.engine.store import Want
 from sinklens.errors import NoSinkError
 from sinklens.formation.found import OutlierDim, SuperNeuron
 from sinklens.models.identities import identities, require

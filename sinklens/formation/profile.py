@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens import metrics
-from sinklens.engine.capture import ActivationStore
+from sinklens.engine.store import ActivationStore
 from sinklens.formation.found import FormationEvent
 from sinklens.models.identities import identities
 from sinklens.models.view import Model

@@ -195,7 +195,7 @@ def _measure(model: Model) -> Identities:
     n_layers = model_shape(model).n_layers
     errors: dict[str, list[float]] = {name: [] for name in IDENTITIES}
     missing: dict[tuple[str, int], str] = {}
-    held = _activations(model, n_layers)
+    held = activations(model)
     fired = frozenset(f"blocks.{layer}.{name}" for layer, name in held)
     layout = {place: _oddity(model_shape(model), place[1], act) for place, act in held.items()}
     odd = {f"blocks.{layer}.{name}": why for (layer, name), why in layout.items() if why}
@@ -257,9 +257,9 @@ def _oddity(shape: ModelShape, name: str, act: Tensor) -> str:
     return f"is of shape {list(act.shape)} for 2 prompts of {N_TOKENS} tokens, and not [{axes}]"
 
 
-def _activations(model: Model, n_layers: int) -> dict[tuple[int, str], Tensor]:
-    """Activations of one pass, by block and hook."""
-    held: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(n_layers)}
+def activations(model: Model) -> dict[tuple[int, str], Tensor]:
+    """Activations of one pass over the tokens that models are probed with, by block and hook; in float32."""
+    held: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(model_shape(model).n_layers)}
     hooks = [
         (f"blocks.{layer}.{name}", keeper(acts, name))
         for layer, acts in held.items()

@@ -33,6 +33,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 # Modules that TransformerLens itself makes use of.
 _PLAIN = (torch.nn.ModuleList, torch.nn.Identity)
+# Where more of those come from that a bridge is made of.
+_IN_BRIDGES = ("torch.nn.modules.", "sinklens.models.backends")
 
 
 # --- One state for all numbers ---------------------------------------------------------------------------------------
@@ -50,6 +52,8 @@ class _Turn:
     """Whether a forward pass with hooks is under way."""
     stamp: Any = None
     """:func:`current_stamp`, once it has been asked for; within a call a model does not change."""
+    structure: Any = None
+    """:func:`current_structure`, likewise."""
 
 
 _TURNS: weakref.WeakKeyDictionary[Any, _Turn] = weakref.WeakKeyDictionary()
@@ -97,7 +101,7 @@ def usual_state(model: object = None, *, gradients: bool = False) -> Iterator[No
 def _leave(turn: _Turn) -> None:
     turn.depth -= 1
     if turn.depth == 0:
-        turn.stamp = None
+        turn.stamp = turn.structure = None
 
 
 def current_stamp(model: Model) -> Any:
@@ -267,7 +271,7 @@ def foreign_hooks(model: Model) -> tuple[object, ...]:
     """Somebody's hooks on the model at the moment: TransformerLens's, torch's on any module, torch's on all modules."""
     found: list[object] = []
     for module in modules_of(model):
-        found += getattr(module, "fwd_hooks", ())
+        found += [handle for handle in getattr(module, "fwd_hooks", ()) if not _is_wiring(handle)]
         for name in _HOOKS:
             found += [hook for hook in getattr(module, name).values() if not _is_theirs(hook)]
     shared = torch.nn.modules.module
@@ -314,31 +318,41 @@ def check_bare(model: Model, where: str, instead: str) -> None:
         raise InputError(f"the model has {part}, and {where} knows nothing of it but its weights: {instead}")
 
 
+def _is_wiring(handle: Any) -> bool:
+    """Whether a hook on a hook point is one with which TransformerLens has put a bridge together."""
+    return bool(getattr(handle, "is_permanent", False)) and _is_theirs(getattr(handle, "user_hook", None))
+
+
 def _library(name: str | None) -> bool:
     return name is not None and name.partition(".")[0] in ("transformer_lens", "transformers")
 
 
 def foreign_part(model: Model) -> str | None:
-    """What of a HookedTransformer is not as TransformerLens made it, so that its weights alone do not say what it
-    computes: a module in place of another, a parametrised one, one with a forward of its own; None where there is none,
-    and of a bridge, which is made of such parts.
+    """What of a model is not as TransformerLens made it, so that its weights alone do not say what it computes: a
+    module in place of another, a parametrised one, one with a forward of its own; None where there is none.
+
+    A bridge is made of modules of Hugging Face and of torch, with forwards that TransformerLens has put on some.
     """
-    if is_bridge(model):
-        return None
+    bridge = is_bridge(model)
     for name, module in _named_modules(model):
         kind = type(module)
         if getattr(module, "parametrizations", None):
             return f"a parametrised module ({name})"
-        if "forward" in vars(module):
+        forward = vars(module).get("forward")
+        if forward is not None and not (bridge and _is_theirs(forward)):
             return f"a module with another forward ({name})"
-        if not _library(kind.__module__) and kind not in _PLAIN:
+        plain = kind in _PLAIN or (bridge and kind.__module__.startswith(_IN_BRIDGES))
+        if not _library(kind.__module__) and not plain:
             return f"a module of another kind ({name or 'the model'}: {kind.__name__})"
     return None
 
 
 def _named_modules(model: object) -> Iterator[tuple[str, torch.nn.Module]]:
     assert isinstance(model, torch.nn.Module)
-    return model.named_modules()
+    wrapped = vars(model).get("original_model")
+    yield from model.named_modules()
+    if isinstance(wrapped, torch.nn.Module):
+        yield from wrapped.named_modules()
 
 
 Snapshot = tuple[Any, ...]
@@ -352,16 +366,36 @@ def snapshot(model: Model) -> Snapshot:
     It reads every weight once: a twentieth of a second for 135M parameters on one core.
     """
     assert isinstance(model, torch.nn.Module)
+    return (
+        *_structure(model),
+        _sums([weight.detach() for weight in model.parameters()]),
+        tuple(id(hook) for hook in foreign_hooks(model)),  # type: ignore[arg-type]
+    )
+
+
+def current_structure(model: Model) -> Snapshot:
+    """Of :func:`snapshot` what costs no look at the weights: which tensors, modules, settings and flags there are.
+
+    It is looked up once in a call.
+    """
+    assert isinstance(model, torch.nn.Module)
+    turn = _turn(model)
+    if turn.depth == 0:
+        return _structure(model)
+    if turn.structure is None:
+        turn.structure = _structure(model)
+    return turn.structure
+
+
+def _structure(model: torch.nn.Module) -> Snapshot:
     cfg, modules = getattr(model, "cfg", None), modules_of(model)
     return (
         weights_stamp(model),  # type: ignore[arg-type]
-        _sums([weight.detach() for weight in model.parameters()]),
         tuple((id(module), type(module), id(vars(module).get("forward"))) for module in modules),
         tuple(_settings(module) for module in modules),
         tuple((name, value) for name, value in vars(cfg).items() if isinstance(value, (bool, int, float, str)))
         if cfg is not None
         else (),
-        tuple(id(hook) for hook in foreign_hooks(model)),  # type: ignore[arg-type]
     )
 
 

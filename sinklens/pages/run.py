@@ -156,7 +156,15 @@ def cost(result: ChainResult) -> Facts:
         ("Forward passes", [f"{engine['n_forwards']:,}"]),
         ("Time", [f"{seconds_text(seconds)} ({rate})"]),
         ("Peak memory", [bytes_text(engine.get("peak_bytes"))]),
+        ("Forward pass", [_path(engine)]),
     ]
+
+
+def _path(engine: Mapping[str, Any]) -> str:
+    """Which pass the patches ran through, and why if it was the slower one; earlier versions did not note it."""
+    names = {"packed": "sinklens's own", "model": "TransformerLens's, more slowly"}
+    why = f": {engine['reason']}" if engine.get("reason") else ""
+    return names.get(str(engine.get("path")), NONE) + why
 
 
 def settings(config: Mapping[str, Any]) -> Facts:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from sinklens.edits import Constant, Edit, PerPrompt
 from sinklens.edits.general import Transplant
-from sinklens.engine.capture import Want, capture_runs
+from sinklens.engine.capture import capture_runs
+from sinklens.engine.store import Want
 from sinklens.errors import InputError
 from sinklens.models.view import Model, model_shape
 from sinklens.pairs.pair import SinkPair

@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinklens import edits
-from sinklens.engine.capture import Want, capture_runs
+from sinklens.engine.capture import capture_runs
+from sinklens.engine.store import Want
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.state import in_usual_state

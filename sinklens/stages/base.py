@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 
 from sinklens.edits.base import Edit
 from sinklens.edits.general import OfSource
-from sinklens.engine.capture import ActivationStore, Want, capture_runs
+from sinklens.engine.capture import capture_runs
+from sinklens.engine.store import ActivationStore, Want
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation
 from sinklens.models.identities import identities

@@ -133,8 +133,12 @@ def test_the_pass_through_transformer_lens(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.backend
-def test_a_bridge() -> None:
-    check(tiny_model("llama", "bridge"), patches_that_read(), path="model")
+def test_a_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", "bridge")
+    check(model, patches_that_read())
+    check(model, patches_that_read()[::-1], max_rows=4)
+    monkeypatch.setattr(engine, "unpackable", lambda *_, **__: "for this test")
+    check(model, patches_that_read(), path="model")
 
 
 def test_a_root_edit_that_reads_an_earlier_block() -> None:
@@ -216,8 +220,11 @@ def test_several_edits_at_the_same_time(family: str) -> None:
 
 
 @pytest.mark.backend
-def test_several_edits_on_a_bridge() -> None:
-    check(tiny_model("llama", "bridge"), several(), path="model")
+def test_several_edits_on_a_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", "bridge")
+    check(model, several())
+    monkeypatch.setattr(engine, "unpackable", lambda *_, **__: "for this test")
+    check(model, several(), path="model")
 
 
 def test_one_of_several_that_changes_nothing_is_refused() -> None:

@@ -115,7 +115,7 @@ def test_surroundings_change_nothing(name: str, backend: Any) -> None:
         assert np.array_equal(estimates(model), grads)
         runner = PatchRunner(model, TOKENS, measured(), runs=RUNS)
     assert np.array_equal(numbers(runner.run(PATCHES)), want)  # made inside, used outside
-    assert result.stats.path == ("packed" if backend == "hooked" else "model")
+    assert result.stats.path == "packed"
 
 
 @pytest.mark.parametrize("name", SURROUNDINGS)

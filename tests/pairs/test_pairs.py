@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sinklens import edits, interventions
-from sinklens.engine.capture import Want, capture_runs
+from sinklens.engine.capture import capture_runs
+from sinklens.engine.store import Want
 from sinklens.errors import InputError
 from sinklens.formation import Formation, FormationEvent
 from sinklens.models.families import D_HEAD, N_HEADS

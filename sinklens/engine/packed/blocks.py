@@ -8,14 +8,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from sinklens.engine.packed.layout import Layout
-from sinklens.engine.packed.points import PATTERN, SCORES, SITES, Points
+from sinklens.engine.packed.points import KEYS, PATTERN, SCORES, SITES, Points
 from sinklens.engine.packed.weights import Norm, PackedBlock, PackedModel
-from sinklens.sites import LOGITS, RESID_PRE, ROT_K, HookSite, K, V
-
-
-def keys_site(model: PackedModel) -> HookSite:
-    """Where the keys are as attention uses them: turned by their positions, where the model does that."""
-    return ROT_K if model.rotary else K
+from sinklens.models.hooked import Rotary
+from sinklens.sites import LOGITS, RESID_PRE, V
 
 
 class PackedPass:
@@ -25,14 +21,19 @@ class PackedPass:
         self.model, self.layout, self.points = model, layout, points
         self._n_rows = 0  # under way
 
-    def run(self, first: int, last: int) -> Float[Tensor, "token d_model"]:
-        """Blocks ``first`` to ``last``, no further than anything is read; gives the last residual that was computed."""
+    def run(
+        self, first: int, last: int, x: Float[Tensor, "token d_model"] | None = None
+    ) -> Float[Tensor, "token d_model"]:
+        """Blocks ``first`` to ``last``, no further than anything is read; gives the last residual that was computed.
+
+        ``x`` is what enters the first block, where it was not captured.
+        """
         n_layers, points = self.points.n_layers, self.points
         logits = points.asked(LOGITS.template, n_layers)
-        x = torch.empty(0)
+        x = torch.empty(0) if x is None else x
         with torch.no_grad():
             for layer in range(first, min(last, n_layers - 1) + 1):
-                device = self.model.block(layer).W_O.device
+                device = self.model.block(layer).device
                 self.layout, x = self.layout.on(device), x.to(device)
                 x = self._joined(x, layer)
                 stop = len(SITES) if layer < last or logits else points.last(layer)
@@ -44,13 +45,17 @@ class PackedPass:
     def _joined(self, x: Tensor, layer: int) -> Tensor:
         """The rows that are patched in this block come in with the residual stream of their run."""
         old, new = len(x), self.layout.n_tokens(layer)
-        self._n_rows = self.layout.n_rows(layer)
         if new == old:
             return x
         coming = self.points.captured(RESID_PRE, layer).flatten(0, 1)[self.layout.origin[old:new]]
         return torch.cat([x, coming]) if old else coming
 
+    def one_block(self, x: Float[Tensor, "token d_model"], layer: int) -> Float[Tensor, "token d_model"]:
+        """One block alone, to its end."""
+        return self._block(x, layer, len(SITES))
+
     def _block(self, x: Tensor, layer: int, stop: int) -> Tensor:
+        self._n_rows = self.layout.n_rows(layer)
         weights, visit = self.model.block(layer), self.points.visit
         x = visit("blocks.{layer}.hook_resid_pre", layer, x)
         if stop < 1:
@@ -62,7 +67,8 @@ class PackedPass:
         if out is None:
             return x
         if self.model.parallel:
-            h = self._normalized(weights.ln2, "blocks.{layer}.ln2.hook_normalized", layer, x)
+            if weights.ln2 is not None:
+                h = self._normalized(weights.ln2, "blocks.{layer}.ln2.hook_normalized", layer, x)
             x = x + out
         else:
             x = visit("blocks.{layer}.hook_resid_mid", layer, out.add_(x))
@@ -72,47 +78,62 @@ class PackedPass:
         out = self._mlp(weights, h, layer)
         return visit("blocks.{layer}.hook_resid_post", layer, out.add_(x))
 
-    def _normalized(self, norm: Norm, template: str, layer: int, x: Tensor) -> Tensor:
+    def _normalized(self, norm: Norm | None, template: str, layer: int, x: Tensor) -> Tensor:
+        if norm is None:
+            return x
         if not self.points.asked(template, layer):
             return norm(x)
         return norm.scaled(self.points.visit(template, layer, norm.normalized(x)))
 
     def _attention(self, weights: PackedBlock, h: Tensor, layer: int, stop: int) -> Tensor | None:
         """Attention's output for every token; None when nothing behind the pattern is asked for."""
-        model, visit = self.model, self.points.visit
-        n, width, kv_width = len(h), model.n_heads * model.d_head, model.n_kv_heads * model.d_head
-        qkv = h @ weights.W_qkv if weights.b_qkv is None else torch.addmm(weights.b_qkv, h, weights.W_qkv)
-        q, k, v = (part.view(n, -1, model.d_head) for part in qkv.split([width, kv_width, kv_width], -1))
+        visit = self.points.visit
+        q, k, v = self._projected(weights, h)
         q, k = visit("blocks.{layer}.attn.hook_q", layer, q), visit("blocks.{layer}.attn.hook_k", layer, k)
         v = visit("blocks.{layer}.attn.hook_v", layer, v)
-        if weights.q_norm is not None:
-            q, k = _head_norm(weights.q_norm, q), _head_norm(weights.k_norm, k)
-        if weights.rotary is not None:
+        q = q if weights.q_norm is None else weights.q_norm(q)
+        k = k if weights.k_norm is None else weights.k_norm(k)
+        if self.model.rotary:
             q = visit("blocks.{layer}.attn.hook_rot_q", layer, self._turned(weights.rotary, q))
             k = visit("blocks.{layer}.attn.hook_rot_k", layer, self._turned(weights.rotary, k))
+        k = visit(KEYS.template, layer, k)
         if stop < SITES.index(SCORES):
             return None
         asked = self.points.asked(SCORES, layer) or self.points.asked(PATTERN, layer)
+        asked = asked or weights.cap > 0 or weights.sinks is not None
         z = (self._explicit if asked else self._fused)(weights, q, k, v, layer, stop)
         if z is None:
             return None
-        z = visit("blocks.{layer}.attn.hook_z", layer, z).flatten(1)
-        out = z @ weights.W_O if weights.b_O is None else torch.addmm(weights.b_O, z, weights.W_O)
+        out = weights.out(visit("blocks.{layer}.attn.hook_z", layer, z).flatten(1))
+        out = self._added(weights, out if weights.ln1_post is None else weights.ln1_post(out))
         return visit("blocks.{layer}.hook_attn_out", layer, out)
 
-    def _turned(self, rotary: tuple[Tensor, Tensor], x: Float[Tensor, "token head d_head"]) -> Tensor:
+    def _projected(self, weights: PackedBlock, h: Tensor) -> list[Float[Tensor, "token head d_head"]]:
+        """Queries, keys and values."""
+        model = self.model
+        width, kv_width = model.n_heads * model.d_head, model.n_kv_heads * model.d_head
+        parts = [product(h) for product in weights.qkv]
+        parts = parts[0].split([width, kv_width, kv_width], -1) if len(parts) == 1 else parts
+        return [part.view(len(h), -1, model.d_head) for part in parts]
+
+    def _added(self, weights: PackedBlock, out: Tensor) -> Tensor:
+        return out if weights.added == 1 else out * weights.added
+
+    def _turned(self, rotary: Rotary | None, x: Float[Tensor, "token head d_head"]) -> Tensor:
         """Rotary embeddings at the tokens' own positions."""
+        if rotary is None:
+            return x
         position = self.layout.position[: len(x)]
-        cos, sin = (table[position].unsqueeze(1) for table in rotary)
+        cos, sin = (table[position].unsqueeze(1) for table in (rotary.cos, rotary.sin))
         size = cos.shape[-1]
-        if self.model.rotary_adjacent:
+        if rotary.adjacent:
             first, second = slice(0, size, 2), slice(1, size, 2)
         else:
             first, second = slice(size // 2), slice(size // 2, size)
         turned = x * cos if size == x.shape[-1] else torch.cat([x[..., :size] * cos, x[..., size:]], -1)
         turned[..., first].addcmul_(x[..., second], sin[..., first], value=-1)
         turned[..., second].addcmul_(x[..., first], sin[..., second])
-        return turned
+        return turned.to(x.dtype)  # tables may be of a higher precision
 
     def _fused(self, weights: PackedBlock, q, k, v, layer: int, stop: int) -> Tensor:  # noqa: ANN001, ARG002
         """``z`` by scaled-dot-product attention, where nobody looks at the pattern."""
@@ -126,7 +147,8 @@ class PackedPass:
             queries.transpose(1, 2),
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            is_causal=True,
+            attn_mask=weights.seen,
+            is_causal=weights.seen is None,
             scale=1 / weights.scale,
             enable_gqa=native,
         )
@@ -134,14 +156,17 @@ class PackedPass:
 
     def _explicit(self, weights: PackedBlock, q, k, v, layer: int, stop: int) -> Tensor | None:  # noqa: ANN001
         """Scores and pattern as TransformerLens computes them, packed as ``[token, head, key]``."""
-        length = self.layout.length
+        length, position = self.layout.length, self.layout.position[: len(q)]
         queries, keys = self._queries(q), self._repeated(self._prefixed(k, layer, "k"))
         scores = queries.transpose(1, 2) @ keys.permute(0, 2, 3, 1) / weights.scale
+        scores = weights.cap * torch.tanh(scores / weights.cap) if weights.cap > 0 else scores
         rows = self._packed(scores.transpose(1, 2))
-        later = torch.arange(length, device=q.device) > self.layout.position[: len(q), None]
-        rows = rows.masked_fill(later[:, None], -torch.inf)
-        rows = self.points.visit(SCORES, layer, rows)
-        pattern = self.points.visit(PATTERN, layer, softmax(rows, dim=-1))
+        if weights.seen is None:
+            unseen = torch.arange(length, device=q.device) > position[:, None]
+        else:
+            unseen = ~weights.seen[position]
+        rows = self.points.visit(SCORES, layer, rows.masked_fill(unseen[:, None], weights.masked))
+        pattern = self.points.visit(PATTERN, layer, _weights_of(rows, weights.sinks))
         if stop <= SITES.index(PATTERN):
             return None
         values = self._repeated(self._prefixed(v, layer, "v"))
@@ -159,7 +184,7 @@ class PackedPass:
         layout = self.layout
         if not layout.padded:
             return x.view(-1, layout.length, *x.shape[1:])
-        captured = self.points.captured(keys_site(self.model) if which == "k" else V, layer)
+        captured = self.points.captured(self.model.keys_site if which == "k" else V, layer)
         # Joined first and gathered then: a scatter into the gathered prefix is several times slower on a GPU.
         pool = torch.cat([captured.flatten(0, 1), x])
         return pool[layout.prefixed(self._n_rows, len(captured))].view(self._n_rows, layout.length, *x.shape[1:])
@@ -173,19 +198,26 @@ class PackedPass:
         return x if n == 1 else x.repeat_interleave(n, dim=2)
 
     def _mlp(self, weights: PackedBlock, h: Tensor, layer: int) -> Tensor:
-        visit = self.points.visit
-        if weights.W_gate is None:
-            pre = h @ weights.W_in if weights.b_in is None else torch.addmm(weights.b_in, h, weights.W_in)
-            post = weights.act(visit("blocks.{layer}.mlp.hook_pre", layer, pre))
+        visit, mlp = self.points.visit, weights.mlp_parts
+        if mlp is None:
+            assert weights.whole_mlp is not None
+            out = weights.whole_mlp(h)
         else:
-            pre = visit("blocks.{layer}.mlp.hook_pre", layer, h @ weights.W_gate)
-            linear = visit("blocks.{layer}.mlp.hook_pre_linear", layer, h @ weights.W_in)
-            post = weights.act(pre) * linear
-            post = post if weights.b_in is None else post + weights.b_in
-        post = visit("blocks.{layer}.mlp.hook_post", layer, post)
-        out = post @ weights.W_out if weights.b_out is None else torch.addmm(weights.b_out, post, weights.W_out)
+            if mlp.gate is None:
+                post = mlp.act(visit("blocks.{layer}.mlp.hook_pre", layer, mlp.up(h)))
+            else:
+                pre = visit("blocks.{layer}.mlp.hook_pre", layer, mlp.gate(h))
+                linear = visit("blocks.{layer}.mlp.hook_pre_linear", layer, mlp.up(h))
+                post = mlp.act(pre) * linear
+                post = post if mlp.offset is None else post + mlp.offset
+            out = mlp.down(visit("blocks.{layer}.mlp.hook_post", layer, post))
+        out = self._added(weights, out if weights.ln2_post is None else weights.ln2_post(out))
         return visit("blocks.{layer}.hook_mlp_out", layer, out)
 
 
-def _head_norm(norm, x: Float[Tensor, "token head d_head"]) -> Tensor:  # noqa: ANN001
-    return norm(x.reshape(-1, x.shape[-1])).view(x.shape)
+def _weights_of(scores: Float[Tensor, "token head key"], sinks: Float[Tensor, " head"] | None) -> Tensor:
+    """The softmax over keys, and over a learned logit to which a part of the attention is lost."""
+    if sinks is None:
+        return softmax(scores, dim=-1)
+    lost = sinks.to(scores).view(1, -1, 1).expand(len(scores), -1, 1)
+    return softmax(torch.cat([scores, lost], -1), dim=-1)[..., :-1].contiguous()

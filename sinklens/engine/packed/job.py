@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sinklens.engine.apply import source_at
-from sinklens.engine.capture import ActivationStore, Want
 from sinklens.engine.hooks import readouts_in
-from sinklens.engine.packed.blocks import PackedPass, keys_site
+from sinklens.engine.packed.blocks import PackedPass
+from sinklens.engine.packed.known import check_reading, packed_model, unsupported
 from sinklens.engine.packed.layout import Layout, to_device
 from sinklens.engine.packed.points import Points, is_known, reach
 from sinklens.engine.packed.rows import Plan, Rows
-from sinklens.engine.packed.weights import PackedModel, unsupported
+from sinklens.engine.packed.weights import PackedModel
 from sinklens.engine.places import NOWHERE
+from sinklens.engine.store import ActivationStore, Want
 from sinklens.engine.trust import checked_combined
 from sinklens.models.view import Model, model_shape
 from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import PositionReadout, Readout
-from sinklens.sites import LOGITS, RESID_POST, RESID_PRE, V
-
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
-"""How far, relative to its size, a reading of the packed pass may be from the model's own in the check of the two."""
-
-
-class DifferentModelError(Exception):
-    """The packed pass does not give this model's numbers."""
+from sinklens.sites import LOGITS, RESID_POST, RESID_PRE, HookSite, V
 
 
 def unpackable(
     model: Model, length: int, readouts: Sequence[Readout], runs: Runs, patches: Sequence[Patch] = ()
 ) -> str | None:
     """Why the packed pass cannot do this; None when it can."""
-    sites = {readout.site for readout in readouts}
+    places = {(readout.site, layer) for readout in readouts for layer in readout.layers}
     for patch in [*patches, *(root for roots in runs.values() for root in roots)]:
         for part in patch.parts:
-            sites.add(part.site)
-            sites.update(place.site for layer in part.layers for place in part.edit.reads_in(layer))
-    unknown = next((site for site in sites if not is_known(site)), None)
-    return f"the site {unknown.template}" if unknown is not None else unsupported(model, length)
+            for layer in part.layers:
+                places.add((part.site, layer))
+                places.update((place.site, place.layer) for place in part.edit.reads_in(layer))
+    return unknown_place(model, length, places)
+
+
+def unknown_place(model: Model, length: int, places: Collection[tuple[HookSite, int]]) -> str | None:
+    """What of some places of a model, or of the model itself, the packed pass does not know; None when it knows all."""
+    unknown = next((site for site, _ in places if not is_known(site)), None)
+    if unknown is not None:
+        return f"the site {unknown.template}"
+    if (why := unsupported(model, length)) is not None:
+        return why
+    packed = packed_model(model, length)
+    lacking = (packed.lacks(site, layer) for site, layer in places if site != LOGITS)
+    return next((why for why in lacking if why is not None), None)
 
 
 class PackedJob:
@@ -116,13 +122,9 @@ class PackedJob:
         return Rows(zeros - 1, zeros, runs * self.plan.n_prompts, begins, zeros + self.stops[0], zeros + entry)
 
     def _check(self, tries: Rows, readings: dict[str, Tensor]) -> None:
-        tolerance = TOLERANCE[self.packed.dtype]
         for readout in self.readouts:
-            expected = readout.combine(self._before(readout, tries)).float()
-            found = readings[readout.name][: len(tries)].float()
-            off = ~((found - expected).abs() <= tolerance * expected.abs().clamp(min=0.01))
-            if off.any():
-                raise DifferentModelError(f"{readout.name}: {found[off][0]:.6g} instead of {expected[off][0]:.6g}")
+            expected, found = readout.combine(self._before(readout, tries)), readings[readout.name][: len(tries)]
+            check_reading(readout, found, expected, self.packed.dtype)
 
     def _points(self, rows: Rows) -> Points:
         """All that happens in a pass over ``rows``."""
@@ -184,7 +186,7 @@ class PackedJob:
             for layer in entries:
                 yield Want(run, RESID_PRE, layer)
             for layer in range(entries[0], min(self.last, self.n_layers - 1) + 1):
-                yield Want(run, keys_site(self.packed), layer)
+                yield Want(run, self.packed.keys_site, layer)
                 yield Want(run, V, layer)
             for readout in self.readouts:
                 if not isinstance(readout, PositionReadout):

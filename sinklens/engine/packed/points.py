@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,9 +15,11 @@ from sinklens.engine.apply import Op, SourceOf, apply_edit, not_computed
 from sinklens.engine.packed.layout import Layout
 from sinklens.engine.trust import read
 from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens
-from sinklens.sites import LOGITS, RESID_POST, HookSite
+from sinklens.sites import LOGITS, RESID_POST, HookSite, K
 
 SCORES, PATTERN = "blocks.{layer}.attn.hook_attn_scores", "blocks.{layer}.attn.hook_pattern"
+KEYS = HookSite("blocks.{layer}.attn.keys", K.axes)
+"""The keys as attention uses them: no hook point of a model, and the same place in all of them."""
 SITES = (
     "blocks.{layer}.hook_resid_pre",
     "blocks.{layer}.ln1.hook_normalized",
@@ -25,6 +28,7 @@ SITES = (
     "blocks.{layer}.attn.hook_v",
     "blocks.{layer}.attn.hook_rot_q",
     "blocks.{layer}.attn.hook_rot_k",
+    KEYS.template,
     SCORES,
     PATTERN,
     "blocks.{layer}.attn.hook_z",
@@ -37,7 +41,7 @@ SITES = (
     "blocks.{layer}.hook_mlp_out",
     "blocks.{layer}.hook_resid_post",
 )
-"""Hook points that the packed pass has, in the order in which a block comes to them."""
+"""Hook points that the packed pass has (and :data:`KEYS`), in the order in which a block comes to them."""
 
 
 def is_known(site: HookSite) -> bool:
@@ -60,6 +64,8 @@ class Point:
     """Edits that read here, and what they call it."""
     readouts: list[Readout] = field(default_factory=list)
     """Readouts."""
+    capture: Callable[[Tensor], None] | None = None
+    """Given the edited activation of all positions, as its site lays it out; copies what it keeps."""
 
 
 Captured = Callable[[HookSite, int], Tensor]
@@ -76,12 +82,14 @@ class Points:
         readouts: Sequence[tuple[Readout, int]],
         *,
         captured: Captured,
-        source_of: SourceOf,
-        changed: Int[Tensor, " patch"],
+        source_of: SourceOf | None,
+        changed: Int[Tensor, " patch"] | None,
         n_layers: int,
+        captures: Mapping[tuple[HookSite, int], Callable[[Tensor], None]] | None = None,
+        broken: Int[Tensor, " patch"] | None = None,
     ) -> None:
         self.layout, self.captured, self.source_of, self.changed = layout, captured, source_of, changed
-        self.n_layers = n_layers
+        self.n_layers, self.broken = n_layers, broken
         self.readings: dict[tuple[str, int], Tensor] = {}
         self._live: dict[tuple[int, str], tuple[Bool[Tensor, " pair"] | None, Tensor]] = {}
         self._at: dict[tuple[str, int], Point] = defaultdict(Point)
@@ -94,6 +102,8 @@ class Points:
             self._at[op.site.template, op.layer].ops.append(op)
         for readout, layer in readouts:
             self._at[readout.site.template, layer].readouts.append(readout)
+        for (site, layer), capture in (captures or {}).items():
+            self._at[site.template, layer].capture = partial(self._capture, site, capture)
 
     def asked(self, template: str, layer: int) -> bool:
         """Whether anything happens there."""
@@ -110,7 +120,7 @@ class Points:
         point = self._at[template, layer]
         self.layout = self.layout.on(act.device)
         for op in point.ops:
-            apply_edit(act, op, self._reads(op), self.source_of, self.changed)
+            apply_edit(act, op, self._reads(op), self.source_of, self.changed, self.broken)
         for op, key in point.reads:
             (tokens,) = op.on(act.device).address
             if op.layer == layer:
@@ -118,9 +128,14 @@ class Points:
             else:
                 here = tokens < len(act)  # rows that come in later have this from their run
                 self._live[id(op), key] = (here, act[tokens[here]])
+        if point.capture is not None:
+            point.capture(act)
         for readout in point.readouts:
             self.readings[readout.name, layer] = self._read(readout, layer, act)
         return act
+
+    def _capture(self, site: HookSite, keep: Callable[[Tensor], None], act: Tensor) -> None:
+        keep(site.from_canonical(act.view(-1, self.layout.length, *act.shape[1:])))
 
     def logits(self, x: Float[Tensor, "token d_model"], unembed: Callable[[Tensor], Tensor]) -> None:
         """Read the logits; only tokens that count are unembedded."""
@@ -162,11 +177,15 @@ class Points:
 
     def _reduced(self, readout: Readout, layer: int, full: Tensor) -> Tensor:
         prompts = self.layout.prompts[: len(full)]
-        return read(readout, layer, full, lambda act, rows: readout.reduce(act, Rows(prompts[rows], layer)))
+        value = read(readout, layer, full, lambda act, rows: readout.reduce(act, Rows(prompts[rows], layer)))
+        # A view of the activation would change with it.
+        return value.clone() if value.untyped_storage().data_ptr() == full.untyped_storage().data_ptr() else value
 
     def _whole(self, site: HookSite, layer: int, act: Tensor) -> Float[Tensor, "row pos *unit"]:
         """The activation at all positions: the unpatched run's, with the packed tokens in their places."""
         n = self.layout.n_rows(layer)
+        if not self.layout.padded:
+            return act.view(n, self.layout.length, *act.shape[1:])
         full = self.captured(site, layer)[self.layout.contexts[:n]]
         full[self.layout.row[: len(act)], self.layout.position[: len(act)]] = act
         return full

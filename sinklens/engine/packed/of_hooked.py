@@ -1,0 +1,144 @@
+"""A HookedTransformer in the packed pass: which ones it knows, and their weights."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sinklens.engine.packed.weights import Function, Norm, PackedBlock, PackedMLP, PackedModel, Product
+from sinklens.models.hooked import (
+    NormWeights,
+    Options,
+    Rotary,
+    attention_weights,
+    final_norm,
+    has_option,
+    mlp_weights,
+    norms,
+    options,
+    unembedding,
+)
+from sinklens.models.identities import IDENTITIES, identities
+from sinklens.models.view import Model
+from sinklens.sites import ROT_K, HookSite, K
+
+_NORMS = ("RMS", "RMSPre", "LN", "LNPre")
+_STANDS_ON = (
+    "norm_before_attention",
+    "pattern_is_softmax",
+    "heads_write",
+    "attention_adds",
+    "norm_before_mlp",
+    "neurons_read",
+    "neurons_write",
+    "mlp_adds",
+)
+# Options of TransformerLens that change the computation in a way that the packed pass does not have.
+_OPTIONS = (
+    "attn_only",
+    "use_attn_in",
+    "use_split_qkv_input",
+    "use_hook_mlp_in",
+    "use_attn_result",
+    "load_in_4bit",
+    "ungroup_grouped_query_attention",
+    "use_normalization_before_and_after",
+    "use_attention_sinks",
+    "use_logn_attn",
+    "use_dynamic_ntk_rope",
+    "num_experts",
+    "clip_qkv",
+)
+
+
+def unknown_part(model: Model, length: int) -> str | None:
+    """What the packed pass does not know about a HookedTransformer at this prompt length; None when it can run it."""
+    if (name := next((name for name in _OPTIONS if has_option(model, name)), None)) is not None:
+        return name
+    measured = identities(model)
+    if (failing := next((name for name in _STANDS_ON if not measured.holds(name)), None)) is not None:
+        return f"a model without {IDENTITIES[failing].formula}"
+    has = options(model)
+    if has.attention_dir != "causal" or has.positions not in ("rotary", "standard"):
+        return f"{has.attention_dir} attention with {has.positions} positions"
+    if has.norm not in _NORMS or has.norm_in_activation:
+        return f"normalization {has.norm} with activation {has.act_fn}"
+    if has.qk_norm and has.positions != "rotary":
+        return "norms of queries and keys without rotary positions"
+    if has.scores_cap > 0:
+        return "a soft cap on attention scores"
+    if has.window is not None and has.window < length:
+        return f"a sliding window of {has.window} tokens"
+    return None
+
+
+class HookedModel(PackedModel):
+    """A HookedTransformer taken apart."""
+
+    def __init__(self, model: Model, length: int) -> None:
+        super().__init__(model, length)
+        self.options = options(model)
+
+    @property
+    def keys_site(self) -> HookSite:
+        """See :attr:`PackedModel.keys_site`."""
+        return ROT_K if self.rotary else K
+
+    def take_apart(self, layer: int) -> PackedBlock:
+        """See :meth:`PackedModel.take_apart`."""
+        attn, mlp = attention_weights(self.model, layer, self.length), mlp_weights(self.model, layer)
+        ln1, ln2 = norms(self.model, layer)
+        gated = mlp.W_gate is not None
+        b_in = _bias(mlp.b_in)
+        return PackedBlock(
+            ln1=_norm(self.options, ln1),
+            ln2=_norm(self.options, ln2),
+            qkv=(
+                Product(
+                    torch.cat([_columns(attn.W_Q), _columns(attn.W_K), _columns(attn.W_V)], -1),
+                    _bias(torch.cat([attn.b_Q.flatten(), attn.b_K.flatten(), attn.b_V.flatten()])),
+                ),
+            ),
+            out=Product(attn.W_O.flatten(0, 1), _bias(attn.b_O)),
+            mlp_parts=PackedMLP(
+                gate=Product(mlp.W_gate, None) if mlp.W_gate is not None else None,
+                up=Product(mlp.W_in, None if gated else b_in),
+                down=Product(mlp.W_out, _bias(mlp.b_out)),
+                act=mlp.act,
+                offset=b_in if gated else None,
+            ),
+            whole_mlp=None,
+            q_norm=_head_norm(attn.q_norm),
+            k_norm=_head_norm(attn.k_norm),
+            scale=attn.scale,
+            rotary=_at_positions(attn.rotary, self.length),
+        )
+
+    def logits(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_vocab"]:
+        """See :meth:`PackedModel.logits`."""
+        (W_U, b_U), cap = unembedding(self.model), self.options.logits_cap
+        x = _norm(self.options, final_norm(self.model))(x.to(W_U.device))
+        out = Product(W_U, _bias(b_U))(x)
+        return cap * torch.tanh(out / cap) if cap > 0 else out
+
+
+def _bias(b: Tensor | None) -> Tensor | None:
+    """TransformerLens keeps biases of zeros where a model has none: they need not be added."""
+    return None if b is None or not b.any() else b
+
+
+def _norm(has: Options, norm: NormWeights) -> Norm:
+    return Norm("rms" if has.norm.startswith("RMS") else "layer", has.norm_eps, norm.w, norm.b, has.dtype)
+
+
+def _columns(W: Float[Tensor, "head d_model d_head"]) -> Float[Tensor, "d_model columns"]:
+    return W.transpose(0, 1).flatten(1)
+
+
+def _head_norm(norm: Function | None) -> Function | None:
+    return None if norm is None else lambda x: norm(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
+def _at_positions(rotary: Rotary | None, length: int) -> Rotary | None:
+    return None if rotary is None else Rotary(rotary.cos[:length], rotary.sin[:length], rotary.adjacent)
