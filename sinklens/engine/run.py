@@ -122,7 +122,7 @@ def run_patches(
     """Run every patch on every prompt and reduce each readout to one number per patch and prompt.
 
     Args:
-        model: a ``HookedTransformer`` or ``TransformerBridge``; on a bridge rows start from the tokens.
+        model: a ``HookedTransformer`` or ``TransformerBridge``.
         prompts: equal-length prompts, ``[prompt pos]``.
         patches: the interventions; each names the run that it is applied in and its source run.
         readouts: what to measure in every patched row, and in the runs themselves.

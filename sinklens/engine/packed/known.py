@@ -12,8 +12,8 @@ from sinklens.engine.packed.of_bridge import BridgedModel
 from sinklens.engine.packed.of_hooked import HookedModel
 from sinklens.engine.packed.proof import proof
 from sinklens.engine.packed.weights import PackedModel
-from sinklens.models.bridged import UnknownPartError
 from sinklens.models.hooked import can_take_apart
+from sinklens.models.parts import UnknownPartError
 from sinklens.models.state import Snapshot, current_structure, foreign_hooks, foreign_part
 from sinklens.models.view import Model
 from sinklens.readouts.base import Readout

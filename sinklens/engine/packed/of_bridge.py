@@ -11,17 +11,8 @@ from torch import Tensor
 
 from sinklens.engine.packed.points import KEYS
 from sinklens.engine.packed.weights import Norm, PackedBlock, PackedMLP, PackedModel, Product
-from sinklens.models.bridged import (
-    BridgeMLP,
-    BridgeNorm,
-    Given,
-    Linear,
-    block_parts,
-    embedded,
-    final_norm,
-    given_to_attention,
-    unembedding,
-)
+from sinklens.models.bridged import block_parts, embedded, final_norm, given_to_attention, unembedding
+from sinklens.models.parts import BridgeMLP, BridgeNorm, Given, Linear
 from sinklens.models.state import Snapshot, current_structure
 from sinklens.models.view import Model
 from sinklens.sites import HookSite

@@ -19,8 +19,8 @@ from sinklens.engine.packed.blocks import PackedPass
 from sinklens.engine.packed.of_bridge import BridgedModel
 from sinklens.engine.packed.points import PATTERN, SCORES
 from sinklens.engine.packed.whole import whole_rows
-from sinklens.models.bridged import UnknownPartError
 from sinklens.models.identities import activations, error_of, identities, probe_tokens
+from sinklens.models.parts import UnknownPartError
 from sinklens.models.state import Snapshot, current_structure
 from sinklens.models.view import Model
 
