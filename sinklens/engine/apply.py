@@ -58,6 +58,14 @@ class Op:
         moved = {name: value.to(device) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, address=tuple(index.to(device) for index in self.address), **moved)
 
+    def only(self, mine: Bool[Tensor, " pair"], *address: Int[Tensor, " pair"]) -> Op:
+        """The same at some of its places, which lie at another address."""
+        names = ("prompts", "positions", "units", "source_positions")
+        some = {name: value[mine] for name in names if (value := getattr(self, name)) is not None}
+        if self.owners is not None:
+            some["owners"] = self.owners[mine.to(self.owners.device)]
+        return replace(self, address=address, **some)
+
 
 SourceOf = Callable[[Op, HookSite, int], Tensor]
 """``(op, site, block) -> [pair, unit, ...]``: a source run's activation at the op's source places."""

@@ -26,14 +26,15 @@ def default_budget(device: torch.device) -> int:
     return CPU_BUDGET
 
 
-def bytes_per_row(shape: ModelShape, length: int, itemsize: int, logits: bool = False) -> int:
+def bytes_per_row(shape: ModelShape, length: int, itemsize: int, logits: bool = False, *, pattern: bool = True) -> int:
     """Peak bytes that one row of ``length`` tokens takes in a hooked forward pass, estimated from above.
 
     The largest block-level set alive at once: residual stream, normalised copies (float32 whatever the dtype), queries,
     keys and values with their rotated copies, scores and pattern with the copies that hooks make, and the MLP's
-    hidden activations.
+    hidden activations. Without ``pattern`` scores and pattern are left out, of which :func:`pattern_budget` is then
+    taken at a time.
     """
-    attention = 4 * shape.n_heads * length * length * itemsize
+    attention = 4 * shape.n_heads * length * length * itemsize if pattern else 0
     projections = 8 * length * shape.n_heads * shape.d_head * itemsize
     mlp = 4 * length * shape.d_mlp * itemsize
     residual = length * shape.d_model * (6 * itemsize + 4 * 4)
@@ -51,15 +52,24 @@ def check_limits(memory_budget: int | None, max_rows: int | None) -> None:
             check_number(name, value, Between(1), whole=True)
 
 
-def row_budget(model: Model, length: int, budget: int | None, logits: bool = False) -> int:
+def row_budget(model: Model, length: int, budget: int | None, logits: bool = False, *, pattern: bool = True) -> int:
     """Rows of ``length`` tokens for one forward pass within ``budget`` bytes: at least 1, at most :data:`MAX_ROWS`.
+
+    Without ``pattern`` that of :func:`pattern_budget` is set aside.
 
     Raises:
         InputError: the budget is no number of bytes.
     """
     check_limits(budget, None)
     budget = default_budget(device_of(model)) if budget is None else budget
-    return max(1, min(MAX_ROWS, budget // bytes_per_row(model_shape(model), length, dtype_of(model).itemsize, logits)))
+    budget -= 0 if pattern else pattern_budget(model, budget)
+    each = bytes_per_row(model_shape(model), length, dtype_of(model).itemsize, logits, pattern=pattern)
+    return max(1, min(MAX_ROWS, budget // each))
+
+
+def pattern_budget(model: Model, budget: int | None) -> int:
+    """Bytes of ``budget`` that scores and pattern may take where they are computed for some queries at a time."""
+    return (default_budget(device_of(model)) if budget is None else budget) // 4
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

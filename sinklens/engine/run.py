@@ -26,7 +26,14 @@ from torch import Tensor
 
 from sinklens.engine.capture import capture_runs
 from sinklens.engine.given import check_own_values, check_readouts, check_runs, listed
-from sinklens.engine.memory import check_limits, is_out_of_memory, peak_bytes, release_cached, row_budget
+from sinklens.engine.memory import (
+    check_limits,
+    is_out_of_memory,
+    pattern_budget,
+    peak_bytes,
+    release_cached,
+    row_budget,
+)
 from sinklens.engine.pace import Pace
 from sinklens.engine.packed import (
     DifferentModelError,
@@ -35,6 +42,7 @@ from sinklens.engine.packed import (
     found_different,
     packed_model,
     unpackable,
+    wants_whole_pattern,
 )
 from sinklens.engine.plain import PlainJob, plain_wants
 from sinklens.engine.residual import as_written
@@ -200,7 +208,12 @@ class PatchRunner:
             if readout.site != LOGITS:
                 check_hook_name(model, readout.site.at(readout.layers[0]))
         logits = any(readout.site == LOGITS for readout in self.readouts)
-        limit = max_rows or row_budget(model, self.tokens.shape[1], memory_budget, logits)
+        self.pattern_bytes = pattern_budget(model, memory_budget)
+        # TransformerLens computes the pattern of whole prompts; the packed pass where a readout wants it whole.
+        self.whole_rows = max_rows or row_budget(model, self.tokens.shape[1], memory_budget, logits)
+        limit = self.whole_rows
+        if max_rows is None and not any(map(wants_whole_pattern, self.readouts)):
+            limit = row_budget(model, self.tokens.shape[1], memory_budget, logits, pattern=False)
         # On a CPU the default budget is what was measured to be best; sizes found on the way would change the rounding.
         self.pace = Pace(limit, measured=max_rows is None and self.device.type == "cuda")
 
@@ -292,7 +305,14 @@ class PatchRunner:
         if self._packed is None:
             self._packed = packed_model(self.model, self.tokens.shape[1])
         job = PackedJob(
-            self._packed, self.tokens, patches, self.readouts, self.runs, self.device, unchecked=not self._checked
+            self._packed,
+            self.tokens,
+            patches,
+            self.readouts,
+            self.runs,
+            self.device,
+            unchecked=not self._checked,
+            pattern_bytes=self.pattern_bytes,
         )
         job.attach(self._captured(job.wants()), self._out(patches))
         return job
@@ -305,7 +325,7 @@ class PatchRunner:
         """The runs' activations and readings, captured where they are not yet."""
         if self._store is None:
             self._store = capture_runs(
-                self.model, self.tokens, self.runs, wants, self.readouts, max_rows=self.pace.limit
+                self.model, self.tokens, self.runs, wants, self.readouts, max_rows=self.whole_rows
             )
             return self._store
         missing = self._store.missing(wants)
@@ -313,7 +333,7 @@ class PatchRunner:
             self._store.forget()
             missing = wants
         if missing:
-            self._store.update(capture_runs(self.model, self.tokens, self.runs, missing, max_rows=self.pace.limit))
+            self._store.update(capture_runs(self.model, self.tokens, self.runs, missing, max_rows=self.whole_rows))
         return self._store
 
     def _out(self, patches: Sequence[Patch]) -> Float[Tensor, "readout patch prompt"]:
@@ -328,7 +348,8 @@ class PatchRunner:
         """Run all rows, as many at a time as fit; on out-of-memory the batch is halved."""
         begin, skipped = 0, stats.n_rows - len(job.rows)
         while begin < len(job.rows):
-            end = job.end(begin, self.pace.rows)
+            most = self.pace.rows if isinstance(job, PackedJob) else min(self.pace.rows, self.whole_rows)
+            end = job.end(begin, most)
             timed, began = self.pace.measuring, time.perf_counter()
             try:
                 job.forward(begin, end)

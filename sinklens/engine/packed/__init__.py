@@ -14,6 +14,7 @@ TransformerLens. The first batch of every runner is checked against the model's 
 
 from sinklens.engine.packed.job import PackedJob, unknown_place, unpackable
 from sinklens.engine.packed.known import TOLERANCE, DifferentModelError, check_reading, found_different, packed_model
+from sinklens.engine.packed.points import wants_whole_pattern
 from sinklens.engine.packed.proof import difference
 from sinklens.engine.packed.weights import PackedModel
 from sinklens.engine.packed.whole import execute_whole
@@ -30,4 +31,5 @@ __all__ = [
     "packed_model",
     "unknown_place",
     "unpackable",
+    "wants_whole_pattern",
 ]

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from sinklens.engine.packed.layout import Layout
 from sinklens.engine.packed.points import KEYS, PATTERN, SCORES, SITES, Points
+from sinklens.engine.packed.queries import Piece, pieces
 from sinklens.engine.packed.weights import Norm, PackedBlock, PackedModel
 from sinklens.models.hooked import Rotary
 from sinklens.sites import LOGITS, RESID_PRE, V
+
+PATTERN_BYTES = 1 << 27
+"""What scores and pattern may take at a time where nobody says."""
+COPIES = 4
+"""Of scores and pattern, with their masked and packed forms, how many are there at once."""
 
 
 class PackedPass:
     """One batch of rows through the blocks, with edits and readouts on the way."""
 
-    def __init__(self, model: PackedModel, layout: Layout, points: Points) -> None:
-        self.model, self.layout, self.points = model, layout, points
+    def __init__(self, model: PackedModel, layout: Layout, points: Points, pattern_bytes: int = PATTERN_BYTES) -> None:
+        self.model, self.layout, self.points, self.pattern_bytes = model, layout, points, pattern_bytes
         self._n_rows = 0  # under way
+        self._pieces: dict[tuple[int, torch.device], list[Piece]] = {}
 
     def run(
         self, first: int, last: int, x: Float[Tensor, "token d_model"] | None = None
@@ -99,9 +106,11 @@ class PackedPass:
         k = visit(KEYS.template, layer, k)
         if stop < SITES.index(SCORES):
             return None
-        asked = self.points.asked(SCORES, layer) or self.points.asked(PATTERN, layer)
-        asked = asked or weights.cap > 0 or weights.sinks is not None
-        z = (self._explicit if asked else self._fused)(weights, q, k, v, layer, stop)
+        looked_at = self._looked_at(weights, layer, q)
+        if looked_at is None:
+            z = self._explicit(weights, q, k, v, layer, stop)
+        else:
+            z = self._in_pieces(weights, q, k, v, layer, stop, looked_at)
         if z is None:
             return None
         out = weights.out(visit("blocks.{layer}.attn.hook_z", layer, z).flatten(1))
@@ -135,7 +144,43 @@ class PackedPass:
         turned[..., second].addcmul_(x[..., first], sin[..., second])
         return turned.to(x.dtype)  # tables may be of a higher precision
 
-    def _fused(self, weights: PackedBlock, q, k, v, layer: int, stop: int) -> Tensor:  # noqa: ANN001, ARG002
+    def _looked_at(self, weights: PackedBlock, layer: int, q: Tensor) -> list[Piece] | None:
+        """The queries whose pattern is needed, in pieces; None where all of it is, or it is small."""
+        layout, needed, key = self.layout, self.points.queries(layer, q), len(q)
+        if needed is None:
+            return None
+        if fused(weights):
+            key = id(needed)  # which the points keep
+        else:
+            needed = torch.arange(len(q), device=q.device)
+        bytes_each = COPIES * self.model.n_heads * layout.length * q.element_size()
+        at_most = max(1, self.pattern_bytes // bytes_each)
+        if 2 * len(needed) > len(q) and self._n_rows * layout.length <= at_most:
+            return None
+        if (key, q.device) not in self._pieces:
+            self._pieces[key, q.device] = pieces(needed, layout, at_most)
+        return self._pieces[key, q.device]
+
+    def _in_pieces(self, weights: PackedBlock, q, k, v, layer: int, stop: int, looked_at: list[Piece]) -> Tensor | None:  # noqa: ANN001
+        """``z``, with scores and pattern of some queries alone."""
+        goes_on = stop > SITES.index(PATTERN)
+        keys = self._repeated(self._prefixed(k, layer, "k")) if looked_at else k
+        values = self._repeated(self._prefixed(v, layer, "v")) if looked_at and goes_on else v
+        z = None
+        if goes_on:
+            z = self._fused(weights, q, k, v, layer) if fused(weights) else torch.empty_like(q)
+        for piece in looked_at:
+            queries = piece.padded(q[piece.tokens])
+            scores = queries.transpose(1, 2) @ keys[piece.rows].permute(0, 2, 3, 1)
+            rows = self._scores(weights, piece.packed(scores.transpose(1, 2)), self.layout.position[piece.tokens])
+            rows = self.points.visit_queries(SCORES, layer, rows, piece)
+            pattern = self.points.visit_queries(PATTERN, layer, _weights_of(rows, weights.sinks), piece)
+            if z is not None and (self.points.edits_attention(layer) or not fused(weights)):
+                mixed = piece.padded(pattern).transpose(1, 2) @ values[piece.rows].transpose(1, 2)
+                z[piece.tokens] = piece.packed(mixed.transpose(1, 2))
+        return z
+
+    def _fused(self, weights: PackedBlock, q, k, v, layer: int) -> Tensor:  # noqa: ANN001
         """``z`` by scaled-dot-product attention, where nobody looks at the pattern."""
         queries, keys, values = self._queries(q), self._prefixed(k, layer, "k"), self._prefixed(v, layer, "v")
         # Kernels for grouped heads exist in half precision on a GPU; elsewhere the shared heads are repeated.
@@ -156,21 +201,27 @@ class PackedPass:
 
     def _explicit(self, weights: PackedBlock, q, k, v, layer: int, stop: int) -> Tensor | None:  # noqa: ANN001
         """Scores and pattern as TransformerLens computes them, packed as ``[token, head, key]``."""
-        length, position = self.layout.length, self.layout.position[: len(q)]
         queries, keys = self._queries(q), self._repeated(self._prefixed(k, layer, "k"))
-        scores = queries.transpose(1, 2) @ keys.permute(0, 2, 3, 1) / weights.scale
-        scores = weights.cap * torch.tanh(scores / weights.cap) if weights.cap > 0 else scores
-        rows = self._packed(scores.transpose(1, 2))
-        if weights.seen is None:
-            unseen = torch.arange(length, device=q.device) > position[:, None]
-        else:
-            unseen = ~weights.seen[position]
-        rows = self.points.visit(SCORES, layer, rows.masked_fill(unseen[:, None], weights.masked))
+        scores = queries.transpose(1, 2) @ keys.permute(0, 2, 3, 1)
+        rows = self._scores(weights, self._packed(scores.transpose(1, 2)), self.layout.position[: len(q)])
+        rows = self.points.visit(SCORES, layer, rows)
         pattern = self.points.visit(PATTERN, layer, _weights_of(rows, weights.sinks))
         if stop <= SITES.index(PATTERN):
             return None
         values = self._repeated(self._prefixed(v, layer, "v"))
         return self._packed((self._queries(pattern).transpose(1, 2) @ values.transpose(1, 2)).transpose(1, 2))
+
+    def _scores(
+        self, weights: PackedBlock, products: Float[Tensor, "token head key"], position: Int[Tensor, " token"]
+    ) -> Float[Tensor, "token head key"]:
+        """Scores of queries at some positions, from their products with all keys."""
+        scores = products / weights.scale
+        scores = weights.cap * torch.tanh(scores / weights.cap) if weights.cap > 0 else scores
+        if weights.seen is None:
+            unseen = torch.arange(self.layout.length, device=position.device) > position[:, None]
+        else:
+            unseen = ~weights.seen[position]
+        return scores.masked_fill(unseen[:, None], weights.masked)
 
     def _queries(self, x: Float[Tensor, "token head rest"]) -> Float[Tensor, "row pos head rest"]:
         """Packed queries in their places; what stands before them does not matter."""
@@ -213,6 +264,11 @@ class PackedPass:
             out = mlp.down(visit("blocks.{layer}.mlp.hook_post", layer, post))
         out = self._added(weights, out if weights.ln2_post is None else weights.ln2_post(out))
         return visit("blocks.{layer}.hook_mlp_out", layer, out)
+
+
+def fused(weights: PackedBlock) -> bool:
+    """Whether a kernel of torch computes this block's attention, without a pattern."""
+    return not weights.cap and weights.sinks is None
 
 
 def _weights_of(scores: Float[Tensor, "token head key"], sinks: Float[Tensor, " head"] | None) -> Tensor:

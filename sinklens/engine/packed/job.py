@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinklens.engine.apply import source_at
 from sinklens.engine.hooks import readouts_in
-from sinklens.engine.packed.blocks import PackedPass
+from sinklens.engine.packed.blocks import PATTERN_BYTES, PackedPass
 from sinklens.engine.packed.known import check_reading, packed_model, unsupported
 from sinklens.engine.packed.layout import Layout, to_device
 from sinklens.engine.packed.points import Points, is_known, reach
@@ -62,8 +62,9 @@ class PackedJob:
         runs: Runs,
         device: torch.device,
         unchecked: bool = True,
+        pattern_bytes: int = PATTERN_BYTES,
     ) -> None:
-        self.packed, self.readouts, self.device = packed, readouts, device
+        self.packed, self.readouts, self.device, self.pattern_bytes = packed, readouts, device, pattern_bytes
         (n_prompts, length), self.n_layers = tokens.shape, model_shape(packed.model).n_layers
         self.last = max((layer for readout in readouts for layer in readout.layers), default=-1)
         stops = reach(readouts, n_prompts, length).numpy()
@@ -103,7 +104,7 @@ class PackedJob:
         batch = tries.followed_by(rows)
         points = self._points(batch)
         first = int(batch.entries.min())
-        x = PackedPass(self.packed, points.layout, points).run(first, self.last)
+        x = PackedPass(self.packed, points.layout, points, self.pattern_bytes).run(first, self.last)
         self._note_finite(x, points.layout, rows, len(tries))
         readings = {readout.name: self._reading(readout, points, batch) for readout in self.readouts}
         if self.unchecked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sinklens.engine.apply import Op, SourceOf, apply_edit, not_computed
 from sinklens.engine.packed.layout import Layout
+from sinklens.engine.packed.queries import Piece
 from sinklens.engine.trust import read
 from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens
 from sinklens.sites import LOGITS, RESID_POST, HookSite, K
@@ -52,6 +53,11 @@ def is_known(site: HookSite) -> bool:
     if axes is not None:
         return site.axes == axes
     return site.template in SITES and site.pos_axis == 1 and site.unit_axis in (2, None)
+
+
+def wants_whole_pattern(readout: Readout) -> bool:
+    """Whether a readout is given the scores or the pattern of whole prompts at once."""
+    return readout.site.template in (SCORES, PATTERN) and not isinstance(readout, PositionReadout)
 
 
 @dataclass(eq=False)
@@ -94,6 +100,8 @@ class Points:
         self._live: dict[tuple[int, str], tuple[Bool[Tensor, " pair"] | None, Tensor]] = {}
         self._at: dict[tuple[str, int], Point] = defaultdict(Point)
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._queries: dict[tuple, Tensor] = {}
+        self._terms: dict[tuple[str, int], list[list[Tensor]]] = defaultdict(list)
         for op in ops:
             for place in op.edit.reads_in(op.layer):
                 if (place.layer, SITES.index(place.site.template)) >= (op.layer, SITES.index(op.site.template)):
@@ -108,6 +116,58 @@ class Points:
     def asked(self, template: str, layer: int) -> bool:
         """Whether anything happens there."""
         return (template, layer) in self._at
+
+    def queries(self, layer: int, q: Float[Tensor, "token head d_head"]) -> Int[Tensor, " token"] | None:
+        """Packed tokens, in order, whose scores or pattern anything looks at; None where somebody wants all at once."""
+        self.layout = self.layout.on(q.device)
+        points = [self._at[name, layer] for name in (SCORES, PATTERN) if self.asked(name, layer)]
+        readouts = [readout for point in points for readout in point.readouts]
+        captured = any(point.capture is not None or point.reads for point in points)
+        if captured or any(map(wants_whole_pattern, readouts)):
+            return None
+        ops = [op for point in points for op in point.ops]
+        key = (tuple(map(id, ops)), tuple(readout.name for readout in readouts), len(q), q.device)
+        if key not in self._queries:
+            looked_at = torch.zeros(len(q), dtype=torch.bool, device=q.device)
+            for readout in readouts:
+                assert isinstance(readout, PositionReadout)
+                looked_at[self._under_way(readout, layer)[0]] = True
+            for op in ops:
+                looked_at[op.on(looked_at.device).address[0]] = True
+            self._queries[key] = looked_at.nonzero().flatten()
+        return self._queries[key]
+
+    def edits_attention(self, layer: int) -> bool:
+        """Whether scores or pattern of a block are edited."""
+        return any(self.asked(name, layer) and self._at[name, layer].ops for name in (SCORES, PATTERN))
+
+    def visit_queries(self, template: str, layer: int, act: Float[Tensor, "token head key"], piece: Piece) -> Tensor:
+        """:meth:`visit` of some of the queries that anything looks at; pieces come in order."""
+        if not self.asked(template, layer):
+            return act
+        point = self._at[template, layer]
+        self.layout = self.layout.on(act.device)
+        for op in point.ops:
+            live, op = self._reads(op), op.on(act.device)
+            where, mine = _inside(op.address[0], piece.tokens)
+            if not piece.whole:
+                live = {key: read[mine] for key, read in live.items()}
+                where, op = where[mine], op.only(mine, where[mine])
+            apply_edit(act, replace(op, address=(where,)), live, self.source_of, self.changed, self.broken)
+        for i, readout in enumerate(point.readouts):
+            assert isinstance(readout, PositionReadout)
+            chosen, weight = self._under_way(readout, layer)
+            where, mine = _inside(chosen, piece.tokens)
+            if not piece.whole:
+                chosen, weight, where = chosen[mine], weight[mine], where[mine]
+            terms = self._terms[template, layer]
+            if len(terms) <= i:
+                terms.append([])
+            terms[i].append(self._weighted_terms(readout, layer, act[where], chosen, weight))
+            if piece.last:
+                whole = torch.cat(terms[i])
+                self.readings[readout.name, layer] = self._row_sums(whole, self._under_way(readout, layer)[0], layer)
+        return act
 
     def last(self, layer: int) -> int:
         """Index in :data:`SITES` of the last point of a block at which anything happens, -1 without any."""
@@ -192,22 +252,34 @@ class Points:
 
     def _sum(self, readout: PositionReadout, layer: int, take: Callable[[Tensor | None], Tensor]) -> Tensor:
         """The readout's sum over the packed positions of every row that is under way."""
-        layout, n_rows, n_tokens = self.layout, self.layout.n_rows(layer), self.layout.n_tokens(layer)
-        chosen, weight = self._weighted(readout)
-        if n_tokens < len(layout.row):
-            under_way = chosen < n_tokens
-            chosen, weight = chosen[under_way], weight[under_way]
-        every = len(chosen) == n_tokens
-        act = take(None if every else chosen)
-        prompt, position = layout.prompt[chosen], layout.position[chosen]
+        chosen, weight = self._under_way(readout, layer)
+        act = take(None if len(chosen) == self.layout.n_tokens(layer) else chosen)
+        return self._row_sums(self._weighted_terms(readout, layer, act, chosen, weight), chosen, layer)
+
+    def _weighted_terms(
+        self, readout: PositionReadout, layer: int, act: Tensor, chosen: Tensor, weight: Tensor
+    ) -> Tensor:
+        """The readout's terms at some packed tokens, ``[token, ...]``."""
+        prompt, position = self.layout.prompt[chosen], self.layout.position[chosen]
         found = read(
             readout, layer, act, lambda act, some: readout.at(act, Tokens(prompt[some], position[some], layer))
         )
-        found = found.float() * weight.view(-1, *[1] * (found.ndim - 1))
-        counts = torch.bincount(layout.row[chosen], minlength=n_rows)
+        return found.float() * weight.view(-1, *[1] * (found.ndim - 1))
+
+    def _row_sums(self, terms: Float[Tensor, "token *rest"], tokens: Tensor, layer: int) -> Float[Tensor, "row *rest"]:
+        n_rows = self.layout.n_rows(layer)
+        counts = torch.bincount(self.layout.row[tokens], minlength=n_rows)
         # Not index_add_: on a GPU its order of summation differs from run to run.
-        flat = found.reshape(len(found), found.shape[1:].numel())  # of no tokens, too
-        return torch.segment_reduce(flat, "sum", lengths=counts, unsafe=True, initial=0).view(n_rows, *found.shape[1:])
+        flat = terms.reshape(len(terms), terms.shape[1:].numel())  # of no tokens, too
+        return torch.segment_reduce(flat, "sum", lengths=counts, unsafe=True, initial=0).view(n_rows, *terms.shape[1:])
+
+    def _under_way(self, readout: PositionReadout, layer: int) -> tuple[Tensor, Tensor]:
+        """The packed tokens of rows under way that count, in order, and their weights."""
+        chosen, weight = self._weighted(readout)
+        if (n_tokens := self.layout.n_tokens(layer)) < len(self.layout.row):
+            under_way = chosen < n_tokens
+            chosen, weight = chosen[under_way], weight[under_way]
+        return chosen, weight
 
     def _weighted(self, readout: PositionReadout) -> tuple[Int[Tensor, " token"], Float[Tensor, " token"]]:
         """The packed tokens that count, and their weights."""
@@ -218,6 +290,14 @@ class Points:
             self._chosen[readout.name] = (chosen, mine[chosen])
         chosen, weight = self._chosen[readout.name]
         return chosen.to(self.layout.device), weight.to(self.layout.device)
+
+
+def _inside(
+    places: Int[Tensor, " place"], tokens: Int[Tensor, " token"]
+) -> tuple[Int[Tensor, " place"], Bool[Tensor, " place"]]:
+    """Where each place lies among some tokens, which are in order, and whether it does."""
+    where = torch.searchsorted(tokens, places.contiguous()).clamp(max=len(tokens) - 1)
+    return where, tokens[where] == places
 
 
 def reach(readouts: Sequence[Readout], n_prompts: int, length: int) -> Int[Tensor, " prompt"]:

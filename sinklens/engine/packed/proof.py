@@ -154,6 +154,18 @@ class _Watch:
         """Whether the pass has to come by a point even if that takes longer."""
         return self.explicit
 
+    def queries(self, layer: int, q: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Look at the pattern as a whole, or not at all."""
+        return None if self.explicit else torch.empty(0, dtype=torch.long, device=q.device)
+
+    def edits_attention(self, layer: int) -> bool:  # noqa: ARG002
+        """Nothing is edited."""
+        return False
+
+    def visit_queries(self, template: str, layer: int, act: Tensor, piece: object) -> Tensor:  # noqa: ARG002
+        """Nothing is looked at in pieces."""
+        return act
+
     def visit(self, template: str, layer: int, act: Tensor) -> Tensor:  # noqa: ARG002
         """Keep what is there."""
         self.seen[template.removeprefix("blocks.{layer}.")] = act.float().clone()
