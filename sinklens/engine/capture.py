@@ -26,6 +26,7 @@ from sinklens.engine.packed import (
     DifferentModelError,
     PackedModel,
     check_reading,
+    check_rounding,
     difference,
     execute_whole,
     found_different,
@@ -107,7 +108,10 @@ def _packed(model, tokens, runs, wanted, readouts, stop_at) -> PackedModel | Non
         return None
     packed = packed_model(model, tokens.shape[1])
     try:
-        _check_packed(model, packed, tokens[:1], runs, readouts, stop_at)
+        try:
+            _check_packed(model, packed, tokens[:1], runs, readouts, stop_at)
+        except DifferentModelError as error:
+            check_rounding(error, model, packed, tokens[:1])
     except DifferentModelError as error:
         why = f"the fast pass differs on this model ({error})"
         logger.warning("runs are captured through TransformerLens: %s", why)

@@ -14,6 +14,7 @@ TransformerLens. The first batch of every runner is checked against the model's 
 
 from sinklens.engine.packed.job import PackedJob, unknown_place, unpackable
 from sinklens.engine.packed.known import TOLERANCE, DifferentModelError, check_reading, found_different, packed_model
+from sinklens.engine.packed.noise import check_rounding
 from sinklens.engine.packed.points import wants_whole_pattern
 from sinklens.engine.packed.proof import difference
 from sinklens.engine.packed.weights import PackedModel
@@ -26,6 +27,7 @@ __all__ = [
     "PackedModel",
     "check_reading",
     "difference",
+    "check_rounding",
     "execute_whole",
     "found_different",
     "packed_model",

@@ -11,8 +11,9 @@ from torch import Tensor
 from sinklens.engine.apply import source_at
 from sinklens.engine.hooks import readouts_in
 from sinklens.engine.packed.blocks import PATTERN_BYTES, PackedPass
-from sinklens.engine.packed.known import check_reading, packed_model, unsupported
+from sinklens.engine.packed.known import DifferentModelError, check_reading, packed_model, unsupported
 from sinklens.engine.packed.layout import Layout, to_device
+from sinklens.engine.packed.noise import check_rounding
 from sinklens.engine.packed.points import Points, is_known, reach
 from sinklens.engine.packed.rows import Plan, Rows
 from sinklens.engine.packed.weights import PackedModel
@@ -65,6 +66,7 @@ class PackedJob:
         pattern_bytes: int = PATTERN_BYTES,
     ) -> None:
         self.packed, self.readouts, self.device, self.pattern_bytes = packed, readouts, device, pattern_bytes
+        self.tokens = tokens
         (n_prompts, length), self.n_layers = tokens.shape, model_shape(packed.model).n_layers
         self.last = max((layer for readout in readouts for layer in readout.layers), default=-1)
         stops = reach(readouts, n_prompts, length).numpy()
@@ -125,7 +127,11 @@ class PackedJob:
     def _check(self, tries: Rows, readings: dict[str, Tensor]) -> None:
         for readout in self.readouts:
             expected, found = readout.combine(self._before(readout, tries)), readings[readout.name][: len(tries)]
-            check_reading(readout, found, expected, self.packed.dtype)
+            try:
+                check_reading(readout, found, expected, self.packed.dtype)
+            except DifferentModelError as error:
+                check_rounding(error, self.packed.model, self.packed, self.tokens[:1])
+                return
 
     def _points(self, rows: Rows) -> Points:
         """All that happens in a pass over ``rows``."""

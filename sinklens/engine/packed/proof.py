@@ -119,12 +119,12 @@ def _differs(packed: BridgedModel, layer: int, acts: Mapping[str, Tensor]) -> tu
     if not packed.parallel and "hook_resid_mid" not in acts:
         return f"no residual stream in the middle of block {layer}", same
     layout = whole_rows(torch.arange(len(x), device=x.device), x.shape[1])
-    for watch in (_Watch(packed.n_layers, explicit=False), _Watch(packed.n_layers, explicit=True)):
+    for watch in (Watch(packed.n_layers, explicit=False), Watch(packed.n_layers, explicit=True)):
         PackedPass(packed, layout, watch).one_block(x.flatten(0, 1).to(packed.dtype), layer)  # type: ignore[arg-type]
         for name, found in watch.seen.items():
             if name not in acts:
                 continue  # which cannot be read or edited
-            mine, theirs = _tokens(found, acts[name], name)
+            mine, theirs = as_tokens(found, acts[name], name)
             if not (error := difference(mine, theirs, packed.dtype)) <= TOLERANCE[packed.dtype]:
                 if f"blocks.{{layer}}.{name}" == SCORES:
                     continue  # some bridges show other scores than those that they take the softmax of
@@ -133,7 +133,7 @@ def _differs(packed: BridgedModel, layer: int, acts: Mapping[str, Tensor]) -> tu
     return None, same
 
 
-def _tokens(mine: Tensor, theirs: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def as_tokens(mine: Tensor, theirs: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Both as ``[token, ...]``; scores that are masked are not compared, but have to be the same ones."""
     if f"blocks.{{layer}}.{name}" not in (SCORES, PATTERN):
         return mine, theirs.flatten(0, 1)
@@ -143,7 +143,7 @@ def _tokens(mine: Tensor, theirs: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return mine.masked_fill(masked, 0), theirs.masked_fill(masked, 0 if same else torch.nan)
 
 
-class _Watch:
+class Watch:
     """All points of a block, looked at."""
 
     def __init__(self, n_layers: int, explicit: bool) -> None:
