@@ -111,21 +111,22 @@ class Planted(PackedModel):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", list(WRONG))
 def test_a_wrong_part_is_found(name: str, dtype: str) -> None:
-    for times in (1.0, 3.0):
+    for times in (1.0, 2.0):
         model = sharp("llama", dtype, 0, times)
         why = differs(model, Planted(packed(model), WRONG[name]), tiny_tokens(1, LENGTH))
         assert why is not None and why.startswith("blocks.2."), (times, why)
 
 
-@pytest.mark.backend
 def test_a_reading_that_rounding_moves_does_not_end_the_packed_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that a wrong part moves does."""
+    pytest.importorskip("transformer_lens.HookedTransformer")  # a bridge is held to more, before
     monkeypatch.setattr("sinklens.engine.packed.known.TOLERANCE", {torch.bfloat16: 1e-9, torch.float32: 1e-3})
     model = sharp("llama", "bfloat16", 0, 3.0)
     tokens = tiny_tokens(2, LENGTH)
     patches = [Patch(sites.Z, (1,), (5,), edits.Constant())]
     wanted = [readouts.attention_received("received", (2, 3), (5,), 2)]
-    assert PatchRunner(model, tokens, wanted, once=True).run(patches).stats.path == "packed"
+    stats = PatchRunner(model, tokens, wanted, once=True).run(patches).stats
+    assert stats.path == "packed", stats.reason
 
     def wrong(model: Any, length: int) -> PackedModel:
         return Planted(packed_model(model, length), WRONG["rotary shifted"])
