@@ -16,7 +16,6 @@ Pitfalls that this module exists for, all checked by running:
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -375,6 +374,11 @@ def parameters_of(model: Model) -> Iterator[torch.nn.Parameter]:
     yield from _inside(model).parameters()
 
 
+def named_parameters_of(model: Model) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The model's parameters and their names, which differ from one backend to the other."""
+    yield from _inside(model).named_parameters()
+
+
 def dtype_of(model: Model) -> torch.dtype:
     """The dtype of the model's weights."""
     return next(parameters_of(model)).dtype
@@ -424,20 +428,6 @@ def damaged_weight(model: Model) -> str | None:
     return None
 
 
-def weight_digest(model: Model) -> str:
-    """SHA-256 over the config, and every parameter's name, shape, dtype and bytes, in the order of the names.
-
-    The same weights compute something else with another window, rotary base or activation function, so the config
-    counts. Parameters are streamed one at a time, so the digest needs no second copy of the model. The two backends
-    name their parameters differently, so the same weights have one digest on each.
-    """
-    digest = hashlib.sha256(_config_text(model).encode())
-    for name, parameter in sorted(_inside(model).named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 # What a config says of a model's name, its place and its loading, and not of what it computes.
 _ASIDE = (
     "_name_or_path",
@@ -473,8 +463,8 @@ _ASIDE = (
 )
 
 
-def _config_text(model: Model) -> str:
-    """The config's plain values, in the order of their names."""
+def config_text(model: Model) -> str:
+    """What of the config decides what is computed, as JSON, in the order of the names."""
     inside = _inside(model)
     config = inside.original_model.config.to_dict() if is_bridge(model) else vars(inside.cfg)
     return json.dumps(_plain(config), sort_keys=True)

@@ -16,6 +16,7 @@ from sinklens.errors import EngineError, InputError, NotApplicableError
 from sinklens.models import backends as _backends
 from sinklens.models import load
 from sinklens.models import smollm2 as _smollm2
+from sinklens.models.digest import weight_digest
 from sinklens.models.families import D_HEAD, D_MLP, D_MODEL, D_VOCAB, N_CTX, N_HEADS, N_LAYERS
 from sinklens.models.identities import block_weights, check_writes_directly
 from sinklens.models.load import REGISTRY, ModelSource, list_models, load_model, register_model
@@ -27,7 +28,6 @@ from sinklens.models.view import (
     model_id,
     model_shape,
     supports_resume,
-    weight_digest,
 )
 from tests.helpers.tiny import (
     ARCHITECTURES,
