@@ -16,8 +16,7 @@ def random_orthonormal(d: int, rank: int, generator: torch.Generator) -> Float[T
     LAPACK gives lean to one side (Mezzadri 2007, "How to generate random matrices from the classical compact groups").
     Only as many numbers are drawn as there are entries.
     """
-    Q, R = torch.linalg.qr(torch.randn(d, rank, generator=generator, dtype=torch.float32, device="cpu").double())
-    return (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).float()
+    return _qr(torch.randn(d, rank, generator=generator, dtype=torch.float32, device="cpu"))[0].float()
 
 
 def rotate_rows(rows: Float[Tensor, "neuron d_model"], generator: torch.Generator) -> Float[Tensor, "neuron d_model"]:
@@ -27,8 +26,15 @@ def rotate_rows(rows: Float[Tensor, "neuron d_model"], generator: torch.Generato
     orthonormal vectors as there are rows, instead of a whole d x d rotation.
     """
     d = rows.shape[-1]
-    R = torch.linalg.qr(rows.detach().cpu().double().T).R
+    R = _qr(rows.detach().cpu().T)[1]
     return (R.T @ random_orthonormal(d, len(R), generator).double().T).to(rows)
+
+
+def _qr(matrix: Float[Tensor, "d n"]) -> tuple[Float[Tensor, "d rank"], Float[Tensor, "rank n"]]:
+    """The one QR decomposition, in float64, in which R's diagonal is positive."""
+    Q, R = torch.linalg.qr(matrix.double())
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R)
+    return Q * signs, signs[:, None] * R
 
 
 def random_permutations(n: int, size: int, generator: torch.Generator) -> Int[Tensor, "n size"]:
