@@ -18,10 +18,11 @@ from __future__ import annotations
 import difflib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -239,9 +240,35 @@ def _norm_multiplier(model: Model, norm: Any) -> Float[Tensor, " d_model"]:
 # --- Hook points -----------------------------------------------------------------------------------------------------
 
 
+_POINTS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""The hook points of models that a call is at work with, by name, once they have been asked for."""
+
+
+def _hook_points(model: Model) -> Mapping[str, Any]:
+    """The hook points by their names and aliases.
+
+    A bridge makes the table anew whenever it is asked for it, in time that grows with the square of the blocks.
+    """
+    if (kept := _POINTS.get(model)) is None:
+        return _inside(model).hook_dict
+    if not kept:
+        kept.update(_inside(model).hook_dict)
+    return kept
+
+
+@contextmanager
+def hook_points_kept(model: Model) -> Iterator[None]:
+    """Inside, the names of the model's hook points are looked up once: for a call, in which it does not change."""
+    _POINTS[model] = {}
+    try:
+        yield
+    finally:
+        _POINTS.pop(model, None)
+
+
 def has_hook(model: Model, name: str) -> bool:
     """Whether `name` is a hook point of `model`, under its own name or an alias."""
-    return name in _inside(model).hook_dict
+    return name in _hook_points(model)
 
 
 def check_hook_name(model: Model, name: str) -> None:
@@ -252,15 +279,52 @@ def check_hook_name(model: Model, name: str) -> None:
     """
     if has_hook(model, name):
         return
-    close = difflib.get_close_matches(name, _inside(model).hook_dict, n=3)
+    close = difflib.get_close_matches(name, _hook_points(model), n=3)
     hint = f"; did you mean {', '.join(map(repr, close))}?" if close else "."
     raise EngineError(f"{model_id(model)} has no hook point {name!r}{hint}")
 
 
 @contextmanager
+def hooked(model: Model, hooks: Iterable[tuple[str, Any]]) -> Iterator[None]:
+    """Hooks on hook points inside a ``with``, as by ``model.hooks(fwd_hooks=...)``.
+
+    That of a bridge makes its table of hook points anew, in TransformerLens 3.9 for each of the hooks.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        hooks: names of hook points, and the function ``(activation, hook)`` there.
+
+    Raises:
+        EngineError: a name is no hook point of a bridge.
+        ValueError: a setting of a bridge keeps a hook point from being computed.
+    """
+    inside = _inside(model)
+    if not is_bridge(model) or inside.compatibility_mode:  # there a hook is called under several names
+        with model.hooks(fwd_hooks=list(hooks)):
+            yield
+        return
+    added: list[tuple[Any, Any]] = []
+    inside.context_level += 1
+    try:
+        for name, function in hooks:
+            check_hook_name(model, name)
+            point = _hook_points(model)[name]
+            if (switch := inside._gated_hook_reason(point.name or name)) is not None:
+                raise ValueError(f"{model_id(model)} does not compute {name}: call set_{switch}(True) first")
+            point.add_hook(function, level=inside.context_level)
+            added.append((point, point.fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [one for one in point.fwd_hooks if one is not handle]
+        inside.context_level -= 1
+
+
+@contextmanager
 def without_hooks(model: Model) -> Iterator[None]:
     """The hooks that somebody has on the hook points taken off inside a ``with``, and put back behind it."""
-    points = [point for point in set(_inside(model).hook_dict.values()) if point._forward_hooks]
+    points = [point for point in set(_hook_points(model).values()) if point._forward_hooks]
     held = [(point, point._forward_hooks) for point in points]
     for point in points:
         point._forward_hooks = OrderedDict()
@@ -340,7 +404,7 @@ def _bridge_final_residual(model: Model, tokens: Int[Tensor, "batch pos"]) -> Fl
     """The residual after the last block, which no `stop_at_layer` of a bridge returns."""
     seen: list[Tensor] = []
     last = len(_inside(model).blocks) - 1
-    point = _inside(model).hook_dict[f"blocks.{last}.hook_resid_post"]
+    point = _hook_points(model)[f"blocks.{last}.hook_resid_post"]
     # A plain forward hook, registered last: it sees what the caller's own hooks made of the value, and it never
     # disturbs the model's list of hooks, which the caller may be using.
     handle = point.register_forward_hook(lambda _module, _args, output: seen.append(output))
