@@ -84,7 +84,7 @@ class Probe:
 
 
 def probe(hf_model: PreTrainedModel) -> Probe:
-    """A copy of ``hf_model`` that is small enough to be compared in float32 on the CPU, with a prompt.
+    """A copy of ``hf_model`` that is small enough to be compared in float32, where its weights lie, with a prompt.
 
     Raises:
         InputError: the model cannot be copied.
@@ -145,7 +145,9 @@ def _shorten(copied: PreTrainedModel, windows: dict[str, int]) -> None:
 
 
 def _with_floats(hf_model: PreTrainedModel) -> PreTrainedModel:
-    return private_copy(hf_model, dtype=torch.float32, device="cpu")
+    places = {parameter.device for parameter in hf_model.parameters()}
+    together = next(iter(places)) if len(places) == 1 else "cpu"  # several: as device_map leaves it
+    return private_copy(hf_model, dtype=torch.float32, device=together)
 
 
 def _first_blocks(hf_model: PreTrainedModel) -> PreTrainedModel:
@@ -306,7 +308,7 @@ def check_rotary(model: Any, hf_model: PreTrainedModel) -> None:
         sin, cos = getattr(block.attn, "rotary_sin", None), getattr(block.attn, "rotary_cos", None)
         if not known or sin is None or cos is None or sin.shape[0] < 2:
             continue
-        turned = torch.atan2(sin[1].float(), cos[1].float()).sort().values[::2]  # every speed is there twice
+        turned = torch.atan2(sin[1].float(), cos[1].float()).cpu().sort().values[::2]  # every speed is there twice
         if not any(len(one) == len(turned) and torch.allclose(turned, torch.tensor(one), rtol=1e-4) for one in known):
             cast = {str(one.dtype).removeprefix("torch.") for one in speeds} - {"float32"}
             why = f", which a cast of the model has rounded to {cast.pop()}" if cast else ""
