@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sinklens.errors import InputError
 from sinklens.models.given import blocks_name, private_copy, text_config
+from sinklens.models.view import has_hook, hook_points_kept, hooked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -239,12 +240,12 @@ def look_loaded(model: Any, tokens: Int[Tensor, "1 pos"], layers: list[int]) -> 
     Raises:
         DifferenceError: it does not run, or a hook of the pattern acts more than once or not at all in a pass.
     """
-    shown: dict[int, list[Tensor]] = {layer: [] for layer in layers if _pattern(layer) in model.hook_dict}
-    hooks = [(_pattern(layer), _keeps(seen)) for layer, seen in shown.items()]
     at = next(model.parameters()).device
     try:
-        with model.hooks(fwd_hooks=hooks):
-            logits = model(tokens.to(at), return_type="logits")
+        with hook_points_kept(model):
+            shown: dict[int, list[Tensor]] = {layer: [] for layer in layers if has_hook(model, _pattern(layer))}
+            with hooked(model, [(_pattern(layer), _keeps(seen)) for layer, seen in shown.items()]):
+                logits = model(tokens.to(at), return_type="logits")
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
         raise DifferenceError(f"it does not run: {_reason(error)}") from error
     for layer, seen in shown.items():
