@@ -256,6 +256,11 @@ def _hook_points(model: Model) -> Mapping[str, Any]:
     return kept
 
 
+def _has_hook_points(model: Any) -> bool:
+    """Whether it has any, without making a bridge's table of them."""
+    return "hook_dict" in vars(model) or hasattr(type(model), "hook_dict")
+
+
 @contextmanager
 def hook_points_kept(model: Model) -> Iterator[None]:
     """Inside, the names of the model's hook points are looked up once: for a call, in which it does not change."""
@@ -456,7 +461,7 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"the model must be a loaded one (load_model), not of type {type(model).__name__}")
-    if "_orig_mod" in model._modules or not (hasattr(model, "cfg") and hasattr(model, "hook_dict")):
+    if "_orig_mod" in model._modules or not (hasattr(model, "cfg") and _has_hook_points(model)):
         raise InputError(
             f"the model must be a HookedTransformer or a TransformerBridge, not a {type(model).__name__}: load_model "
             "makes one of a Hugging Face model, and takes it out of the wrappers of torch.compile and DataParallel"
