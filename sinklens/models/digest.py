@@ -64,13 +64,15 @@ def _words_each(values: Tensor) -> int:
 def _row_sums(values: Shaped[Tensor, "..."]) -> Integer[Tensor, "row lane"]:
     """The sums of every row of words; the last row may be shorter."""
     keys = _keys(values.device)
-    step = _ROWS.get(values.device.type, 256) * _WORDS // _words_each(values)
+    rows = _ROWS.get(values.device.type, 256)
+    step = rows * _WORDS // _words_each(values)
+    room = torch.empty(rows, _WORDS, dtype=torch.float64, device=values.device)  # once: to ask for it is slow
     sums = []
     for start in range(0, values.numel(), step):
         piece = _piece(values, start, min(start + step, values.numel()))
         words = piece.view(torch.uint8 if piece.element_size() == 1 else torch.int16)
         whole = len(words) - len(words) % _WORDS
-        sums.append(words[:whole].view(-1, _WORDS).double() @ keys)
+        sums.append(room[: whole // _WORDS].copy_(words[:whole].view(-1, _WORDS)) @ keys)
         if whole < len(words):
             sums.append(words[None, whole:].double() @ keys[: len(words) - whole])
     return torch.cat(sums).long()  # of whole numbers: -0.0 and 0.0 are one
