@@ -25,6 +25,7 @@ from sinklens.engine.run import PatchResult, PatchRunner, Progress
 from sinklens.engine.store import Want
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation, explained, find_formation
+from sinklens.models.digest import weight_digest
 from sinklens.models.identities import block_weights, require
 from sinklens.models.view import (
     BlockWeights,
@@ -35,7 +36,6 @@ from sinklens.models.view import (
     dtype_of,
     model_id,
     model_shape,
-    weight_digest,
 )
 from sinklens.pairs.choice import target_positions
 from sinklens.pairs.pair import ordinary_positions

@@ -22,7 +22,7 @@ from sinklens.engine.hooks import Program, check_fired, hook_points, readouts_in
 from sinklens.engine.trust import checked_combined, read
 from sinklens.errors import EngineError, InputError
 from sinklens.models.state import backward_hooks, one_pass, without_inference
-from sinklens.models.view import Model, check_hook_name, device_of, forward, model_shape, parameters_of
+from sinklens.models.view import Model, check_hook_name, device_of, forward, hooked, model_shape, parameters_of
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout, Rows
 from sinklens.sites import ATTN_OUT, LOGITS, MLP_OUT, HookSite
@@ -205,7 +205,7 @@ def _run(model: Model, tokens: Tensor, program: Program, pass_: _Pass, last: int
     n_layers = model_shape(model).n_layers
     logits = last >= n_layers
     alone = (one_pass(model), without_inference(model), frozen(model))
-    with alone[0], alone[1], alone[2], warnings.catch_warnings(), model.hooks(fwd_hooks=hooks):
+    with alone[0], alone[1], alone[2], warnings.catch_warnings(), hooked(model, hooks):
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale/hook_normalized")
         stop = None if logits else last + 1
         out = forward(model, tokens.to(pass_.prompts.device), stop_at=stop, return_type="logits" if logits else None)

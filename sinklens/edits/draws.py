@@ -10,14 +10,31 @@ from sinklens.errors import InputError
 
 
 def random_orthonormal(d: int, rank: int, generator: torch.Generator) -> Float[Tensor, "d rank"]:
-    """Orthonormal columns of a Gaussian matrix: a uniformly random subspace of R^d, on the CPU, in float32."""
-    return torch.linalg.qr(torch.randn(d, rank, generator=generator, dtype=torch.float32, device="cpu")).Q
+    """The first columns of a uniformly random rotation or reflection of R^d, on the CPU, in float32.
+
+    They are those of a Gaussian matrix made orthonormal, with a positive diagonal in R, without which the columns that
+    LAPACK gives lean to one side (Mezzadri 2007, "How to generate random matrices from the classical compact groups").
+    Only as many numbers are drawn as there are entries.
+    """
+    return _qr(torch.randn(d, rank, generator=generator, dtype=torch.float32, device="cpu"))[0].float()
 
 
 def rotate_rows(rows: Float[Tensor, "neuron d_model"], generator: torch.Generator) -> Float[Tensor, "neuron d_model"]:
-    """``rows`` after one random rotation of R^d: norms and mutual angles kept, sparsity gone."""
+    """``rows`` after one random rotation or reflection of R^d: norms and mutual angles kept, sparsity gone.
+
+    It goes by what the rotation makes of an orthonormal basis of the rows, ``rows = R.T @ Q.T``: as many random
+    orthonormal vectors as there are rows, instead of a whole d x d rotation.
+    """
     d = rows.shape[-1]
-    return (rows.detach().cpu().float() @ random_orthonormal(d, d, generator)).to(rows)
+    R = _qr(rows.detach().cpu().T)[1]
+    return (R.T @ random_orthonormal(d, len(R), generator).double().T).to(rows)
+
+
+def _qr(matrix: Float[Tensor, "d n"]) -> tuple[Float[Tensor, "d rank"], Float[Tensor, "rank n"]]:
+    """The one QR decomposition, in float64, in which R's diagonal is positive."""
+    Q, R = torch.linalg.qr(matrix.double())
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R)
+    return Q * signs, signs[:, None] * R
 
 
 def random_permutations(n: int, size: int, generator: torch.Generator) -> Int[Tensor, "n size"]:

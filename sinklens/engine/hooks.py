@@ -21,7 +21,7 @@ from sinklens.engine.places import group_of, pairs_of
 from sinklens.engine.trust import read
 from sinklens.errors import EngineError
 from sinklens.models.state import one_pass
-from sinklens.models.view import Model, check_hook_name, forward, model_shape
+from sinklens.models.view import Model, check_hook_name, forward, hooked, model_shape
 from sinklens.patches import Patch
 from sinklens.readouts.base import Readout, Rows
 from sinklens.sites import LOGITS, HookSite
@@ -151,7 +151,7 @@ def execute(model: Model, x: Tensor, program: Program, *, stop_at: int) -> dict[
     n_layers = model_shape(model).n_layers
     wants_logits = stop_at > n_layers
     stop = None if wants_logits else stop_at
-    with one_pass(model), torch.no_grad(), warnings.catch_warnings(), model.hooks(fwd_hooks=list(points.items())):
+    with one_pass(model), torch.no_grad(), warnings.catch_warnings(), hooked(model, points.items()):
         # A bridge warns that editing a normalised activation takes another path than the unhooked forward: it is meant.
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale/hook_normalized")
         out = forward(model, x, start_at=program.first, stop_at=stop, return_type="logits" if wants_logits else None)

@@ -5,6 +5,7 @@ the one in the checkpoint. Text is tokenised as the model's own tokenizer does i
 that the tokenizer would not prepend itself, because an extra first token is an extra sink.
 """
 
+from sinklens.models.digest import weight_digest
 from sinklens.models.identities import Identities, block_weights, check_writes_directly, identities
 from sinklens.models.load import REGISTRY, ModelListing, ModelSource, list_models, load_model, register_model
 from sinklens.models.view import (
@@ -19,7 +20,6 @@ from sinklens.models.view import (
     model_id,
     model_shape,
     supports_resume,
-    weight_digest,
 )
 
 __all__ = [

@@ -21,7 +21,7 @@ import torch
 
 from sinklens.errors import InputError
 from sinklens.models import compare
-from sinklens.models.given import architecture_of, private_copy
+from sinklens.models.given import architecture_of, lose_weights, private_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,8 +42,12 @@ def to_hooked(
     device: torch.device,
     dtype: torch.dtype,
     devices: int = 1,
+    take: bool = False,
 ) -> Any:
     """A HookedTransformer with the weights of `hf_model`, which is left as it is.
+
+    Tensors are converted one after the other, from the device where they lie to the one where they are to be, and what
+    is compared is compared where the given weights lie.
 
     Args:
         hf_model: the Hugging Face model.
@@ -52,6 +56,7 @@ def to_hooked(
         device: where the result lives.
         dtype: the result's dtype.
         devices: CUDA devices over which its blocks are spread, from ``device`` on.
+        take: whether `hf_model` may lose its weights (see :func:`~sinklens.models.given.lose_weights`).
 
     Raises:
         InputError: TransformerLens has no HookedTransformer for this architecture, or its conversion is wrong.
@@ -61,13 +66,16 @@ def to_hooked(
     reference = _reference(hf_model, probe, theirs, device, dtype)
     with _quiet_transformer_lens(), _says_wrong("HookedTransformer", name, 'use backend="bridge" for this model.'):
         compare.check_no_switch(probe.model)
-        checked = _convert(probe.model, torch.float32)
+        checked = _convert(probe.model, torch.float32, _place_of(probe.model))
         compare.check_rotary(checked, probe.model)
         compare.check_same(checked, theirs, probe.tokens)
         if dtype == torch.float32 and probe.as_given:
             model = checked
         else:
-            model = _convert(private_copy(hf_model), dtype)
+            copied = private_copy(hf_model)
+            if take:
+                lose_weights(hf_model)
+            model = _convert(copied, dtype, device if devices == 1 else torch.device("cpu"))
             compare.check_same_weights(model, checked)
             compare.check_same_windows(model, checked, probe.windows)
             compare.check_same_settings(model, checked, tables=not probe.windows)
@@ -77,9 +85,14 @@ def to_hooked(
         model = _spread(model, device, devices) if devices > 1 else _moved(model, device)
         if not probe.whole and compare.can_check_blocks(model, reference):
             compare.check_blocks(model, reference)
-        elif model is not checked or device.type != "cpu":
+        elif model is not checked or device != _place_of(probe.model):
             compare.check_in_precision(model, reference, theirs if probe.as_given else None, probe.tokens)
     return model
+
+
+def _place_of(model: Any) -> torch.device:
+    """The device of a model, or of a copy that has lost its weights."""
+    return next(model.parameters()).device
 
 
 def _moved(model: Any, device: torch.device) -> Any:
@@ -236,12 +249,13 @@ def _give_weights_to_norms(model: Any) -> None:
                 module.weight = 1.0
 
 
-def _convert(hf_model: PreTrainedModel, dtype: torch.dtype) -> Any:
+def _convert(copied: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Any:
+    """A HookedTransformer on ``device``, made from a private copy, which loses its weights one after the other."""
     import transformer_lens.loading_from_pretrained as loading
     from transformer_lens import HookedTransformer
 
-    architecture = architecture_of(hf_model)
-    config = _config_for_transformer_lens(hf_model)
+    architecture = architecture_of(copied)
+    config = _config_for_transformer_lens(copied)
     try:
         with tempfile.TemporaryDirectory(prefix="tl-") as folder, torch.no_grad():
             if any(word in folder.lower() for word in ("llama", "gemma")):
@@ -255,11 +269,12 @@ def _convert(hf_model: PreTrainedModel, dtype: torch.dtype) -> Any:
                 folder, hf_cfg=config.to_dict(), device="cpu", dtype=dtype, default_prepend_bos=False
             )
             _correct_sizes(cfg, config)
-            state = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
+            state = loading.get_pretrained_state_dict(folder, cfg, copied, dtype=dtype)
+            state = {key: value.detach() for key, value in state.items()}  # no parameters, which are to be emptied
+            lose_weights(copied)
+            # Nothing is written to its weights, so they take no memory.
             model = HookedTransformer(cfg)
-            state = {key: value.to(device="cpu", dtype=dtype) for key, value in state.items()}
-            # Not load_and_process_state_dict: with nothing to process, it is this call once per tensor, and slow.
-            model.load_state_dict(model.fill_missing_keys(state), strict=False)
+            _fill(model, state, dtype, device)
             if cfg.positional_embedding_type == "alibi":
                 model.pos_embed.W_pos.zero_()  # unused and never written: what was in memory would be in the digest
     except InputError:
@@ -276,7 +291,22 @@ def _convert(hf_model: PreTrainedModel, dtype: torch.dtype) -> Any:
         raise InputError(
             f'HookedTransformer cannot load {architecture} ({_reason(error)}); use backend="bridge" for this model.'
         ) from error
-    return model
+    return _moved(model, device)  # with what is no weight
+
+
+def _fill(model: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Put new tensors on ``device`` in place of the model's own, and empty ``state``, most of which is views of others.
+
+    Entries are rounded to ``dtype``, and held in the dtype that TransformerLens gives the weight: experts in float32.
+    """
+    held = model.state_dict()
+    model.fill_missing_keys({key: held.get(key) for key in state})  # says what weight is missing
+    filled = {}
+    while state:
+        key, value = state.popitem()
+        like = held.get(key, value)
+        filled[key] = torch.empty(value.shape, dtype=like.dtype, device=device).copy_(value.to(dtype))
+    model.load_state_dict(filled, strict=False, assign=True)
 
 
 def _correct_sizes(cfg: Any, config: Any) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sinklens.errors import InputError
 from sinklens.models.given import blocks_name, private_copy, text_config
+from sinklens.models.view import has_hook, hook_points_kept, hooked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +85,7 @@ class Probe:
 
 
 def probe(hf_model: PreTrainedModel) -> Probe:
-    """A copy of ``hf_model`` that is small enough to be compared in float32 on the CPU, with a prompt.
+    """A copy of ``hf_model`` that is small enough to be compared in float32, where its weights lie, with a prompt.
 
     Raises:
         InputError: the model cannot be copied.
@@ -145,7 +146,9 @@ def _shorten(copied: PreTrainedModel, windows: dict[str, int]) -> None:
 
 
 def _with_floats(hf_model: PreTrainedModel) -> PreTrainedModel:
-    return private_copy(hf_model, dtype=torch.float32, device="cpu")
+    places = {parameter.device for parameter in hf_model.parameters()}
+    together = next(iter(places)) if len(places) == 1 else "cpu"  # several: as device_map leaves it
+    return private_copy(hf_model, dtype=torch.float32, device=together)
 
 
 def _first_blocks(hf_model: PreTrainedModel) -> PreTrainedModel:
@@ -237,12 +240,12 @@ def look_loaded(model: Any, tokens: Int[Tensor, "1 pos"], layers: list[int]) -> 
     Raises:
         DifferenceError: it does not run, or a hook of the pattern acts more than once or not at all in a pass.
     """
-    shown: dict[int, list[Tensor]] = {layer: [] for layer in layers if _pattern(layer) in model.hook_dict}
-    hooks = [(_pattern(layer), _keeps(seen)) for layer, seen in shown.items()]
     at = next(model.parameters()).device
     try:
-        with model.hooks(fwd_hooks=hooks):
-            logits = model(tokens.to(at), return_type="logits")
+        with hook_points_kept(model):
+            shown: dict[int, list[Tensor]] = {layer: [] for layer in layers if has_hook(model, _pattern(layer))}
+            with hooked(model, [(_pattern(layer), _keeps(seen)) for layer, seen in shown.items()]):
+                logits = model(tokens.to(at), return_type="logits")
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
         raise DifferenceError(f"it does not run: {_reason(error)}") from error
     for layer, seen in shown.items():
@@ -306,7 +309,7 @@ def check_rotary(model: Any, hf_model: PreTrainedModel) -> None:
         sin, cos = getattr(block.attn, "rotary_sin", None), getattr(block.attn, "rotary_cos", None)
         if not known or sin is None or cos is None or sin.shape[0] < 2:
             continue
-        turned = torch.atan2(sin[1].float(), cos[1].float()).sort().values[::2]  # every speed is there twice
+        turned = torch.atan2(sin[1].float(), cos[1].float()).cpu().sort().values[::2]  # every speed is there twice
         if not any(len(one) == len(turned) and torch.allclose(turned, torch.tensor(one), rtol=1e-4) for one in known):
             cast = {str(one.dtype).removeprefix("torch.") for one in speeds} - {"float32"}
             why = f", which a cast of the model has rounded to {cast.pop()}" if cast else ""

@@ -202,6 +202,17 @@ def private_copy(
     return copied
 
 
+def lose_weights(model: nn.Module) -> None:
+    """Let go of a model's weights: their memory is free when nothing else looks at it. Its buffers stay."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+
+
+def has_lost_weights(model: nn.Module) -> bool:
+    """Whether :func:`lose_weights` has been called on it."""
+    return all(parameter.numel() == 0 for parameter in model.parameters())
+
+
 def _unwrap_inside(model: nn.Module) -> None:
     """Take accelerate's and torch.compile's wrappers off the submodules of a private copy."""
     for module in model.modules():

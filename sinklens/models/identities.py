@@ -45,6 +45,7 @@ from sinklens.models.view import (
     device_of,
     dtype_of,
     has_hook,
+    hooked,
     model_id,
     model_shape,
     vocabulary_size,
@@ -228,7 +229,7 @@ def probing(model: Model, hooks: Sequence[tuple[str, Callable[[Tensor, object], 
     """The model with these hooks alone and without warnings; to be called in its usual state."""
     with without_hooks(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with model.hooks(fwd_hooks=list(hooks)):
+        with hooked(model, hooks):
             yield
 
 

@@ -21,7 +21,7 @@ import torch
 from sinklens.errors import InputError
 from sinklens.models import smollm2 as _smollm2
 from sinklens.models.backends import has_hooked_transformer, to_bridge, to_hooked
-from sinklens.models.given import blocks_name, check_as_it_stands, unwrapped
+from sinklens.models.given import blocks_name, check_as_it_stands, has_lost_weights, unwrapped
 from sinklens.models.state import in_usual_state
 from sinklens.records.registry import enter
 
@@ -155,17 +155,21 @@ def load_model(
         check_as_it_stands(hf_model)
         chosen = own_tokenizer if tokenizer is None else _tokenizer(tokenizer)
         options: dict[str, Any] = {"name": name, "device": target, "dtype": precision}
+        # What we read from files is ours to take apart; the user's object, or what a registered function gives, is not.
+        read = isinstance(model, (str, Path)) and model not in REGISTRY
         if devices != 1:
             _check_devices(devices, target, backend)
-            return to_hooked(hf_model, chosen, **options, devices=devices)
+            return to_hooked(hf_model, chosen, **options, devices=devices, take=read)
         if backend != "bridge" and has_hooked_transformer():
             try:
-                return to_hooked(hf_model, chosen, **options)
+                return to_hooked(hf_model, chosen, **options, take=read)
             except InputError as error:
                 if backend == "hooked":
                     raise
                 logger.warning("using a TransformerBridge: %s", str(error).split(";")[0])
-        # What we loaded is ours to give; the user's object is not.
+                if has_lost_weights(hf_model):
+                    hf_model = _resolve(model, precision)[0]
+        # A bridge keeps what we loaded for it; the user's object stays by itself.
         return to_bridge(hf_model, chosen, **options, take=isinstance(model, (str, Path)))
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sinklens.errors import InputError
-from sinklens.models.view import Model, is_bridge, weights_stamp
+from sinklens.models.view import Model, hook_points_kept, is_bridge, weights_stamp
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,6 +83,7 @@ def usual_state(model: object = None, *, gradients: bool = False) -> Iterator[No
             stack.enter_context(turn.lock)
             if turn.depth == 0:
                 stack.enter_context(_usual_model(model))
+                stack.enter_context(hook_points_kept(model))  # type: ignore[arg-type]
             turn.depth += 1
             stack.callback(_leave, turn)
         stack.enter_context(_PROCESS.pinned())

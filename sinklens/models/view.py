@@ -16,13 +16,13 @@ Pitfalls that this module exists for, all checked by running:
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -240,9 +240,40 @@ def _norm_multiplier(model: Model, norm: Any) -> Float[Tensor, " d_model"]:
 # --- Hook points -----------------------------------------------------------------------------------------------------
 
 
+_POINTS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""The hook points of models that a call is at work with, by name, once they have been asked for."""
+
+
+def _hook_points(model: Model) -> Mapping[str, Any]:
+    """The hook points by their names and aliases.
+
+    A bridge makes the table anew whenever it is asked for it, in time that grows with the square of the blocks.
+    """
+    if (kept := _POINTS.get(model)) is None:
+        return _inside(model).hook_dict
+    if not kept:
+        kept.update(_inside(model).hook_dict)
+    return kept
+
+
+def _has_hook_points(model: Any) -> bool:
+    """Whether it has any, without making a bridge's table of them."""
+    return "hook_dict" in vars(model) or hasattr(type(model), "hook_dict")
+
+
+@contextmanager
+def hook_points_kept(model: Model) -> Iterator[None]:
+    """Inside, the names of the model's hook points are looked up once: for a call, in which it does not change."""
+    _POINTS[model] = {}
+    try:
+        yield
+    finally:
+        _POINTS.pop(model, None)
+
+
 def has_hook(model: Model, name: str) -> bool:
     """Whether `name` is a hook point of `model`, under its own name or an alias."""
-    return name in _inside(model).hook_dict
+    return name in _hook_points(model)
 
 
 def check_hook_name(model: Model, name: str) -> None:
@@ -253,15 +284,52 @@ def check_hook_name(model: Model, name: str) -> None:
     """
     if has_hook(model, name):
         return
-    close = difflib.get_close_matches(name, _inside(model).hook_dict, n=3)
+    close = difflib.get_close_matches(name, _hook_points(model), n=3)
     hint = f"; did you mean {', '.join(map(repr, close))}?" if close else "."
     raise EngineError(f"{model_id(model)} has no hook point {name!r}{hint}")
 
 
 @contextmanager
+def hooked(model: Model, hooks: Iterable[tuple[str, Any]]) -> Iterator[None]:
+    """Hooks on hook points inside a ``with``, as by ``model.hooks(fwd_hooks=...)``.
+
+    That of a bridge makes its table of hook points anew, in TransformerLens 3.9 for each of the hooks.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        hooks: names of hook points, and the function ``(activation, hook)`` there.
+
+    Raises:
+        EngineError: a name is no hook point of a bridge.
+        ValueError: a setting of a bridge keeps a hook point from being computed.
+    """
+    inside = _inside(model)
+    if not is_bridge(model) or inside.compatibility_mode:  # there a hook is called under several names
+        with model.hooks(fwd_hooks=list(hooks)):
+            yield
+        return
+    added: list[tuple[Any, Any]] = []
+    inside.context_level += 1
+    try:
+        for name, function in hooks:
+            check_hook_name(model, name)
+            point = _hook_points(model)[name]
+            if (switch := inside._gated_hook_reason(point.name or name)) is not None:
+                raise ValueError(f"{model_id(model)} does not compute {name}: call set_{switch}(True) first")
+            point.add_hook(function, level=inside.context_level)
+            added.append((point, point.fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [one for one in point.fwd_hooks if one is not handle]
+        inside.context_level -= 1
+
+
+@contextmanager
 def without_hooks(model: Model) -> Iterator[None]:
     """The hooks that somebody has on the hook points taken off inside a ``with``, and put back behind it."""
-    points = [point for point in set(_inside(model).hook_dict.values()) if point._forward_hooks]
+    points = [point for point in set(_hook_points(model).values()) if point._forward_hooks]
     held = [(point, point._forward_hooks) for point in points]
     for point in points:
         point._forward_hooks = OrderedDict()
@@ -341,7 +409,7 @@ def _bridge_final_residual(model: Model, tokens: Int[Tensor, "batch pos"]) -> Fl
     """The residual after the last block, which no `stop_at_layer` of a bridge returns."""
     seen: list[Tensor] = []
     last = len(_inside(model).blocks) - 1
-    point = _inside(model).hook_dict[f"blocks.{last}.hook_resid_post"]
+    point = _hook_points(model)[f"blocks.{last}.hook_resid_post"]
     # A plain forward hook, registered last: it sees what the caller's own hooks made of the value, and it never
     # disturbs the model's list of hooks, which the caller may be using.
     handle = point.register_forward_hook(lambda _module, _args, output: seen.append(output))
@@ -375,6 +443,11 @@ def parameters_of(model: Model) -> Iterator[torch.nn.Parameter]:
     yield from _inside(model).parameters()
 
 
+def named_parameters_of(model: Model) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The model's parameters and their names, which differ from one backend to the other."""
+    yield from _inside(model).named_parameters()
+
+
 def dtype_of(model: Model) -> torch.dtype:
     """The dtype of the model's weights."""
     return next(parameters_of(model)).dtype
@@ -388,7 +461,7 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"the model must be a loaded one (load_model), not of type {type(model).__name__}")
-    if "_orig_mod" in model._modules or not (hasattr(model, "cfg") and hasattr(model, "hook_dict")):
+    if "_orig_mod" in model._modules or not (hasattr(model, "cfg") and _has_hook_points(model)):
         raise InputError(
             f"the model must be a HookedTransformer or a TransformerBridge, not a {type(model).__name__}: load_model "
             "makes one of a Hugging Face model, and takes it out of the wrappers of torch.compile and DataParallel"
@@ -422,20 +495,6 @@ def damaged_weight(model: Model) -> str | None:
         if not weight.isfinite().all():
             return name.replace("._original_component", "")  # a bridge's wrapping
     return None
-
-
-def weight_digest(model: Model) -> str:
-    """SHA-256 over the config, and every parameter's name, shape, dtype and bytes, in the order of the names.
-
-    The same weights compute something else with another window, rotary base or activation function, so the config
-    counts. Parameters are streamed one at a time, so the digest needs no second copy of the model. The two backends
-    name their parameters differently, so the same weights have one digest on each.
-    """
-    digest = hashlib.sha256(_config_text(model).encode())
-    for name, parameter in sorted(_inside(model).named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # What a config says of a model's name, its place and its loading, and not of what it computes.
@@ -473,8 +532,8 @@ _ASIDE = (
 )
 
 
-def _config_text(model: Model) -> str:
-    """The config's plain values, in the order of their names."""
+def config_text(model: Model) -> str:
+    """What of the config decides what is computed, as JSON, in the order of the names."""
     inside = _inside(model)
     config = inside.original_model.config.to_dict() if is_bridge(model) else vars(inside.cfg)
     return json.dumps(_plain(config), sort_keys=True)

@@ -610,6 +610,32 @@ def test_rotated_rows_keep_norms_and_inner_products_and_lose_sparsity():
     assert edits.rotate_rows(rows.bfloat16(), torch.Generator().manual_seed(0)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("n", [1, 3, 16, 20])
+def test_few_rows_are_rotated_by_few_draws(n):
+    """Numbers for as many vectors as there are rows, whatever their width; rows that are no basis included."""
+    rows = torch.randn(n, 16, generator=torch.Generator().manual_seed(1))
+    rows[n // 2] = 2 * rows[0]
+    generator, same = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    found = edits.rotate_rows(rows, generator)
+    close(found @ found.T, rows @ rows.T)
+    torch.randn(16, min(n, 16), generator=same)
+    assert torch.equal(generator.get_state(), same.get_state())
+    close(edits.rotate_rows(torch.zeros(n, 16), generator), torch.zeros(n, 16))
+
+
+def test_random_rotations_lean_to_no_side():
+    """Means over draws of the entries and of their products are those of a uniform rotation: 0, and 1 / d."""
+    generator = torch.Generator().manual_seed(5)
+    bases = torch.stack([edits.random_orthonormal(4, 3, generator) for _ in range(2000)])
+    assert bases.mean(0).abs().max() < 0.06  # 5 standard errors
+    assert (bases.square().mean(0) - 0.25).abs().max() < 0.03
+    rows = tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]])
+    turned = torch.stack([edits.rotate_rows(rows, generator) for _ in range(2000)])
+    assert turned.mean(0).abs().max() < 0.09
+    assert (turned.square().mean(0) - tensor([[0.25] * 4, [0.5] * 4])).abs().max() < 0.06
+    close(torch.einsum("nij,nkj->nik", turned, turned), tensor([[1.0, 1], [1, 2]]).expand(2000, 2, 2))
+
+
 def test_random_permutations():
     found = edits.random_permutations(5, 16, torch.Generator().manual_seed(0))
     assert torch.equal(found.sort(-1).values, torch.arange(16).expand(5, 16))

@@ -244,13 +244,19 @@ def hf_w_o(hf: Any, layer: int) -> Tensor:
     return hf.transformer.h[layer].attn.c_proj.weight.unflatten(0, (N_HEADS, D_HEAD))
 
 
+def rotated(rows: Tensor, seed: int = 0) -> Tensor:
+    """The rows with orthonormal vectors, those of a Gaussian matrix, in place of their own orthonormal basis."""
+    gaussian = drawn(D_MODEL, len(rows), seed=seed).double()
+    basis = gaussian @ torch.linalg.cholesky(gaussian.T @ gaussian).T.inverse()
+    return (torch.linalg.cholesky(rows.double() @ rows.double().T) @ basis.T).float()
+
+
 def test_densified_rows_equal_rotated_weights(named, model, tokens, way):
     neurons = [5, 0, 31]
 
     def rotate(hf: Any) -> None:
-        rotation = torch.linalg.qr(drawn(D_MODEL, D_MODEL, seed=7)).Q
         rows = hf_w_out(hf, 1)
-        rows[neurons] = rows[neurons] @ rotation
+        rows[neurons] = rotated(rows[neurons], seed=7)
 
     expected = logits_of(changed_copy(named[0], rotate), tokens, [])
     assert (expected - logits_of(model, tokens, [])).abs().max() > 1e-3
@@ -264,7 +270,7 @@ def test_densified_at_one_position_only(named, model, tokens, way):
 
     def rotate(hf: Any) -> None:
         rows = hf_w_out(hf, 1)
-        rows[[4]] = rows[[4]] @ torch.linalg.qr(drawn(D_MODEL, D_MODEL)).Q
+        rows[[4]] = rotated(rows[[4]])
 
     name = "blocks.1.hook_mlp_out"
     expected = cache_of(model, tokens, [], {name})[name]

@@ -16,7 +16,9 @@ from sinklens.errors import EngineError, InputError, NotApplicableError
 from sinklens.models import backends as _backends
 from sinklens.models import load
 from sinklens.models import smollm2 as _smollm2
+from sinklens.models.digest import weight_digest
 from sinklens.models.families import D_HEAD, D_MLP, D_MODEL, D_VOCAB, N_CTX, N_HEADS, N_LAYERS
+from sinklens.models.given import has_lost_weights, private_copy
 from sinklens.models.identities import block_weights, check_writes_directly
 from sinklens.models.load import REGISTRY, ModelSource, list_models, load_model, register_model
 from sinklens.models.view import (
@@ -27,7 +29,6 @@ from sinklens.models.view import (
     model_id,
     model_shape,
     supports_resume,
-    weight_digest,
 )
 from tests.helpers.tiny import (
     ARCHITECTURES,
@@ -472,13 +473,58 @@ def test_what_hooked_transformer_cannot_load(arch: str) -> None:
 @needs_hooked
 def test_a_wrong_conversion_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = tiny_hf("llama")
-    converted = _backends._convert(hf, torch.float32)
+    converted = _backends._convert(private_copy(hf), torch.float32, torch.device("cpu"))
     with torch.no_grad():
         converted.blocks[2].mlp.W_out.mul_(1.2)
     monkeypatch.setattr(_backends, "_convert", lambda *_: converted)
     with pytest.raises(InputError, match="wrongly"):
         load_model(hf, backend="hooked")
     assert is_bridge(load_model(hf, device="cpu"))
+
+
+@needs_hooked
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_object_keeps_its_weights_and_shares_none(dtype: str) -> None:
+    hf = tiny_hf("llama")
+    before = {name: weight.clone() for name, weight in hf.named_parameters()}
+    held = {weight.untyped_storage().data_ptr() for weight in hf.parameters()}
+    model = load_model(hf, device="cpu", dtype=dtype, backend="hooked")
+    assert all(torch.equal(weight, before[name]) for name, weight in hf.named_parameters())
+    assert not held & {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    assert all(weight.is_contiguous() and weight.requires_grad for weight in model.parameters())
+
+
+@needs_hooked
+def test_weights_are_converted_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were read from files are let go of as they are converted."""
+    seen: list[int] = []
+    fill, lose = _backends._fill, _backends.lose_weights
+    lost: list[Any] = []
+
+    def spy(model: Any, state: dict[str, Any], *rest: Any) -> None:
+        fill(model, state, *rest)
+        seen.append(len(state))
+
+    monkeypatch.setattr(_backends, "_fill", spy)
+    monkeypatch.setattr(_backends, "lose_weights", lambda model: (lost.append(model), lose(model)))
+    tiny_hf("llama").save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu", dtype="bfloat16", backend="hooked")
+    assert seen == [0, 0]  # the one that was compared in float32, and the one in bfloat16
+    assert len(lost) == 3 and all(has_lost_weights(copied) for copied in lost)
+    assert weight_digest(model) == weight_digest(load_model(tiny_hf("llama"), device="cpu", dtype="bfloat16"))
+
+
+@needs_hooked
+def test_lost_weights_are_read_again_for_a_bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: Any) -> None:
+        raise _backends.compare.DifferenceError("planted")
+
+    tiny_hf("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(_backends.compare, "check_same_windows", wrong)
+    model = load_model(tmp_path, device="cpu", dtype="bfloat16")
+    assert is_bridge(model)
+    other = load_model(tiny_hf("llama"), device="cpu", dtype="bfloat16", backend="bridge")
+    assert weight_digest(model) == weight_digest(other)
 
 
 @pytest.mark.backend

@@ -12,8 +12,9 @@ import torch
 
 from sinklens.engine.memory import default_budget
 from sinklens.errors import InputError
+from sinklens.models.digest import weight_digest
 from sinklens.models.load import load_model
-from sinklens.models.view import Model, devices_of, moved_to, weight_digest
+from sinklens.models.view import Model, devices_of, moved_to
 from sinklens.sweeps.plan import Plan
 from sinklens.sweeps.ray.cluster import Cluster
 from sinklens.sweeps.store import FolderSink, read_record
