@@ -297,6 +297,19 @@ def _centred(x: Tensor) -> Tensor:
     return x - x.mean(0)
 
 
+def _but_for_rounding(model: Model, left: Tensor, right: Tensor) -> Sides:
+    """Both sides less what is the same for all tokens, as a bias is; in half precision what rounding may do is let be.
+
+    There the whole is rounded, what is the same included, and that may be many times as large as the rest.
+    """
+    difference, rest = _centred(left) - _centred(right), _centred(right)
+    if dtype_of(model).itemsize < 4:
+        rounding = torch.finfo(dtype_of(model)).eps * right.norm(dim=-1, keepdim=True)
+        size = difference.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        difference = difference * (1 - rounding / size).clamp_min(0)
+    return rest + difference, rest
+
+
 def _attention_adds(model: Model, layer: int, acts: Acts) -> Sides:  # noqa: ARG001
     if "hook_resid_mid" in acts:
         pre, out, mid = _act(acts, "hook_resid_pre", "hook_attn_out", "hook_resid_mid")
@@ -318,7 +331,7 @@ def _heads_write(model: Model, layer: int, acts: Acts) -> Sides:
     W_O = BlockWeights(model, layer).W_O.detach().float()
     if z.shape[1:] != W_O.shape[:2]:
         raise LacksError(f"a hook_z of the shape of W_O ({tuple(z.shape[1:])}, {tuple(W_O.shape[:2])})")
-    return _centred(z.flatten(1).to(W_O.device) @ W_O.flatten(0, 1)).to(out.device), _centred(out)
+    return _but_for_rounding(model, (z.flatten(1).to(W_O.device) @ W_O.flatten(0, 1)).to(out.device), out)
 
 
 def _neurons_write(model: Model, layer: int, acts: Acts) -> Sides:

@@ -32,7 +32,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     "capture": ("sinklens.engine.capture:capture_runs",),
     "patches": ("sinklens.engine.run:PatchRunner._batches",),
     "statistics": ("sinklens.chain.result:summarise", "sinklens.statistics:bootstrap_interval"),
-    "digest": ("sinklens.models.view:weight_digest",),
+    "digest": ("sinklens.models.digest:weight_digest",),
     "saving": ("sinklens.chain.result:ChainResult.save",),
     "report": ("sinklens.pages.page:report",),
 }

@@ -131,10 +131,10 @@ def test_a_wrong_scaling_of_slow_rotary_frequencies(monkeypatch: pytest.MonkeyPa
     assert not is_bridge(load_model(hf, device="cpu"))
     convert = backends._convert
 
-    def unscaled(hf_model: Any, dtype: torch.dtype) -> Any:
+    def unscaled(hf_model: Any, dtype: torch.dtype, device: torch.device) -> Any:
         plain = private_copy(hf_model)
         plain.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
-        return convert(plain, dtype)
+        return convert(plain, dtype, device)
 
     monkeypatch.setattr(backends, "_convert", unscaled)
     with pytest.raises(InputError, match="other speeds"):
@@ -215,8 +215,8 @@ def test_a_wrong_conversion_is_found(
 def test_a_fault_of_the_second_conversion_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     convert = backends._convert
 
-    def stale(hf_model: Any, dtype: torch.dtype) -> Any:
-        converted = convert(hf_model, dtype)
+    def stale(hf_model: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        converted = convert(hf_model, dtype, device)
         if dtype == torch.bfloat16:
             keeps_an_old_weight(converted)
         return converted
@@ -266,8 +266,8 @@ def test_a_fault_of_the_conversion_in_sixteen_bits_alone(
     """Most of them change the logits by less than the rounding does."""
     convert = backends._convert
 
-    def wrong(hf_model: Any, precision: torch.dtype) -> Any:
-        converted = convert(hf_model, precision)
+    def wrong(hf_model: Any, precision: torch.dtype, device: torch.device) -> Any:
+        converted = convert(hf_model, precision, device)
         if precision == dtype:
             with torch.no_grad():
                 fault(converted)
