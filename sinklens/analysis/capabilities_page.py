@@ -41,7 +41,8 @@ HOLDS = """## What does not hold
 
 Identities that fail in a model ([`identities.py`](identities.py) has their equations), and hook points at which edits
 are refused, because the model does not go on with what is written there, or only in part, or because the activation has
-other axes than its site says.
+other axes than its site says. A patch of `hook_resid_mid` runs all the same where attention's output is what is added:
+it is written there, which all that follows sees.
 """
 RUNS = """## What runs
 

@@ -24,7 +24,7 @@ from sinklens.engine.packed.proof import Watch, as_tokens
 from sinklens.engine.packed.weights import Norm, PackedBlock, PackedModel
 from sinklens.engine.packed.whole import whole_rows
 from sinklens.models.identities import HOOKS, keeper, probing
-from sinklens.models.view import Model, has_hook
+from sinklens.models.view import Model, device_of, has_hook
 from sinklens.sites import HookSite
 
 TIMES = 3.0
@@ -91,7 +91,7 @@ def check_rounding(error: DifferentModelError, model: Model, packed: PackedModel
 @torch.no_grad()
 def differs(model: Model, packed: PackedModel, tokens: Int[Tensor, "row pos"]) -> str | None:
     """Where the packed pass is another than the model's on some prompts; None where only rounding parts them."""
-    tokens = tokens[:, :MOST_TOKENS]
+    tokens = tokens[:, :MOST_TOKENS].to(device_of(model))
     held, layout = _activations(model, tokens, packed.n_layers), whole_rows(torch.arange(len(tokens)), tokens.shape[1])
     layout = layout.on(tokens.device)
     for layer, acts in enumerate(held):
