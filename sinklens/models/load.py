@@ -131,8 +131,8 @@ def load_model(
         device: "cpu", "cuda", "cuda:1", or "auto" for CUDA where there is one, else the CPU.
         dtype: "float32", "bfloat16" or "float16", or the torch dtype.
         backend: "hooked" for a HookedTransformer, "bridge" for a TransformerBridge, or "auto" for a HookedTransformer
-            where TransformerLens has a correct one (3.x, most architectures), else a bridge. A HookedTransformer can
-            resume a forward pass in the middle, so patching is faster on it.
+            where TransformerLens has a correct one (3.x, most architectures), else a bridge. Patches take about as
+            long on either, where the packed pass knows the architecture.
         tokenizer: overrides the tokenizer that comes with the model: an object, a local folder or a Hugging Face id.
         devices: GPUs over which the blocks are spread, one part after the other, for models that are larger than one.
 
