@@ -417,7 +417,8 @@ def test_settling_it_by_another_way(tiny_llama):
     rows_out = tiny_llama.blocks[1].mlp.W_out.detach()
     at_sink = post[every, study.sinks].abs().mean(0)
     strongest = [i for i in at_sink.argsort(descending=True).tolist() if i not in (3, 7)][:2]
-    sets = {"super neurons": [[3, 7]] * draws, "strongest other neurons": [strongest]}
+    # In the order of the analysis: a rotation goes by the rows in their order.
+    sets = {"super neurons": [list(study.formation.neurons)] * draws, "strongest other neurons": [strongest]}
     sets["random neurons"] = [list(units) for units in study.other_neurons("settle_it/random", draws)]
     checked = 0
     for sink, where, roots in (
