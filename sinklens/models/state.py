@@ -50,10 +50,8 @@ class _Turn:
     """Calls inside one another."""
     passing: bool = False
     """Whether a forward pass with hooks is under way."""
-    stamp: Any = None
-    """:func:`current_stamp`, once it has been asked for; within a call a model does not change."""
-    structure: Any = None
-    """:func:`current_structure`, likewise."""
+    known: dict[Callable[[Any], Any], Any] = field(default_factory=dict)
+    """What has been looked up in this call (:func:`_once_a_call`)."""
 
 
 _TURNS: weakref.WeakKeyDictionary[Any, _Turn] = weakref.WeakKeyDictionary()
@@ -102,17 +100,22 @@ def usual_state(model: object = None, *, gradients: bool = False) -> Iterator[No
 def _leave(turn: _Turn) -> None:
     turn.depth -= 1
     if turn.depth == 0:
-        turn.stamp = turn.structure = None
+        turn.known.clear()
+
+
+def _once_a_call(look_up: Callable[[Any], R], model: Model) -> R:
+    """What ``look_up`` finds of a model, looked for once in a call, in which a model does not change."""
+    turn = _turn(model)
+    if turn.depth == 0:
+        return look_up(model)
+    if look_up not in turn.known:
+        turn.known[look_up] = look_up(model)
+    return turn.known[look_up]
 
 
 def current_stamp(model: Model) -> Any:
     """:func:`sinklens.models.view.weights_stamp`, looked up once in a call: it walks through all modules."""
-    turn = _turn(model)
-    if turn.depth == 0:
-        return weights_stamp(model)
-    if turn.stamp is None:
-        turn.stamp = weights_stamp(model)
-    return turn.stamp
+    return _once_a_call(weights_stamp, model)
 
 
 def in_usual_state(function: Callable[P, R]) -> Callable[P, R]:
@@ -270,27 +273,32 @@ def modules_of(model: object) -> list[torch.nn.Module]:
 
 def foreign_hooks(model: Model) -> tuple[object, ...]:
     """Somebody's hooks on the model at the moment: TransformerLens's, torch's on any module, torch's on all modules."""
-    found: list[object] = []
-    for module in modules_of(model):
-        found += [handle for handle in getattr(module, "fwd_hooks", ()) if not _is_wiring(handle)]
-        for name in _HOOKS:
-            found += [hook for hook in getattr(module, name).values() if not _is_theirs(hook)]
-    shared = torch.nn.modules.module
-    for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
-        found += list(getattr(shared, name).values())
-    return tuple(found)
+    return _hooks_on(model, "fwd_hooks", _HOOKS, _is_wiring, _is_theirs)
 
 
 def backward_hooks(model: Model) -> tuple[object, ...]:
     """Somebody's hooks on the gradients: TransformerLens's, torch's on any module, torch's on all modules."""
+    return _hooks_on(model, "bwd_hooks", _BACKWARD_HOOKS)
+
+
+def _hooks_on(
+    model: Model,
+    listed: str,
+    kinds: Sequence[str],
+    wiring: Callable[[object], bool] = lambda _: False,
+    theirs: Callable[[object], bool] = lambda _: False,
+) -> tuple[object, ...]:
+    """Hooks of some kinds: those that hook points list, torch's on modules, torch's on all modules.
+
+    Left out are those that TransformerLens lists as its ``wiring``, and those on modules that are ``theirs``.
+    """
     found: list[object] = []
     for module in modules_of(model):
-        found += getattr(module, "bwd_hooks", ())
-        for name in _BACKWARD_HOOKS:
-            found += list(getattr(module, name).values())
-    shared = torch.nn.modules.module
-    for name in ("_global_backward_hooks", "_global_backward_pre_hooks"):
-        found += list(getattr(shared, name).values())
+        found += [handle for handle in getattr(module, listed, ()) if not wiring(handle)]
+        for kind in kinds:
+            found += [hook for hook in getattr(module, kind).values() if not theirs(hook)]
+    for kind in kinds:
+        found += list(getattr(torch.nn.modules.module, f"_global{kind}").values())
     return tuple(found)
 
 
@@ -379,13 +387,7 @@ def current_structure(model: Model) -> Snapshot:
 
     It is looked up once in a call.
     """
-    assert isinstance(model, torch.nn.Module)
-    turn = _turn(model)
-    if turn.depth == 0:
-        return _structure(model)
-    if turn.structure is None:
-        turn.structure = _structure(model)
-    return turn.structure
+    return _once_a_call(_structure, model)
 
 
 def _structure(model: torch.nn.Module) -> Snapshot:
