@@ -26,11 +26,12 @@ from sinklens.engine.packed import (
     DifferentModelError,
     PackedModel,
     check_reading,
-    check_rounding,
     difference,
     execute_whole,
     found_different,
     packed_model,
+    places_of,
+    rounding_allowed,
     unknown_place,
 )
 from sinklens.engine.store import ActivationStore, Want
@@ -99,19 +100,13 @@ def _packed(model, tokens, runs, wanted, readouts, stop_at) -> PackedModel | Non
 
     It is tried on the first prompt of every run.
     """
-    places = {(readout.site, layer) for readout in readouts for layer in readout.layers}
-    places |= {place for mine in wanted.values() for place in mine}
-    for root in (part for roots in runs.values() for patch in roots for part in patch.parts):
-        for layer in root.layers:
-            places |= {(root.site, layer), *((read.site, read.layer) for read in root.edit.reads_in(layer))}
+    places = places_of(readouts, runs).union(*wanted.values())
     if can_resume(model) or unknown_place(model, tokens.shape[1], places) is not None:
         return None
     packed = packed_model(model, tokens.shape[1])
     try:
-        try:
+        with rounding_allowed(packed, tokens[:1]):
             _check_packed(model, packed, tokens[:1], runs, readouts, stop_at)
-        except DifferentModelError as error:
-            check_rounding(error, model, packed, tokens[:1])
     except DifferentModelError as error:
         why = f"the fast pass differs on this model ({error})"
         logger.warning("runs are captured through TransformerLens: %s", why)

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sinklens.edits import Edit, EditSite
-from sinklens.edits.base import Gathered, Read, ReadPlace, read_key
+from sinklens.edits.base import Gathered, ReadPlace, read_key
 from sinklens.errors import NotApplicableError
 from sinklens.models.identities import identities
 from sinklens.models.view import Model, model_shape
@@ -30,11 +30,6 @@ class AsAttention(Edit):
 
     edit: Edit
     """The edit of ``resid_mid``."""
-
-    @property
-    @override
-    def reads(self) -> tuple[Read, ...]:
-        return (RESID_PRE, *self.edit.reads)
 
     @override
     def reads_in(self, layer: int) -> tuple[ReadPlace, ...]:

@@ -21,11 +21,11 @@ from sinklens.models.hooked import Rotary
 from sinklens.models.parts import (
     BridgeAttention,
     BridgeBlock,
-    BridgeMLP,
     BridgeNorm,
     Function,
     Given,
     Linear,
+    MLPParts,
     UnknownPartError,
 )
 from sinklens.models.view import Model, device_of
@@ -268,7 +268,7 @@ def _seen(mask: Tensor | None, length: int) -> Bool[Tensor, "pos pos"] | None:
     return None if torch.equal(seen, plain) else seen
 
 
-def _mlp(mlp: Any) -> BridgeMLP | None:
+def _mlp(mlp: Any) -> MLPParts | None:
     """The MLP's parts, if it is made of projections around an activation function."""
     from transformer_lens.model_bridge.generalized_components.gated_mlp import GatedMLPBridge
     from transformer_lens.model_bridge.generalized_components.mlp import MLPBridge
@@ -282,7 +282,7 @@ def _mlp(mlp: Any) -> BridgeMLP | None:
         return None
     try:
         gate = _linear(mlp.gate, "the gate") if isinstance(mlp, GatedMLPBridge) else None
-        return BridgeMLP(gate, _linear(getattr(mlp, "in", None), "the MLP"), _linear(mlp.out, "the MLP"), act)
+        return MLPParts(gate, _linear(getattr(mlp, "in", None), "the MLP"), _linear(mlp.out, "the MLP"), act)
     except UnknownPartError:
         return None
 

@@ -258,8 +258,8 @@ def _oddity(shape: ModelShape, name: str, act: Tensor) -> str:
     return f"is of shape {list(act.shape)} for 2 prompts of {N_TOKENS} tokens, and not [{axes}]"
 
 
-def activations(model: Model) -> dict[tuple[int, str], Tensor]:
-    """Activations of one pass over the tokens that models are probed with, by block and hook; in float32."""
+def activations(model: Model, tokens: Int[Tensor, "row pos"] | None = None) -> dict[tuple[int, str], Tensor]:
+    """Activations of one pass by block and hook, in float32; over the tokens that models are probed with by default."""
     held: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(model_shape(model).n_layers)}
     hooks = [
         (f"blocks.{layer}.{name}", keeper(acts, name))
@@ -268,7 +268,7 @@ def activations(model: Model) -> dict[tuple[int, str], Tensor]:
         if has_hook(model, f"blocks.{layer}.{name}")
     ]
     with probing(model, hooks):
-        model(probe_tokens(model), return_type=None)
+        model(probe_tokens(model) if tokens is None else tokens, return_type=None)
     return {(layer, name): act for layer, acts in held.items() for name, act in acts.items()}
 
 

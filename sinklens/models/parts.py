@@ -1,10 +1,14 @@
-"""What a TransformerBridge is made of, taken apart (:mod:`sinklens.models.bridged`): tensors, sizes and functions."""
+"""What a model is made of, taken apart: tensors, sizes and functions.
+
+:mod:`sinklens.models.bridged` finds the parts of a TransformerBridge; the packed pass computes with those of any model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -25,7 +29,11 @@ class Linear:
     W: Float[Tensor, "d_in d_out"]
     """Its weight."""
     b: Float[Tensor, " d_out"] | None
-    """Its bias."""
+    """Its bias, if it has one."""
+
+    def __call__(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_out"]:
+        """``x @ W + b``."""
+        return x @ self.W if self.b is None else torch.addmm(self.b, x, self.W)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +81,7 @@ class BridgeAttention:
 
 
 @dataclass(frozen=True, eq=False)
-class BridgeMLP:
+class MLPParts:
     """One block's MLP."""
 
     gate: Linear | None
@@ -84,6 +92,8 @@ class BridgeMLP:
     """Down projection."""
     act: Function
     """The activation function."""
+    offset: Float[Tensor, " d_mlp"] | None = None
+    """Added to gated neurons."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +110,7 @@ class BridgeBlock:
     """Norm behind it."""
     attention: BridgeAttention
     """Attention."""
-    mlp_parts: BridgeMLP | None
+    mlp_parts: MLPParts | None
     """The MLP's parts; None where it has others (a mixture of experts)."""
     whole_mlp: Function
     """The MLP as the model runs it."""

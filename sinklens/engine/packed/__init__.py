@@ -12,9 +12,9 @@ have a part that is not known is said in :mod:`sinklens.engine.packed.known`; th
 TransformerLens. The first batch of every runner is checked against the model's own numbers.
 """
 
-from sinklens.engine.packed.job import PackedJob, unknown_place, unpackable
+from sinklens.engine.packed.job import PackedJob, places_of, unknown_place, unpackable
 from sinklens.engine.packed.known import TOLERANCE, DifferentModelError, check_reading, found_different, packed_model
-from sinklens.engine.packed.noise import check_rounding
+from sinklens.engine.packed.noise import rounding_allowed
 from sinklens.engine.packed.points import wants_whole_pattern
 from sinklens.engine.packed.proof import difference
 from sinklens.engine.packed.weights import PackedModel
@@ -27,10 +27,11 @@ __all__ = [
     "PackedModel",
     "check_reading",
     "difference",
-    "check_rounding",
     "execute_whole",
     "found_different",
     "packed_model",
+    "places_of",
+    "rounding_allowed",
     "unknown_place",
     "unpackable",
     "wants_whole_pattern",

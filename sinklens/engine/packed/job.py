@@ -11,9 +11,9 @@ from torch import Tensor
 from sinklens.engine.apply import source_at
 from sinklens.engine.hooks import readouts_in
 from sinklens.engine.packed.blocks import PATTERN_BYTES, PackedPass
-from sinklens.engine.packed.known import DifferentModelError, check_reading, packed_model, unsupported
+from sinklens.engine.packed.known import check_reading, packed_model, unsupported
 from sinklens.engine.packed.layout import Layout, to_device
-from sinklens.engine.packed.noise import check_rounding
+from sinklens.engine.packed.noise import rounding_allowed
 from sinklens.engine.packed.points import Points, is_known, reach
 from sinklens.engine.packed.rows import Plan, Rows
 from sinklens.engine.packed.weights import PackedModel
@@ -30,13 +30,18 @@ def unpackable(
     model: Model, length: int, readouts: Sequence[Readout], runs: Runs, patches: Sequence[Patch] = ()
 ) -> str | None:
     """Why the packed pass cannot do this; None when it can."""
+    return unknown_place(model, length, places_of(readouts, runs, patches))
+
+
+def places_of(readouts: Sequence[Readout], runs: Runs, patches: Sequence[Patch] = ()) -> set[tuple[HookSite, int]]:
+    """All sites and blocks in which anything is read or edited."""
     places = {(readout.site, layer) for readout in readouts for layer in readout.layers}
     for patch in [*patches, *(root for roots in runs.values() for root in roots)]:
         for part in patch.parts:
             for layer in part.layers:
                 places.add((part.site, layer))
                 places.update((place.site, place.layer) for place in part.edit.reads_in(layer))
-    return unknown_place(model, length, places)
+    return places
 
 
 def unknown_place(model: Model, length: int, places: Collection[tuple[HookSite, int]]) -> str | None:
@@ -125,13 +130,10 @@ class PackedJob:
         return Rows(zeros - 1, zeros, runs * self.plan.n_prompts, begins, zeros + self.stops[0], zeros + entry)
 
     def _check(self, tries: Rows, readings: dict[str, Tensor]) -> None:
-        for readout in self.readouts:
-            expected, found = readout.combine(self._before(readout, tries)), readings[readout.name][: len(tries)]
-            try:
+        with rounding_allowed(self.packed, self.tokens[:1]):
+            for readout in self.readouts:
+                expected, found = readout.combine(self._before(readout, tries)), readings[readout.name][: len(tries)]
                 check_reading(readout, found, expected, self.packed.dtype)
-            except DifferentModelError as error:
-                check_rounding(error, self.packed.model, self.packed, self.tokens[:1])
-                return
 
     def _points(self, rows: Rows) -> Points:
         """All that happens in a pass over ``rows``."""

@@ -8,7 +8,8 @@ first two are from the third is what the dtype does there; the model's own activ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -23,8 +24,8 @@ from sinklens.engine.packed.points import SCORES
 from sinklens.engine.packed.proof import Watch, as_tokens
 from sinklens.engine.packed.weights import Norm, PackedBlock, PackedModel
 from sinklens.engine.packed.whole import whole_rows
-from sinklens.models.identities import HOOKS, keeper, probing
-from sinklens.models.view import Model, device_of, has_hook
+from sinklens.models.identities import activations
+from sinklens.models.view import Model, device_of
 from sinklens.sites import HookSite
 
 TIMES = 3.0
@@ -76,53 +77,44 @@ def _through(function: Any, dtype: torch.dtype) -> Any:
     return None if function is None else lambda x: function(x.to(dtype)).float()
 
 
-def check_rounding(error: DifferentModelError, model: Model, packed: PackedModel, tokens: Tensor) -> None:
-    """Make sure that rounding alone made a difference that was found: some prompts are tried block by block.
+@contextmanager
+def rounding_allowed(packed: PackedModel, tokens: Int[Tensor, "row pos"]) -> Iterator[None]:
+    """A comparison inside may fail by what rounding makes: in 16 bits these prompts are then tried block by block.
 
     Raises:
-        DifferentModelError: ``error``, with what is different.
+        DifferentModelError: it has failed, and not by rounding.
     """
-    if packed.dtype.itemsize > 2:
-        raise error
-    if (why := differs(model, packed, tokens)) is not None:
-        raise DifferentModelError(f"{error}; {why}") from error
+    try:
+        yield
+    except DifferentModelError as error:
+        if packed.dtype.itemsize > 2:
+            raise
+        if (why := differs(packed.model, packed, tokens)) is not None:
+            raise DifferentModelError(f"{error}; {why}") from error
 
 
 @torch.no_grad()
 def differs(model: Model, packed: PackedModel, tokens: Int[Tensor, "row pos"]) -> str | None:
     """Where the packed pass is another than the model's on some prompts; None where only rounding parts them."""
     tokens = tokens[:, :MOST_TOKENS].to(device_of(model))
-    held, layout = _activations(model, tokens, packed.n_layers), whole_rows(torch.arange(len(tokens)), tokens.shape[1])
-    layout = layout.on(tokens.device)
-    for layer, acts in enumerate(held):
+    held = activations(model, tokens)
+    layout = whole_rows(torch.arange(len(tokens), device=tokens.device), tokens.shape[1])
+    for layer in range(packed.n_layers):
+        acts = {name: act for (block, name), act in held.items() if block == layer}
         x = acts.pop("hook_resid_pre").flatten(0, 1)
         true = _of_block(Exact(packed), layout, layer, x, explicit=True)
         rounded = [_of_block(packed, layout, layer, x, explicit) for explicit in (False, True)]
         for name, theirs in acts.items():
             if name not in true or f"blocks.{{layer}}.{name}" == SCORES:
                 continue  # some bridges show other scores than those that they take the softmax of
-            exact, shown = as_tokens(true[name], theirs.float(), name)
-            ours = [as_tokens(each[name], theirs.float(), name)[0] for each in rounded if name in each]
+            exact, shown = as_tokens(true[name], theirs, name)
+            ours = [as_tokens(each[name], theirs, name)[0] for each in rounded if name in each]
             noise = torch.stack([_spread(each, exact, OF_NOISE) for each in ours]).amax(0)
             off = _spread(shown, exact, QUANTILES)
             if not (off <= TIMES * noise + ROUNDINGS * torch.finfo(packed.dtype).eps).all():
                 there, made = float(off[-1]), float(noise[-1])
                 return f"blocks.{layer}.{name} is off by {there:.2g} of its size, and rounding makes {made:.2g}"
     return None
-
-
-def _activations(model: Model, tokens: Tensor, n_layers: int) -> list[dict[str, Tensor]]:
-    """The model's own, by block."""
-    held: list[dict[str, Tensor]] = [{} for _ in range(n_layers)]
-    hooks = [
-        (f"blocks.{layer}.{name}", keeper(acts, name))
-        for layer, acts in enumerate(held)
-        for name in HOOKS
-        if has_hook(model, f"blocks.{layer}.{name}")
-    ]
-    with probing(model, hooks):
-        model(tokens, return_type=None)
-    return held
 
 
 def _of_block(packed: PackedModel, layout: Layout, layer: int, x: Tensor, explicit: bool) -> Mapping[str, Tensor]:

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens.engine.packed.points import KEYS
-from sinklens.engine.packed.weights import Norm, PackedBlock, PackedMLP, PackedModel, Product
+from sinklens.engine.packed.weights import Norm, PackedBlock, PackedModel
 from sinklens.models.bridged import block_parts, embedded, final_norm, given_to_attention, unembedding
-from sinklens.models.parts import BridgeMLP, BridgeNorm, Given, Linear
+from sinklens.models.parts import BridgeNorm, Given
 from sinklens.models.state import Snapshot, current_structure
 from sinklens.models.view import Model
 from sinklens.sites import HookSite
@@ -54,9 +54,9 @@ class BridgedModel(PackedModel):
             ln2=ln2,
             ln1_post=ln1_post,
             ln2_post=ln2_post,
-            qkv=(_product(attn.q), _product(attn.k), _product(attn.v)),
-            out=_product(attn.o),
-            mlp_parts=None if parts.mlp_parts is None or layer in self.whole else _mlp(parts.mlp_parts),
+            qkv=(attn.q, attn.k, attn.v),
+            out=attn.o,
+            mlp_parts=None if layer in self.whole else parts.mlp_parts,
             whole_mlp=parts.whole_mlp,
             q_norm=attn.q_norm,
             k_norm=attn.k_norm,
@@ -77,7 +77,7 @@ class BridgedModel(PackedModel):
         """See :meth:`PackedModel.logits`."""
         unembed, finished = unembedding(self.model)
         x = self._norm(final_norm(self.model))(x.to(unembed.W.device))
-        return finished(_product(unembed)(x))
+        return finished(unembed(x))
 
     def lacks(self, site: HookSite, layer: int) -> str | None:
         """See :meth:`PackedModel.lacks`."""
@@ -97,12 +97,3 @@ def _given(model: Model, length: int) -> list[Given]:
         with torch.no_grad():
             found[length] = given_to_attention(model, length)
     return found[length]
-
-
-def _product(linear: Linear) -> Product:
-    return Product(linear.W, linear.b)
-
-
-def _mlp(mlp: BridgeMLP) -> PackedMLP:
-    gate = None if mlp.gate is None else _product(mlp.gate)
-    return PackedMLP(gate, _product(mlp.up), _product(mlp.down), mlp.act)

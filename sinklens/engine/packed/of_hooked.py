@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinklens.engine.packed.weights import Function, Norm, PackedBlock, PackedMLP, PackedModel, Product
+from sinklens.engine.packed.weights import Norm, PackedBlock, PackedModel
 from sinklens.models.hooked import (
     NormWeights,
     Options,
@@ -20,6 +20,7 @@ from sinklens.models.hooked import (
     unembedding,
 )
 from sinklens.models.identities import IDENTITIES, identities
+from sinklens.models.parts import Function, Linear, MLPParts
 from sinklens.models.view import Model
 from sinklens.sites import ROT_K, HookSite, K
 
@@ -95,16 +96,16 @@ class HookedModel(PackedModel):
             ln1=_norm(self.options, ln1),
             ln2=_norm(self.options, ln2),
             qkv=(
-                Product(
+                Linear(
                     torch.cat([_columns(attn.W_Q), _columns(attn.W_K), _columns(attn.W_V)], -1),
                     _bias(torch.cat([attn.b_Q.flatten(), attn.b_K.flatten(), attn.b_V.flatten()])),
                 ),
             ),
-            out=Product(attn.W_O.flatten(0, 1), _bias(attn.b_O)),
-            mlp_parts=PackedMLP(
-                gate=Product(mlp.W_gate, None) if mlp.W_gate is not None else None,
-                up=Product(mlp.W_in, None if gated else b_in),
-                down=Product(mlp.W_out, _bias(mlp.b_out)),
+            out=Linear(attn.W_O.flatten(0, 1), _bias(attn.b_O)),
+            mlp_parts=MLPParts(
+                gate=Linear(mlp.W_gate, None) if mlp.W_gate is not None else None,
+                up=Linear(mlp.W_in, None if gated else b_in),
+                down=Linear(mlp.W_out, _bias(mlp.b_out)),
                 act=mlp.act,
                 offset=b_in if gated else None,
             ),
@@ -119,7 +120,7 @@ class HookedModel(PackedModel):
         """See :meth:`PackedModel.logits`."""
         (W_U, b_U), cap = unembedding(self.model), self.options.logits_cap
         x = _norm(self.options, final_norm(self.model))(x.to(W_U.device))
-        out = Product(W_U, _bias(b_U))(x)
+        out = Linear(W_U, _bias(b_U))(x)
         return cap * torch.tanh(out / cap) if cap > 0 else out
 
 

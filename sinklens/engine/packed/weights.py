@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinklens.models.hooked import Rotary
+from sinklens.models.parts import Function, Linear, MLPParts
 from sinklens.models.view import Model, dtype_of, model_shape
 from sinklens.sites import HookSite
-
-Function = Callable[[Tensor], Tensor]
-"""Position-wise: from ``[token, ...]`` to ``[token, ...]``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,36 +55,6 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
-    """A projection."""
-
-    W: Float[Tensor, "d_in d_out"]
-    """Its weight."""
-    b: Float[Tensor, " d_out"] | None
-    """Its bias, if it has one."""
-
-    def __call__(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_out"]:
-        """``x @ W + b``."""
-        return x @ self.W if self.b is None else torch.addmm(self.b, x, self.W)
-
-
-@dataclass(frozen=True, eq=False)
-class PackedMLP:
-    """One block's MLP, taken apart."""
-
-    gate: Product | None
-    """Gate projection; None in an MLP without a gate."""
-    up: Product
-    """Up projection."""
-    down: Product
-    """Down projection."""
-    act: Function
-    """The activation function."""
-    offset: Float[Tensor, " d_mlp"] | None = None
-    """Added to gated neurons."""
-
-
-@dataclass(frozen=True, eq=False)
 class PackedBlock:
     """One block's weights."""
 
@@ -95,11 +62,11 @@ class PackedBlock:
     """Norm in front of attention."""
     ln2: Norm | None
     """Norm in front of the MLP; None in a parallel block for what attention reads."""
-    qkv: tuple[Product, ...]
+    qkv: tuple[Linear, ...]
     """Query, key and value projections, one by one or side by side (one product instead of three)."""
-    out: Product
+    out: Linear
     """Attention's output projection."""
-    mlp_parts: PackedMLP | None
+    mlp_parts: MLPParts | None
     """The MLP; None where it is run as a whole."""
     whole_mlp: Function | None
     """The MLP as a whole."""
