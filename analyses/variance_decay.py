@@ -63,6 +63,10 @@ class Decay:
     """Of tau, against these."""
 
 
+Decays = Mapping[str, Mapping[str, Decay]]
+"""By kind of prompts and quantity."""
+
+
 def run(
     study: sl.Study,
     *,
@@ -74,8 +78,24 @@ def run(
     sl.analysis.check_first_varies(study)
     blocks, rng = study.blocks(layers), study.generator("variance_decay/shuffled")
     shuffled = torch.rand(permutations, study.batch.length - 1, generator=rng)
-    decays = measured(study, blocks, average, shuffled)
-    outlier = replace(outlier_of(decays), detail=halved(study, blocks, average, shuffled))
+    kinds = {"given prompts": study, "random tokens": study.random}
+    seen = {
+        source: {quantity: here.activations(site, blocks) for quantity, site in SITES.items()}
+        for source, here in kinds.items()
+    }
+
+    def decays_over(shuffled: Float[Tensor, "draw pos"]) -> Decays:
+        """What variance does over as many later positions as are shuffled."""
+        return {
+            source: {quantity: decay(here, seen[source][quantity], average, shuffled) for quantity in SITES}
+            for source, here in kinds.items()
+        }
+
+    decays, half = decays_over(shuffled), study.batch.length // 2
+    outlier = outlier_of(decays)
+    if half >= LEAST_TOKENS:
+        shorter = outlier_of(decays_over(shuffled[:, : half - 1]))
+        outlier = replace(outlier, detail=f"on the first {half} tokens alone: {shorter.outcome}")
     verdict = sl.analysis.verdict_of(CLAIM, [outlier, cause(study, target)])
     numbers = {}
     for source, each in decays.items():
@@ -85,28 +105,7 @@ def run(
     return sl.Findings(verdict, table(decays, blocks), caption(blocks, average), numbers)
 
 
-def measured(
-    study: sl.Study, blocks: tuple[int, ...], average: Literal["mean", "median"], shuffled: Float[Tensor, "draw pos"]
-) -> dict[str, dict[str, Decay]]:
-    """By kind of prompts and quantity, what variance does over as many later positions as are shuffled."""
-    return {
-        source: {quantity: decay(here, site, blocks, average, shuffled) for quantity, site in SITES.items()}
-        for source, here in {"given prompts": study, "random tokens": study.random}.items()
-    }
-
-
-def halved(
-    study: sl.Study, blocks: tuple[int, ...], average: Literal["mean", "median"], shuffled: Float[Tensor, "draw pos"]
-) -> str:
-    """What the same rule says of the first half of the prompts; there are fewer positions to fall over."""
-    half = study.batch.length // 2
-    if half < LEAST_TOKENS:
-        return ""
-    shorter = measured(study, blocks, average, shuffled[:, : half - 1])
-    return f"on the first {half} tokens alone: {outlier_of(shorter).outcome}"
-
-
-def outlier_of(decays: Mapping[str, Mapping[str, Decay]]) -> sl.analysis.Part:
+def outlier_of(decays: Decays) -> sl.analysis.Part:
     """The quantity: is the first token an outlier, and does variance fall behind it, as averaging makes it?"""
     weaker = min(decays, key=lambda source: decays[source][AGGREGATED].ratio.value)
     return sl.analysis.judge(
@@ -138,14 +137,13 @@ def cause(study: sl.Study, target: int) -> sl.analysis.Part:
 
 def decay(
     study: sl.Study,
-    site: sl.HookSite,
-    blocks: tuple[int, ...],
+    activations: Mapping[int, Tensor],
     average: Literal["mean", "median"],
     shuffled: Float[Tensor, "draw pos"],
 ) -> Decay:
     """Ratio and tau over as many tokens as are shuffled, with intervals over prompts; alike in every block."""
     first = slice(shuffled.shape[-1] + 1)
-    curves = statistics.resampled_curves([act[:, first] for act in study.activations(site, blocks).values()], average)
+    curves = statistics.resampled_curves([act[:, first] for act in activations.values()], average)
     in_order = torch.arange(shuffled.shape[-1]).float()[None]
     variance = curves(np.arange(study.batch.n))
 
@@ -176,7 +174,7 @@ def decays_by_averaging(aggregated: Decay, before: Decay) -> list[sl.analysis.Co
     ]
 
 
-def table(decays: Mapping[str, Mapping[str, Decay]], blocks: tuple[int, ...]) -> pd.DataFrame:
+def table(decays: Decays, blocks: tuple[int, ...]) -> pd.DataFrame:
     """A row for every kind of prompts, quantity, block and position."""
     tables = []
     for source, each in decays.items():

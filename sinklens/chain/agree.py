@@ -131,11 +131,11 @@ def agreement_text(table: pd.DataFrame, over: str) -> str:
         table: of :func:`compare`.
         over: what the runs are, such as ``targets 5, 10 and 20``.
     """
-    own = [row for row in table.to_dict("records") if not row["control"] and row["n_runs"] > 1]
+    own = compared(table)
     differ = [row for row in own if not row["same"]]
     if not own:
         return f"There is nothing to compare between {over}."
-    head = f"{len(own) - len(differ)} of {len(own)} verdicts are the same for {over}"
+    head = agreement_count(table, over)
     if not differ:
         return f"{head}."
     names = [str(column).removeprefix("verdict: ") for column in table if str(column).startswith("verdict: ")]
@@ -144,6 +144,17 @@ def agreement_text(table: pd.DataFrame, over: str) -> str:
         verdicts = [f"{name} {row[f'verdict: {name}']}" for name in names if isinstance(row[f"verdict: {name}"], str)]
         each.append(f"{row['part']} {row['what']} ({', '.join(verdicts)}; from {_range(row)})")
     return f"{head}; they differ in {join(each, '; ')}."
+
+
+def agreement_count(table: pd.DataFrame, over: str) -> str:
+    """How many verdicts of :func:`compared` are the same in all runs."""
+    own = compared(table)
+    return f"{sum(row['same'] for row in own)} of {len(own)} verdicts are the same for {over}"
+
+
+def compared(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    """The rows of a table of :func:`compare` whose verdicts are compared: of edits and claims, in two runs or more."""
+    return [row for row in table.to_dict("records") if not row["control"] and row["n_runs"] > 1]
 
 
 def _range(row: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from sinklens.chain.agree import agreement_text
+from sinklens.chain.agree import agreement_count, compared
 from sinklens.records.text import NONE, number
 
 FILE = "agreement.json"
@@ -47,14 +47,13 @@ def agreement_section(table: pd.DataFrame | None) -> dict[str, Any] | None:
     if table is None:
         return None
     names = [str(column).removeprefix(VERDICT) for column in table if str(column).startswith(VERDICT)]
-    own = [row for row in table.to_dict("records") if not row["control"] and row["n_runs"] > 1]
+    own = compared(table)
     if not names or not own:
         return None
-    told = agreement_text(table, f"all {len(names)} runs").partition(";")[0].rstrip(".") + "."
     # Sorting is stable: within each half rows stay as the runs have them.
     rows = sorted(own, key=lambda row: bool(row["same"]))
     return {
-        "told": told,
+        "told": f"{agreement_count(table, f'all {len(names)} runs')}.",
         "head": ["Part", "What", "Same", *names],
         "rows": [
             [str(row["part"]), str(row["what"]), "yes" if row["same"] else "no", *(_cell(row, name) for name in names)]

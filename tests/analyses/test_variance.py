@@ -179,10 +179,11 @@ def test_variance_decay_says_what_the_same_rule_finds_on_half_of_the_tokens():
     decay = analysis.run.__globals__["decay"]
     draws = torch.rand(50, 23, generator=torch.Generator().manual_seed(0))
     whole, half = planted_study(tokens, model), planted_study(tokens[:, :12], model)
-    first, alone = (decay(study, sl.sites.Z, (0,), "mean", draws[:, :11]) for study in (whole, half))
+    acts = {study: study.activations(sl.sites.Z, (0,)) for study in (whole, half)}
+    first, alone = (decay(study, acts[study], "mean", draws[:, :11]) for study in (whole, half))
     assert first.ratio == alone.ratio and first.p_value == alone.p_value
     torch.testing.assert_close(first.variance, alone.variance)
-    assert first.ratio != decay(whole, sl.sites.Z, (0,), "mean", draws).ratio
+    assert first.ratio != decay(whole, acts[whole], "mean", draws).ratio
     parts = [analysis.run(planted_study(tokens[:, :length], model)).verdict.parts[0] for length in (24, 6)]
     # With fewer than two later positions there is no order.
     assert [part.detail for part in parts] == ["on the first 12 tokens alone: holds", ""]
