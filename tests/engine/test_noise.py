@@ -13,9 +13,10 @@ from torch import Tensor
 from sinklens import edits, readouts, sites
 from sinklens.engine.packed import packed_model
 from sinklens.engine.packed.noise import differs
-from sinklens.engine.packed.weights import PackedBlock, PackedModel, Product
+from sinklens.engine.packed.weights import PackedBlock, PackedModel
 from sinklens.engine.run import PatchRunner
 from sinklens.models.load import load_model
+from sinklens.models.parts import Linear
 from sinklens.patches import Patch
 from tests.helpers.tiny import tiny_hf, tiny_tokens
 
@@ -65,7 +66,7 @@ def window(block: PackedBlock) -> PackedBlock:
 
 def swapped_heads(block: PackedBlock) -> PackedBlock:
     out = block.out.W.view(4, -1, block.out.W.shape[1])[[1, 0, 2, 3]].flatten(0, 1)
-    return replace(block, out=Product(out, block.out.b))
+    return replace(block, out=Linear(out, block.out.b))
 
 
 def without_norm(block: PackedBlock) -> PackedBlock:

@@ -16,25 +16,30 @@ from sinklens.engine.run import PatchRunner, run_patches
 from sinklens.patches import Patch, Source
 from sinklens.readouts.base import Readout
 from sinklens.sites import HookSite
-from tests.helpers.grids import LENGTH, RUNS, SHRINK, TRANSPLANT, N, grids, measured, patch_of, sites_of, tokens_for
+from tests.helpers.grids import (
+    LENGTH,
+    RUNS,
+    SHRINK,
+    TRANSPLANT,
+    N,
+    grids,
+    kept_model,
+    measured,
+    patch_of,
+    sites_of,
+    tokens_for,
+)
 from tests.helpers.one_at_a_time import OneAtATime
 from tests.helpers.tiny import slow_but, tiny_model
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gpt2", "gpt_neox", "gptj")
-_models: dict[str, Any] = {}
-
-
-def model_of(family: str) -> Any:
-    if family not in _models:
-        _models[family] = tiny_model(family)
-    return _models[family]
 
 
 @pytest.mark.parametrize("family", slow_but("llama", "gpt2", of=FAMILIES))
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=grids(), max_rows=st.sampled_from((1, 4, 64)))
 def test_any_grid_equals_one_patch_at_a_time(family: str, drawn: list[tuple], max_rows: int) -> None:
-    model = model_of(family)
+    model = kept_model(family)
     tokens, wanted = tokens_for(model), measured(model)
     patches = [patch_of(model, item) for item in drawn]
     result = run_patches(model, tokens, patches, wanted, runs=RUNS, max_rows=max_rows)
@@ -50,7 +55,7 @@ def test_any_grid_equals_one_patch_at_a_time(family: str, drawn: list[tuple], ma
 @pytest.mark.parametrize("family", slow_but("llama", "gpt2", of=FAMILIES))
 def test_every_site_can_be_edited_and_moves_what_comes_later(family: str) -> None:
     """A sweep of one edit over all sites: none is passed over, and nothing before the position moves."""
-    model = model_of(family)
+    model = kept_model(family)
     tokens = tokens_for(model)
     late = [readouts.vector_readout("late", sites.RESID_POST, (3,), (9,), N, lambda x, _: x.float().sum(-1))]
     early = [readouts.vector_readout("early", sites.RESID_POST, (3,), (4,), N, lambda x, _: x.float().sum(-1))]
@@ -64,7 +69,7 @@ def test_every_site_can_be_edited_and_moves_what_comes_later(family: str) -> Non
 
 
 def test_rows_hold_only_the_positions_that_can_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of("llama")
+    model = kept_model("llama")
     seen: list[tuple[int, int]] = []
     real = PackedJob.forward
 
@@ -84,7 +89,7 @@ def test_rows_hold_only_the_positions_that_can_matter(monkeypatch: pytest.Monkey
 
 
 def test_a_runner_captures_the_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, forwards = model_of("llama"), []
+    model, forwards = kept_model("llama"), []
     real = type(model).forward
     monkeypatch.setattr(type(model), "forward", lambda self, *a, **k: (forwards.append(1), real(self, *a, **k))[1])
     runner = PatchRunner(model, tokens_for(model), [readouts.attention_received("r", (3,), (0,), N)], runs=RUNS)
@@ -116,7 +121,7 @@ def test_a_pass_that_is_not_the_model_s_is_not_used(monkeypatch: pytest.MonkeyPa
 
 
 def test_hooks_that_the_caller_has_installed_stay_in_force() -> None:
-    model = model_of("llama")
+    model = kept_model("llama")
     tokens, wanted = tokens_for(model), [readouts.attention_received("r", (3,), (0,), N)]
     patches = [Patch(sites.RESID_PRE, (1,), (5,), TRANSPLANT, source=Source("other"))]
     plain = run_patches(model, tokens, patches, wanted, runs=RUNS).values["r"]
@@ -127,7 +132,7 @@ def test_hooks_that_the_caller_has_installed_stay_in_force() -> None:
 
 
 def test_what_is_not_known_is_said() -> None:
-    model = model_of("llama")
+    model = kept_model("llama")
     odd = Readout(
         "scale", HookSite("blocks.{layer}.ln1.hook_scale", ("batch", "pos", "one")), (1,), lambda a, _: a[:, 0, 0]
     )
@@ -140,7 +145,7 @@ def test_what_is_not_known_is_said() -> None:
 
 def test_a_transplanted_key_after_rotation() -> None:
     """The keys that rows take from the prefix are those after rotation, and can be edited there."""
-    model = model_of("llama")
+    model = kept_model("llama")
     tokens, wanted = tokens_for(model), [readouts.attention_received("r", (2, 3), (4,), N)]
     patches = [Patch(sites.ROT_K, (2,), (4,), TRANSPLANT, source=Source("other"))]
     result = run_patches(model, tokens, patches, wanted, runs=RUNS)
@@ -150,7 +155,7 @@ def test_a_transplanted_key_after_rotation() -> None:
 
 
 def test_rows_see_their_prompt() -> None:
-    model = model_of("llama")
+    model = kept_model("llama")
     which = [Readout("which", sites.RESID_POST, (3,), lambda act, rows: 10.0 * rows.prompts + 0 * act[:, 0, 0])]
     patches = [Patch(sites.RESID_PRE, (layer,), (p,), SHRINK) for layer in (0, 2) for p in (1, 7)]
     found = run_patches(model, tokens_for(model), patches, which, max_rows=5).values["which"]
@@ -170,7 +175,7 @@ def test_half_precision_is_within_rounding() -> None:
 
 def test_what_a_runner_has_captured_stays_when_more_is_needed() -> None:
     """Windows of blocks overlap: a later call needs an activation where it was captured, and elsewhere too."""
-    model = model_of("llama")
+    model = kept_model("llama")
     tokens, wanted = tokens_for(model), [readouts.attention_received("r", (3,), (0,), N)]
 
     def patch(layers: tuple[int, ...], position: int) -> Patch:

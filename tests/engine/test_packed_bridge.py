@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,7 +28,20 @@ from sinklens.models.state import foreign_part
 from sinklens.models.writes import check_writable
 from sinklens.patches import Patch, Source
 from sinklens.sites import HookSite
-from tests.helpers.grids import LENGTH, RUNS, SHRINK, TRANSPLANT, N, grids, measured, patch_of, sites_of, tokens_for
+from tests.helpers.grids import (
+    LENGTH,
+    RUNS,
+    SHRINK,
+    TRANSPLANT,
+    N,
+    grids,
+    kept_model,
+    measured,
+    patch_of,
+    sites_of,
+    tokens_for,
+)
+from tests.helpers.modules import Doubled, Halved
 from tests.helpers.one_at_a_time import OneAtATime
 from tests.helpers.tiny import hooks_left, slow_but, tiny_model, tiny_tokens
 
@@ -51,14 +65,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "qwen2": {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 2},
 }
 """Windows shorter than the prompts, in all blocks or in some."""
-_models: dict[str, Any] = {}
-
-
-def model_of(family: str, **options: Any) -> Any:
-    key = family + str(options)
-    if key not in _models:
-        _models[key] = tiny_model(family, "bridge", **options)
-    return _models[key]
+model_of = partial(kept_model, backend="bridge")
 
 
 def writable(model: Any) -> list[HookSite]:
@@ -270,20 +277,6 @@ def test_a_class_that_somebody_has_changed_is_found(monkeypatch: pytest.MonkeyPa
     assert result.stats.path == "model" and "differs on this model" in result.stats.reason
     slow = OneAtATime(model, tokens_for(model), measured(model)[:1], RUNS)
     assert result.values["received"][0].tolist() == pytest.approx([slow(patches[0], i)[0] for i in range(N)], abs=1e-5)
-
-
-class Halved(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * self.inner(x)
-
-
-class Doubled(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * x
 
 
 def _layer(model: Any) -> Any:

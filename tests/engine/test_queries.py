@@ -20,21 +20,12 @@ from sinklens.models.view import is_bridge
 from sinklens.patches import Patch, Source
 from sinklens.readouts.base import Readout
 from sinklens.sites import HookSite
-from tests.helpers.grids import LENGTH, RUNS, N, grids, patch_of
+from tests.helpers.grids import LENGTH, RUNS, N, grids, kept_model, patch_of
 from tests.helpers.one_at_a_time import OneAtATime
 from tests.helpers.tiny import slow_but, tiny_model, tiny_tokens
 
 SCORES = HookSite("blocks.{layer}.attn.hook_attn_scores", sites.PATTERN.axes)
 FAMILIES = ("llama", "gpt2", "mistral", "gemma2", "gptj", "gpt_oss")
-
-
-_models: dict[str, Any] = {}
-
-
-def model_of(family: str) -> Any:
-    if family not in _models:
-        _models[family] = tiny_model(family, "bridge" if family == "gpt_oss" else "auto")
-    return _models[family]
 
 
 def over_queries() -> list[Readout]:
@@ -71,7 +62,7 @@ def is_writable(patch: Patch) -> bool:
 )
 @given(drawn=grids(), max_rows=st.sampled_from((1, 4, 64)), at_once=st.sampled_from((1, 3, 7, 40)))
 def test_pieces_are_one_patch_at_a_time(family: str, drawn: list[tuple], max_rows: int, at_once: int) -> None:
-    model = model_of(family)
+    model = kept_model(family, "bridge" if family == "gpt_oss" else "auto")
     tokens, wanted = torch.randint(3, 99, (N, LENGTH), generator=torch.Generator().manual_seed(1)), over_queries()
     drawn_patches = (patch_of(model, item) for item in drawn)
     patches = [patch for patch in drawn_patches if not is_bridge(model) or is_writable(patch)]

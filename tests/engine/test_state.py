@@ -26,6 +26,7 @@ from sinklens.models.families import random_model
 from sinklens.models.state import foreign_hooks, foreign_part, snapshot, usual_state
 from sinklens.patches import Patch, Source
 from sinklens.readouts.base import Readout
+from tests.helpers.modules import Doubled, Halved
 from tests.helpers.tiny import hooks_left, tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.slow
@@ -335,22 +336,6 @@ def test_hooks_of_the_caller_see_fewer_prompts_only_with_a_word() -> None:
     with pytest.warns(UserWarning, match="hooks on the model see 2 of the 3 prompts"):
         run(model, max_rows=2)
     handle.remove()
-
-
-class Halved(nn.Module):
-    """A module of the caller's own in place of TransformerLens's."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * self.inner(x)
-
-
-class Doubled(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * x
 
 
 def replace_mlp(model: Any) -> None:

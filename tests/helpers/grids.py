@@ -14,9 +14,21 @@ from sinklens.engine.packed.points import SITES
 from sinklens.patches import Patch, Source
 from sinklens.readouts.base import Readout
 from sinklens.sites import HookSite
+from tests.helpers.tiny import tiny_model
 
 N, LENGTH = 3, 10
 AXES = {"attn.hook_q": "head", "attn.hook_z": "head", "attn.hook_rot_q": "head"}
+
+
+_models: dict[str, Any] = {}
+
+
+def kept_model(family: str, backend: Any = "auto", **options: Any) -> Any:
+    """A tiny model that is made once: hypothesis asks for it again and again."""
+    key = f"{family} {backend} {options}"
+    if key not in _models:
+        _models[key] = tiny_model(family, backend, **options)
+    return _models[key]
 
 
 def tokens_for(model: Any, n: int = N) -> Tensor:

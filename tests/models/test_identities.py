@@ -12,7 +12,16 @@ from sinklens import sites
 from sinklens.edits import AttendSelf
 from sinklens.errors import NotApplicableError
 from sinklens.formation import Formation
-from sinklens.models.identities import HOOKS, IDENTITIES, check_writes_directly, identities, require
+from sinklens.models.identities import (
+    HOOKS,
+    IDENTITIES,
+    TOLERANCE,
+    _but_for_rounding,
+    check_writes_directly,
+    error_of,
+    identities,
+    require,
+)
 from sinklens.models.load import load_model
 from sinklens.models.writes import check_writable
 from sinklens.patches import Patch
@@ -186,3 +195,20 @@ def test_norms_without_weights_are_no_obstacle() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(tokens, return_type="logits"), hf(tokens).logits, atol=1e-4, rtol=1e-4)
     check_writable(model, "blocks.{layer}.ln1.hook_normalized", (1,))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_all_tokens_share_hides_rounding_and_nothing_else(dtype: str) -> None:
+    """Attention's output is nearly the same for all tokens: its rounding is as large as what tells them apart."""
+    model = load_model(tiny_hf("llama"), device="cpu", dtype=dtype)
+    draw = torch.Generator().manual_seed(0)
+    apart, shared = torch.randn(26, 64, generator=draw), 20 * torch.randn(64, generator=draw)
+    whole = apart + shared
+
+    def found(left: torch.Tensor, right: torch.Tensor) -> float:
+        return error_of(*_but_for_rounding(model, left, right))
+
+    assert found(whole, whole + 3.0) <= 1e-4, "a bias is the same for all"
+    rounding = found(whole, whole.bfloat16().float())
+    assert rounding <= TOLERANCE[torch.bfloat16] if dtype == "bfloat16" else rounding > TOLERANCE[torch.bfloat16]
+    assert found(1.5 * apart + shared, whole) > 0.1, "a wrong weight is no rounding"
