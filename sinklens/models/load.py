@@ -28,6 +28,8 @@ from sinklens.records.registry import enter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sinklens.models.decoder import Decoder
+
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "hooked", "bridge"]
@@ -146,6 +148,8 @@ def load_model(
             it.
     """
     target, precision = _device(device), _dtype(dtype)
+    if (decoder := _decoder(model, precision, tokenizer)) is not None:
+        return decoder.to(target)
     if backend not in ("auto", "hooked", "bridge"):
         raise InputError(f'unknown backend {backend!r}; choose "auto", "hooked" or "bridge".')
     if backend == "hooked" and not has_hooked_transformer():
@@ -171,6 +175,26 @@ def load_model(
                     hf_model = _resolve(model, precision)[0]
         # A bridge keeps what we loaded for it; the user's object stays by itself.
         return to_bridge(hf_model, chosen, **options, take=isinstance(model, (str, Path)))
+
+
+def _decoder(
+    model: object, dtype: torch.dtype, tokenizer: str | Path | PreTrainedTokenizerBase | None
+) -> Decoder | None:
+    """The decoder in a folder; None where there is none."""
+    folder = Path(model).expanduser() if isinstance(model, (str, Path)) else None
+    if folder is None or model in REGISTRY or not (folder / "config.json").is_file():
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # which is said where other models are read
+    from sinklens.models.decoder import is_decoder, load_decoder
+
+    if not is_decoder(config):
+        return None
+    given = tokenizer if tokenizer is not None else folder if (folder / "tokenizer.json").is_file() else None
+    with _quiet_loading(), _plain_torch():
+        return load_decoder(folder, config, None if given is None else _tokenizer(given), dtype)
 
 
 def _resolve(

@@ -33,6 +33,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 # Modules that TransformerLens itself makes use of.
 _PLAIN = (torch.nn.ModuleList, torch.nn.Identity)
+# Where those come from that a decoder of ours is made of.
+_OURS = ("sinklens.models.decoder", "sinklens.variants.")
 # Where more of those come from that a bridge is made of.
 _IN_BRIDGES = ("torch.nn.modules.", "sinklens.models.backends")
 
@@ -350,7 +352,8 @@ def foreign_part(model: Model) -> str | None:
         forward = vars(module).get("forward")
         if forward is not None and not (bridge and _is_theirs(forward)):
             return f"a module with another forward ({name})"
-        plain = kind in _PLAIN or (bridge and kind.__module__.startswith(_IN_BRIDGES))
+        plain = kind in _PLAIN or kind.__module__.startswith(_OURS)
+        plain = plain or (bridge and kind.__module__.startswith(_IN_BRIDGES))
         if not _library(kind.__module__) and not plain:
             return f"a module of another kind ({name or 'the model'}: {kind.__name__})"
     return None
