@@ -3,6 +3,7 @@ from . import analysis as analysis
 from . import attribution as attribution
 from . import edits as edits
 from . import interventions as interventions
+from . import lab as lab
 from . import metrics as metrics
 from . import models as models
 from . import prompts as prompts

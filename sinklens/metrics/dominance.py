@@ -23,6 +23,14 @@ def dominance_ratio(x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
     return magnitude.amax(-1) / magnitude.mean(-1)
 
 
+def top1_over_median(x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
+    """``max_j |x_j| / median_j |x_j|``: the ratio by which massive activations are told; infinite where more than half
+    are zero, NaN for a zero vector.
+    """
+    magnitude = x.float().abs()
+    return magnitude.amax(-1) / magnitude.quantile(0.5, dim=-1)
+
+
 def energy_share(x: Float[Tensor, "... d"], dims: Sequence[int]) -> Float[Tensor, "..."]:
     """Share of the squared norm that lies in ``dims``, between 0 and 1; NaN for a zero vector."""
     square = x.float().pow(2)

@@ -147,7 +147,7 @@ def load_model(
         InputError: the model is unknown or damaged, the device or dtype is not available, or the backend cannot load
             it.
     """
-    target, precision = _device(device), _dtype(dtype)
+    target, precision = find_device(device), _dtype(dtype)
     if (decoder := _decoder(model, precision, tokenizer)) is not None:
         return decoder.to(target)
     if backend not in ("auto", "hooked", "bridge"):
@@ -364,7 +364,12 @@ def _others_errors(what: str, cure: str) -> Iterator[None]:
         raise InputError(f"{what} ({_sentence(error)}); {cure}") from error
 
 
-def _device(device: str | torch.device) -> torch.device:
+def find_device(device: str | torch.device) -> torch.device:
+    """The device of a name, or of "auto".
+
+    Raises:
+        InputError: it is not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from sinklens.errors import EngineError, InputError
-from sinklens.models.load import _device, _quiet_loading
+from sinklens.models.load import _quiet_loading, find_device
 from tests.benchmark.flops import Sizes
 
 _CONTEXT = 2048
@@ -133,7 +133,7 @@ def load_models(
         EngineError: the two forms disagree.
     """
     known(name)
-    device = _device(device)
+    device = find_device(device)
     use_published = published and name == "smollm2"
     # Published weights are compared before they are rounded: rounding moves a model with outlier dimensions by more
     # than a wrong conversion might.
