@@ -38,6 +38,8 @@ from .errors import NoSinkError as NoSinkError
 from .errors import NotApplicableError as NotApplicableError
 from .formation import Formation as Formation
 from .formation import find_formation as find_formation
+from .lab import Comparison as Comparison
+from .lab import compare as compare
 from .models import list_models as list_models
 from .models import load_model as load_model
 from .models import register_model as register_model

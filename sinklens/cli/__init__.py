@@ -1,4 +1,4 @@
-"""The command line: ``sinklens chain``, ``sweep``, ``gather``, ``find``, ``analyse``, ``report`` and ``models``.
+"""The command line: one command a file.
 
 Exit codes: 0 done; 2 a mistake in arguments or input, told in one sentence; 1 anything else. Results go to stdout,
 progress and remarks to stderr. torch and transformers are imported inside the commands, so that ``--help`` is quick.
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from sinklens.cli import all as all_
-from sinklens.cli import analyse, chain, find, gather, models, report, sweep
+from sinklens.cli import analyse, chain, compare, find, gather, models, report, sweep
 from sinklens.cli.common import Command, Commands
 
 app = typer.Typer(
@@ -63,6 +63,7 @@ app.command(cls=Command)(find.find)
 app.command(**late)(analyse.analyse)
 app.command(name="all", cls=Command)(all_.everything)
 app.command()(report.report)
+app.command()(compare.compare)
 app.command()(models.models)
 
 

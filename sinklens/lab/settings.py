@@ -94,8 +94,12 @@ class Settings:
 
 def arm_name(variant: str, options: dict[str, Any], seed: int) -> str:
     """What an arm and its folder are called: ``sigmoid-normalised=true-0``."""
-    told = [f"{name}={str(value).lower()}" for name, value in options.items()]
-    return "-".join([variant, *told, str(seed)])
+    return f"{variant_text(variant, options)}-{seed}"
+
+
+def variant_text(variant: str, options: dict[str, Any]) -> str:
+    """A variant with its options: ``sigmoid-normalised=true``."""
+    return "-".join([variant, *(f"{name}={str(value).lower()}" for name, value in options.items())])
 
 
 def read_variant(text: str) -> tuple[str, dict[str, Any]]:

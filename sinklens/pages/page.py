@@ -84,7 +84,7 @@ def render(run: Gathered | ChainResult | AnalysisResult) -> str:
     figures: dict[str, str] = {}
     chains = _chains(gathered, figures)
     claims = _claims(gathered, figures)
-    texts = {"plotly": plotly, "page": _data("report.js")}
+    texts = {"plotly": plotly, "page": data_of("report.js")}
     texts |= {"circuitsvis": library(), "frame": frame_script()} if framed else {}
     template = templates("sinklens.pages").get_template("report.html.j2")
     return template.render(
@@ -102,7 +102,7 @@ def render(run: Gathered | ChainResult | AnalysisResult) -> str:
         command=whole_command(gathered),
         figures=figures,
         texts=texts,
-        policy=" ".join(f"'sha256-{_digest(text)}'" for text in texts.values()),
+        policy=" ".join(f"'sha256-{digest_of(text)}'" for text in texts.values()),
         close=f"{CLOSE:g}",
         half=f"{HALF:g}",
     )
@@ -209,9 +209,11 @@ def _anchor(name: str, taken: set[str]) -> str:
     return anchor
 
 
-def _data(name: str) -> str:
+def data_of(name: str) -> str:
+    """A file beside the templates."""
     return resources.files("sinklens.pages").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _digest(script: str) -> str:
+def digest_of(script: str) -> str:
+    """What the page's policy knows a script by."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
