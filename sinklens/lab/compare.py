@@ -191,7 +191,7 @@ def texts_of(finals: pd.DataFrame) -> list[list[str]]:
     """A line for every measure and arm of :func:`final_values`, as a table shows it: measure, arm, seeds, value,
     difference. Of the measures of a position that of the first.
     """
-    first: Any = finals["position"].fillna(0) == 0 if len(finals) else []
+    rows: Any = finals.to_dict("records")
     return [
         [
             pretty(row["measure"]) + ("" if pd.isna(row["position"]) else ", first token"),
@@ -200,7 +200,8 @@ def texts_of(finals: pd.DataFrame) -> list[list[str]]:
             _with(row["value"], row["low"], row["high"]),
             _with(row["difference"], row["difference_low"], row["difference_high"]),
         ]
-        for row in finals[first].to_dict("records")
+        for row in rows
+        if pd.isna(row["position"]) or row["position"] == 0
     ]
 
 

@@ -82,7 +82,9 @@ def _run(folder: Path) -> Run | None:
         name, arm = folder.resolve().name, variant_text(str(settings["variant"]), dict(settings["options"]))
         finished = dict(record.get("finished", {}))
         tokens = None if "tokens" not in finished else int(finished["tokens"])
-        return Run(name, arm, int(settings["seed"]), results, watched, data, settings, tokens, int(record["parameters"]))
+        return Run(
+            name, arm, int(settings["seed"]), results, watched, data, settings, tokens, int(record["parameters"])
+        )
     except Exception as error:  # JSON and Parquet share no class, and a file may hold anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the training run in {folder} is damaged ({reason}): train it again.") from error

@@ -23,7 +23,7 @@ from sinklens.statistics import Estimate
 LOSS = {("softmax", 0): 2.0, ("softmax", 1): 2.4, ("softmax", 2): 3.1, ("normed", 0): 1.9, ("normed", 1): 2.2}
 
 
-def trained(root: Path, *, held_out: str = "tokens", arms: dict[tuple[str, int], float] = LOSS) -> Path:
+def trained(root: Path, *, data: str = "text", lr: float = 1e-3, arms: dict[tuple[str, int], float] = LOSS) -> Path:
     """Folders as training leaves them: the loss falls by 1 over training, the share of block 3 is three times that of
     block 1.
     """
@@ -36,14 +36,15 @@ def trained(root: Path, *, held_out: str = "tokens", arms: dict[tuple[str, int],
             rows.append({**here, "measure": "loss", "layer": None, "position": None, "value": loss + more})
             for layer in (1, 3):
                 share = {
-                    "measure": "first_token_share",
+                    "measure": "share",
                     "layer": layer,
                     "position": 0,
                     "value": 0.1 * layer * (1 - more),
                 }
                 rows.append(here | share)
         pd.DataFrame(rows).to_parquet(folder / "watch.parquet")
-        record = {"arm": arm, "held_out": held_out, "settings": {"seed": seed, "tokens": 400}}
+        settings = {"variant": arm, "options": {}, "seed": seed, "lr": lr}
+        record = {"settings": settings, "data": {"name": data}, "parameters": 1000, "finished": {"tokens": 400}}
         (folder / "lab.json").write_text(json.dumps(record))
     return root
 
@@ -58,7 +59,7 @@ def test_arms_differ_by_the_seeds_that_both_have(tmp_path: Path) -> None:
     assert loss["n_paired"] == 2
     assert np.isnan(table.loc[("loss", "softmax"), "difference"])
     # the mean over blocks, at the last step alone
-    assert table.loc[("first_token_share", "softmax"), "value"] == pytest.approx(0.2)
+    assert table.loc[("share", "softmax"), "value"] == pytest.approx(0.2)
 
 
 def test_an_interval_is_that_of_a_paired_t_test(tmp_path: Path) -> None:
@@ -86,10 +87,19 @@ def test_verdicts_of_models_stand_side_by_side() -> None:
     assert "<b>" not in comparison_page(found)
 
 
+def test_arms_are_told_apart_by_their_settings(tmp_path: Path) -> None:
+    one, two = {("softmax", 0): 1.0, ("normed", 0): 1.0}, {("softmax", 0): 2.0}
+    slow = trained(tmp_path / "slow", lr=1e-4, arms=two)
+    (slow / "softmax-0").rename(slow / "softmax-slow-0")
+    found = sl.compare([trained(tmp_path / "fast", arms=one), slow])
+    assert found.arms == ["normed", "softmax, lr 0.001", "softmax, lr 0.0001"]
+    assert sl.compare([tmp_path / "fast", slow], reference="softmax, lr 0.0001").reference == "softmax, lr 0.0001"
+
+
 def test_what_does_not_compare_is_refused(tmp_path: Path) -> None:
     one = trained(tmp_path / "one", arms={("softmax", 0): 1.0})
-    other = trained(tmp_path / "other", held_out="others", arms={("normed", 0): 1.0})
-    with pytest.raises(InputError, match="different held-out tokens"):
+    other = trained(tmp_path / "other", data="others", arms={("normed", 0): 1.0})
+    with pytest.raises(InputError, match="different data"):
         sl.compare([one, other])
     with pytest.raises(InputError, match="two runs or more"):
         sl.compare([one])
