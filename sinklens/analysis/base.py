@@ -158,6 +158,8 @@ class Analysis:
     """The figure of the paper that it answers to, and the paper's value where it gives one."""
     code: Callable[..., object] | None = None
     """A function of the file that the analysis is written in, where ``run`` comes from another."""
+    alone: bool = False
+    """Whether it is run by its name alone, and not with all others: it needs to be told more than they are."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -107,8 +107,8 @@ def load_analysis(name: str | Path) -> Analysis:
         path = Path(name).expanduser()
         if not os.path.isfile(path):  # not Path's, which raises where a name is too long
             raise InputError(f"there is no file {path}: check the path")
-    elif str(name) not in list_analyses():
-        raise InputError(f"there is no analysis {shown(str(name))!r}: the analyses are {', '.join(list_analyses())}")
+    elif str(name) not in (known := list_analyses(alone=True)):
+        raise InputError(f"there is no analysis {shown(str(name))!r}: the analyses are {', '.join(known)}")
     spec = importlib.util.spec_from_file_location(f"sinklens_analysis_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

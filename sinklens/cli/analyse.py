@@ -24,7 +24,7 @@ def analyse(
         if listed:
             from sinklens.analysis.discovery import list_analyses
 
-            for known, line in list_analyses().items():
+            for known, line in list_analyses(alone=True).items():
                 print(f"{known:24}{line}")  # noqa: T201  (the command's output)
             return
         from sinklens.analysis.run import load_analysis

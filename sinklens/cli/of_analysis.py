@@ -48,7 +48,7 @@ from sinklens.cli.signature import Form, command_of, options_of, run_alone
 from sinklens.cli.tables import console, verdict_table
 from sinklens.prompts import prompts_text
 from sinklens.records.files import check_out
-from sinklens.records.ranges import integers
+from sinklens.records.ranges import integers, names
 from sinklens.study import Study
 
 
@@ -56,8 +56,12 @@ def _text(default: Sequence[float]) -> str:
     return ",".join(f"{item:g}" for item in default)
 
 
-FORMS = {tuple[int, ...]: Form(integers, _text), tuple[float, ...]: Form(floats, _text)}
-"""How lists of numbers are written."""
+FORMS = {
+    tuple[int, ...]: Form(integers, _text),
+    tuple[float, ...]: Form(floats, _text),
+    tuple[str, ...]: Form(names, ",".join),
+}
+"""How lists are written."""
 
 
 def run_command(analysis: Analysis, args: Sequence[str] | None = None, prog: str | None = None) -> None:

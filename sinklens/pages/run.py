@@ -247,7 +247,7 @@ def _analysis_command(result: AnalysisResult) -> str:
     prompts = "random" if source.startswith("random_tokens(") else source
     known = {"layer": "block", "super_neurons": "super-neurons", "outlier_dims": "outlier-dims"}
     plain = prompts in ("passages", "random") and set(given) <= set(known)
-    if not (plain and result.name in list_analyses()):
+    if not (plain and result.name in list_analyses(alone=True)):
         return _analysis_code(result, options, given)
     words = ["sinklens", "analyse", result.name, "--model", _model(str(result.provenance.get("model", "")))]
     named = {
@@ -272,7 +272,7 @@ def _option(name: str, value: Any) -> list[str]:
 
 def _analysis_code(result: AnalysisResult, options: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     arguments = "".join(f", {name}={_literal(value)}" for name, value in options.items())
-    where = result.name if result.name in list_analyses() else f"{result.name}.py"
+    where = result.name if result.name in list_analyses(alone=True) else f"{result.name}.py"
     extra = f", given={dict(given)!r}" if given else ""
     return (
         f"{_setup(result)}study = sl.Study(model, batch, seed={result.config.get('seed')!r}{extra})\n"
