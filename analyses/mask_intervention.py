@@ -18,6 +18,7 @@ these blocks k reads no other token; and its residual alone, put into the clean 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Annotated, Literal
 
 import pandas as pd
@@ -68,6 +69,7 @@ def run(
         rule=f"holds when the share's interval lies above {BAR} and the control's within {NOTHING} of 0",
         conditions=[sl.analysis.above(share, BAR), *sl.analysis.within(control, NOTHING)],
     )
+    masked = sl.analysis.elsewhere(masked, at_each(study, shares, targets, lengths))
     verdict = sl.analysis.verdict_of(CLAIM, [masked, what_counts(study)])
     k, few = targets[(len(targets) - 1) // 2], study.first(breakdown_prompts)
     single_blocks, carried = by_block(few, k, layers, sink[0, : few.batch.n, -1])
@@ -80,6 +82,24 @@ def run(
         numbers[f"share gained by token {token} at {length} tokens"] = study.mean(values.tolist())
     numbers["attention gained by the masked token"] = study.mean(gain[MASKED][..., -1].mean(0))
     return sl.Findings(verdict, table, caption(k), numbers | mixing(study, targets, runs))
+
+
+def at_each(
+    study: sl.Study,
+    shares: Mapping[str, Float[Tensor, "token prompt length"]],
+    targets: tuple[int, ...],
+    lengths: tuple[int, ...],
+) -> dict[str, list[sl.analysis.Condition]]:
+    """The rule for each token alone, and at each shorter length."""
+    places = {f"{n} tokens": (range(len(targets)), i) for i, n in enumerate(lengths[:-1])}
+    places |= {f"token {k}": ([i], -1) for i, k in enumerate(targets)} if len(targets) > 1 else {}
+    rules = {}
+    for place, (tokens, length) in places.items():
+        # A token has no later query in prompts that end before it.
+        share, control = (study.mean(shares[run][list(tokens), :, length].nanmean(0)) for run in (MASKED, ANOTHER))
+        if isfinite(share.value):
+            rules[place] = [sl.analysis.above(share, BAR), *sl.analysis.within(control, NOTHING)]
+    return rules
 
 
 def what_counts(study: sl.Study) -> sl.analysis.Part:

@@ -52,8 +52,11 @@ def run(
 ) -> sl.Findings:
     lengths = study.lengths(lengths)
     tokens = profiles(study, lengths)
-    share, control = (study.mean(in_step(tokens[who])) for who in ("sink", "ordinary"))
+    (share, control), *shorter = (shares(study, tokens, i) for i in (-1, *range(len(lengths) - 1)))
     chance = 1 / (study.shape.n_layers - 1)
+    conditions, *others = (
+        [sl.analysis.above(x, max(0.5, chance)), sl.analysis.above(x, y)] for x, y in ((share, control), *shorter)
+    )
     in_steps = sl.analysis.judge(
         "quantity",
         "in step",
@@ -64,8 +67,9 @@ def run(
         control=f"the same at an ordinary position (by chance {chance:.2f})",
         control_estimate=control,
         rule="holds when the whole interval of the share lies above one half, above chance and above the control's",
-        conditions=[sl.analysis.above(share, max(0.5, chance)), sl.analysis.above(share, control)],
+        conditions=conditions,
     )
+    in_steps = sl.analysis.elsewhere(in_steps, {f"{n} tokens": c for n, c in zip(lengths, others, strict=False)})
     written = sl.analysis.cause(
         study,
         sl.stages.DOWN_PROJECTION,
@@ -112,9 +116,15 @@ def at(values: Float[Tensor, "layer prompt *rest pos"], position: Int[Tensor, " 
     return values.take_along_dim(index, -1).squeeze(-1)
 
 
-def in_step(token: Profile) -> Float[Tensor, " prompt"]:
+def shares(study: sl.Study, tokens: Mapping[str, Profile], length: int) -> tuple[sl.Estimate, sl.Estimate]:
+    """Of the sink and of the ordinary position, the share of prompts in which both rise in step, at one length."""
+    sink, ordinary = (study.mean(in_step(tokens[who], length)) for who in ("sink", "ordinary"))
+    return sink, ordinary
+
+
+def in_step(token: Profile, length: int = -1) -> Float[Tensor, " prompt"]:
     """1 for the prompts in which attention rises most one block after the norm grows most."""
-    rise = token.attention[..., -1].diff(dim=0)
+    rise = token.attention[..., length].diff(dim=0)
     return (token.growth[:-1].argmax(0) == rise.argmax(0)).float()
 
 
