@@ -34,6 +34,7 @@ CLAIM = "A token that may attend only to itself up to the formation block become
 BAR, NOTHING = 0.25, 0.05
 CLEAN, MASKED, ANOTHER = "clean", "masked", "another masked"
 RECEIVED = "received"
+SHARE = "as a share of what the natural sink receives (mean over tokens)"
 SPREAD = {"entropy, nats": metrics.attention_entropy, "values averaged": metrics.effective_values}
 CARRIED = "residual after formation alone"
 
@@ -61,16 +62,15 @@ def run(
         "cause",
         "mask",
         CLAIM,
-        statistic="attention gained by the masked token, as a share of what the natural sink receives (mean over "
-        "tokens)",
+        statistic=f"attention gained by the masked token, {SHARE}",
         estimate=share,
         control="the same token when another one is masked",
         control_estimate=control,
         rule=f"holds when the share's interval lies above {BAR} and the control's within {NOTHING} of 0",
-        conditions=[sl.analysis.above(share, BAR), *sl.analysis.within(control, NOTHING)],
+        conditions=conditions(share, control),
     )
-    masked = sl.analysis.elsewhere(masked, at_each(study, shares, targets, lengths))
-    verdict = sl.analysis.verdict_of(CLAIM, [masked, what_counts(study)])
+    at_each = rule_at_each(study, shares, targets, lengths)
+    verdict = sl.analysis.verdict_of(CLAIM, [sl.analysis.elsewhere(masked, at_each), what_counts(study)])
     k, few = targets[(len(targets) - 1) // 2], study.first(breakdown_prompts)
     single_blocks, carried = by_block(few, k, layers, sink[0, : few.batch.n, -1])
     alone = tidy(carried, {"prompt": range(few.batch.n)}, quantity="share gained", run=CARRIED, token=k)
@@ -84,7 +84,7 @@ def run(
     return sl.Findings(verdict, table, caption(k), numbers | mixing(study, targets, runs))
 
 
-def at_each(
+def rule_at_each(
     study: sl.Study,
     shares: Mapping[str, Float[Tensor, "token prompt length"]],
     targets: tuple[int, ...],
@@ -98,8 +98,12 @@ def at_each(
         # A token has no later query in prompts that end before it.
         share, control = (study.mean(shares[run][list(tokens), :, length].nanmean(0)) for run in (MASKED, ANOTHER))
         if isfinite(share.value):
-            rules[place] = [sl.analysis.above(share, BAR), *sl.analysis.within(control, NOTHING)]
+            rules[place] = conditions(share, control)
     return rules
+
+
+def conditions(share: sl.Estimate, control: sl.Estimate) -> list[sl.analysis.Condition]:
+    return [sl.analysis.above(share, BAR), *sl.analysis.within(control, NOTHING)]
 
 
 def what_counts(study: sl.Study) -> sl.analysis.Part:

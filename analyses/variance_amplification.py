@@ -83,7 +83,7 @@ def conditions(share: sl.Estimate, control: sl.Estimate) -> list[sl.analysis.Con
 
 def at_each_token(study: sl.Study, at_top: pd.DataFrame) -> dict[str, list[sl.analysis.Condition]]:
     """The rule for each token alone."""
-    tokens = at_top[at_top.part == VERDICT].groupby("token")
+    tokens: Any = at_top[at_top.part == VERDICT].groupby("token")
     return {f"token {k}": conditions(*(mean(study, rows, e) for e in (AMPLIFIED, NORM_ONLY))) for k, rows in tokens}
 
 
