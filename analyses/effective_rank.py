@@ -56,7 +56,9 @@ def run(
         "it says whether more collapses than one token's norm accounts for",
         conditions=[sl.analysis.below(collapse, COLLAPSE)],
     )
-    verdict = sl.analysis.verdict_of(CLAIM, [collapses])
+    shorter = {f"{n} tokens": study.mean(ratio[:, i, ALL]) for i, n in enumerate(lengths[:-1])}
+    rule = {place: [sl.analysis.below(x, COLLAPSE)] for place, x in shorter.items()}
+    verdict = sl.analysis.verdict_of(CLAIM, [sl.analysis.elsewhere(collapses, rule)])
     numbers = {}
     for tokens, name in enumerate(TOKENS):
         for what, depth in (("entering", layer), ("leaving", layer + 1)):

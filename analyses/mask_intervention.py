@@ -18,6 +18,7 @@ these blocks k reads no other token; and its residual alone, put into the clean 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Annotated, Literal
 
 import pandas as pd
@@ -33,6 +34,7 @@ CLAIM = "A token that may attend only to itself up to the formation block become
 BAR, NOTHING = 0.25, 0.05
 CLEAN, MASKED, ANOTHER = "clean", "masked", "another masked"
 RECEIVED = "received"
+SHARE = "as a share of what the natural sink receives (mean over tokens)"
 SPREAD = {"entropy, nats": metrics.attention_entropy, "values averaged": metrics.effective_values}
 CARRIED = "residual after formation alone"
 
@@ -60,15 +62,15 @@ def run(
         "cause",
         "mask",
         CLAIM,
-        statistic="attention gained by the masked token, as a share of what the natural sink receives (mean over "
-        "tokens)",
+        statistic=f"attention gained by the masked token, {SHARE}",
         estimate=share,
         control="the same token when another one is masked",
         control_estimate=control,
         rule=f"holds when the share's interval lies above {BAR} and the control's within {NOTHING} of 0",
-        conditions=[sl.analysis.above(share, BAR), *sl.analysis.within(control, NOTHING)],
+        conditions=conditions(share, control),
     )
-    verdict = sl.analysis.verdict_of(CLAIM, [masked, what_counts(study)])
+    at_each = rule_at_each(study, shares, targets, lengths)
+    verdict = sl.analysis.verdict_of(CLAIM, [sl.analysis.elsewhere(masked, at_each), what_counts(study)])
     k, few = targets[(len(targets) - 1) // 2], study.first(breakdown_prompts)
     single_blocks, carried = by_block(few, k, layers, sink[0, : few.batch.n, -1])
     alone = tidy(carried, {"prompt": range(few.batch.n)}, quantity="share gained", run=CARRIED, token=k)
@@ -80,6 +82,28 @@ def run(
         numbers[f"share gained by token {token} at {length} tokens"] = study.mean(values.tolist())
     numbers["attention gained by the masked token"] = study.mean(gain[MASKED][..., -1].mean(0))
     return sl.Findings(verdict, table, caption(k), numbers | mixing(study, targets, runs))
+
+
+def rule_at_each(
+    study: sl.Study,
+    shares: Mapping[str, Float[Tensor, "token prompt length"]],
+    targets: tuple[int, ...],
+    lengths: tuple[int, ...],
+) -> dict[str, list[sl.analysis.Condition]]:
+    """The rule for each token alone, and at each shorter length."""
+    places = {f"{n} tokens": (range(len(targets)), i) for i, n in enumerate(lengths[:-1])}
+    places |= {f"token {k}": ([i], -1) for i, k in enumerate(targets)} if len(targets) > 1 else {}
+    rules = {}
+    for place, (tokens, length) in places.items():
+        # A token has no later query in prompts that end before it.
+        share, control = (study.mean(shares[run][list(tokens), :, length].nanmean(0)) for run in (MASKED, ANOTHER))
+        if isfinite(share.value):
+            rules[place] = conditions(share, control)
+    return rules
+
+
+def conditions(share: sl.Estimate, control: sl.Estimate) -> list[sl.analysis.Condition]:
+    return [sl.analysis.above(share, BAR), *sl.analysis.within(control, NOTHING)]
 
 
 def what_counts(study: sl.Study) -> sl.analysis.Part:

@@ -52,7 +52,7 @@ def run(
 ) -> sl.Findings:
     lengths = study.lengths(lengths)
     tokens = profiles(study, lengths)
-    share, control = (study.mean(in_step(tokens[who])) for who in ("sink", "ordinary"))
+    *shorter, (share, control) = (shares(study, tokens, length) for length in range(len(lengths)))
     chance = 1 / (study.shape.n_layers - 1)
     in_steps = sl.analysis.judge(
         "quantity",
@@ -64,8 +64,9 @@ def run(
         control=f"the same at an ordinary position (by chance {chance:.2f})",
         control_estimate=control,
         rule="holds when the whole interval of the share lies above one half, above chance and above the control's",
-        conditions=[sl.analysis.above(share, max(0.5, chance)), sl.analysis.above(share, control)],
+        conditions=conditions(share, control, chance),
     )
+    rules = {f"{n} tokens": conditions(*x, chance) for n, x in zip(lengths[:-1], shorter, strict=True)}
     written = sl.analysis.cause(
         study,
         sl.stages.DOWN_PROJECTION,
@@ -74,7 +75,7 @@ def run(
         name="the block's write",
         sentence="What the MLP of that block writes is what the next blocks attend to.",
     )
-    verdict = sl.analysis.verdict_of(CLAIM, [in_steps, written])
+    verdict = sl.analysis.verdict_of(CLAIM, [sl.analysis.elsewhere(in_steps, rules), written])
     later, growth = list(study.after_formation()), tokens["sink"].growth[study.formation.layer]
     attention = {who: study.mean(each.attention[later, :, -1].mean(0)) for who, each in tokens.items()}
     numbers = {
@@ -112,9 +113,19 @@ def at(values: Float[Tensor, "layer prompt *rest pos"], position: Int[Tensor, " 
     return values.take_along_dim(index, -1).squeeze(-1)
 
 
-def in_step(token: Profile) -> Float[Tensor, " prompt"]:
+def shares(study: sl.Study, tokens: Mapping[str, Profile], length: int) -> tuple[sl.Estimate, sl.Estimate]:
+    """Of the sink and of the ordinary position, the share of prompts in which both rise in step, at one length."""
+    sink, ordinary = (study.mean(in_step(tokens[who], length)) for who in ("sink", "ordinary"))
+    return sink, ordinary
+
+
+def conditions(share: sl.Estimate, control: sl.Estimate, chance: float) -> list[sl.analysis.Condition]:
+    return [sl.analysis.above(share, max(0.5, chance)), sl.analysis.above(share, control)]
+
+
+def in_step(token: Profile, length: int = -1) -> Float[Tensor, " prompt"]:
     """1 for the prompts in which attention rises most one block after the norm grows most."""
-    rise = token.attention[..., -1].diff(dim=0)
+    rise = token.attention[..., length].diff(dim=0)
     return (token.growth[:-1].argmax(0) == rise.argmax(0)).float()
 
 

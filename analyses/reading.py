@@ -111,12 +111,16 @@ def writers_of(setting: sl.Setting) -> Writers:
 
 def amounts_of(setting: sl.Setting, writers: Writers) -> pd.DataFrame:
     """Per writer, neuron, branch and prompt: what it adds to the branch's input in the run with the sink, over base."""
+    written = {kind: tuple(block for name, block in writers if name == kind) for kind in SITES}
+    asked = [(SITES[kind], blocks) for kind, blocks in written.items()]
+    for run_name in setting.pair.runs:  # one pass of each
+        setting.keep(run_name, [(sites.RESID_MID, (setting.formation.layer,)), *asked])
     read, scale = branches(setting), norm_scale(setting)
     rows = []
-    for kind, site in SITES.items():
-        blocks = [block for name, block in writers if name == kind]
+    for kind, blocks in written.items():
         if not blocks:
             continue
+        site = SITES[kind]
         sink, base = (setting.at(run, site, blocks) for run in (setting.pair.with_sink, setting.pair.without))
         for block in blocks:
             difference = centred(setting, sink[block] - base[block]).cpu() / scale[:, None]

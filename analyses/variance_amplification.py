@@ -69,11 +69,22 @@ def run(
         control="the same with z scaled to the norm that amplification gives it",
         control_estimate=control,
         rule=f"holds when the share's interval lies above {BAR} and the control's below {NORM_BAR}",
-        conditions=[sl.analysis.above(share, BAR), sl.analysis.below(control, NORM_BAR)],
+        conditions=conditions(share, control),
         detail=f"beyond {BAR} in {mean(study, at_top, AMPLIFIED, column='above_bar').value:.0%} of prompts and tokens",
     )
-    verdict = sl.analysis.verdict_of(CLAIM, [amplifies])
+    at_each = at_each_token(study, at_top) if len(targets) > 1 else {}
+    verdict = sl.analysis.verdict_of(CLAIM, [sl.analysis.elsewhere(amplifies, at_each)])
     return sl.Findings(verdict, table, caption(k, left_out), numbers(study, table, at_top, k))
+
+
+def conditions(share: sl.Estimate, control: sl.Estimate) -> list[sl.analysis.Condition]:
+    return [sl.analysis.above(share, BAR), sl.analysis.below(control, NORM_BAR)]
+
+
+def at_each_token(study: sl.Study, at_top: pd.DataFrame) -> dict[str, list[sl.analysis.Condition]]:
+    """The rule for each token alone."""
+    tokens: Any = at_top[at_top.part == VERDICT].groupby("token")
+    return {f"token {k}": conditions(*(mean(study, rows, e) for e in (AMPLIFIED, NORM_ONLY))) for k, rows in tokens}
 
 
 def check_options(

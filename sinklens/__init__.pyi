@@ -21,6 +21,7 @@ from .analysis import verdict as verdict
 from .analysis.of_stage import of_stage as of_stage
 from .analysis.replicate import replicate as replicate
 from .analysis.replicate import verdict_agreement as verdict_agreement
+from .analysis.several import run_all_events as run_all_events
 from .analysis.suite import run_all as run_all
 from .chain import ChainResult as ChainResult
 from .chain import agreement as agreement

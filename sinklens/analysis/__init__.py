@@ -14,6 +14,7 @@ from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict, 
 from sinklens.analysis.causes import cause
 from sinklens.analysis.corrections import parts_table
 from sinklens.analysis.discovery import folder, list_analyses
+from sinklens.analysis.elsewhere import elsewhere
 from sinklens.analysis.preconditions import check_first_varies, check_k, check_sink_varies
 from sinklens.analysis.run import config_of, load_analysis, main, run_analysis
 from sinklens.analysis.tables import MIN_GAP, base_reading, effect_table, mean_and_range, patch_table, tidy
@@ -36,6 +37,7 @@ __all__ = [
     "check_sink_varies",
     "config_of",
     "effect_table",
+    "elsewhere",
     "folder",
     "judge",
     "list_analyses",

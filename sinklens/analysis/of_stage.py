@@ -51,6 +51,7 @@ def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
             readout_blocks=readout_blocks,
             control_draws=control_draws,
             min_gap=min_gap,
+            views=False,
         )
         quantity, *causes = stage_parts(result, stage.name)
         causes.sort(key=lambda part: ORDER.index(part.outcome))

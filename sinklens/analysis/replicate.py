@@ -20,7 +20,6 @@ from sinklens.analysis.suite import (
     SuiteResult,
     Told,
     Watch,
-    check_folder,
     earlier_parts,
     part_key,
     write_record,
@@ -37,8 +36,6 @@ Result = TypeVar("Result", ChainResult, AnalysisResult)
 T = TypeVar("T")
 AGREEMENT = "agreement"
 """Name of the files that say how far runs agree: a table in Parquet, and the same in JSON."""
-RECORD = "replicate.json"
-"""What marks a folder of several runs of everything."""
 
 
 def set_names(sets: int) -> list[str]:
@@ -91,15 +88,22 @@ def verdict_agreement(results: Mapping[str, Sequence[ChainResult | AnalysisResul
     return compare({name: [said for result in found for said in said_by(result)] for name, found in results.items()})
 
 
-def save_agreement(table: pd.DataFrame, out: Path) -> None:
+def save_agreement(table: pd.DataFrame, out: Path, over: str = "") -> None:
     """Write ``agreement.parquet`` and ``agreement.json`` into a folder.
+
+    Args:
+        table: of :func:`verdict_agreement`.
+        out: the folder.
+        over: what the runs are, in words, such as ``events 1 and 2``.
 
     Raises:
         WriteError: it cannot be written.
     """
     with writing(out):
         table.to_parquet(out / f"{AGREEMENT}.parquet", index=False)
-    write_json(out / f"{AGREEMENT}.json", {"agreement": [to_plain(row) for row in table.to_dict("records")]})
+    write_json(
+        out / f"{AGREEMENT}.json", {"over": over, "agreement": [to_plain(row) for row in table.to_dict("records")]}
+    )
 
 
 class _Sets(Parts):
@@ -184,31 +188,22 @@ def replicate_into(
         write_record(out, study, parts, record)
         ends(parts[name])
     table = verdict_agreement({name: [result] for name, result in made.results.items()})
-    save_agreement(table, out)
-    size = next(iter(studies.values())).batch.n
-    told = agreement_text(table, f"{len(made.results)} disjoint sets of {size} prompts")
-    return SuiteResult(out, parts), made.results, told
+    over = f"{len(made.results)} disjoint sets of {next(iter(studies.values())).batch.n} prompts"
+    save_agreement(table, out, over)
+    return SuiteResult(out, parts), made.results, agreement_text(table, over)
 
 
-def check_sets_folder(out: Path) -> None:
-    """Make sure, before any work, that several runs of everything can be put into ``out``.
-
-    Raises:
-        InputError: it is a file, holds something else, or cannot be written.
-    """
-    check_folder(out, RECORD, "an earlier run with --replicate")
-
-
-def all_agreement(folder: Path, parts: Mapping[str, SuiteResult]) -> pd.DataFrame:
+def all_agreement(folder: Path, parts: Mapping[str, SuiteResult], over: str) -> pd.DataFrame:
     """How far runs of everything agree, read from their folders, and written beside them.
 
     Args:
         folder: where the runs' folders are.
         parts: what ran, by the run's name.
+        over: what the runs are, in words.
     """
     found = {name: results_of(result) for name, result in parts.items()}
     table = verdict_agreement(found)
-    save_agreement(table, folder)
+    save_agreement(table, folder, over)
     return table
 
 

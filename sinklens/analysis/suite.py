@@ -291,6 +291,7 @@ def write_record(
     parts: Mapping[str, Part],
     config: Mapping[str, Any],
     verdicts: Sequence[Mapping[str, Any]] = (),
+    file: str = "run.json",
 ) -> None:
     """Write ``run.json``: what a folder of several parts has, why the rest is not there, and what verdicts say."""
     listed = {
@@ -302,4 +303,4 @@ def write_record(
         "parts": listed,
         **({"verdicts": list(verdicts)} if verdicts else {}),
     }
-    write_json(out / "run.json", data)
+    write_json(out / file, data)

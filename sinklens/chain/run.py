@@ -127,12 +127,14 @@ def score_chain(
     control_draws: int = 3,
     min_gap: float = 0.01,
     scores_only: bool = False,
+    views: bool = True,
 ) -> ChainResult:
     """:func:`run_chain` where model, prompts and what is known of them are in a study; it raises the same.
 
     ``scores_only`` leaves out what else there is to see of a chain (matrix, checks, views, provenance) and the passes
-    that it takes.
+    that it takes; without ``views`` only the checks of what else the pair changes and the first prompt's views are.
     """
+    views = views and not scores_only
     _check(choice, study, stages, readout_blocks, control_draws, min_gap)
     named = study.named_readout(metric)
     seed, model, batch = study.seed, study.model, study.batch
@@ -155,7 +157,7 @@ def score_chain(
         scores=scoring.scores(effects, trials, seed, batch.groups),
         effects=effects,
         matrix=scoring.summarise_matrix(matrix, seed, batch.groups),
-        checks=pd.DataFrame() if scores_only else pair_checks(setting),
+        checks=pair_checks(setting) if views else pd.DataFrame(),
         formation=study.formation,
         runs=_run_values(result),
         config={
@@ -165,7 +167,7 @@ def score_chain(
         provenance={} if scores_only else study.provenance,
         engine=asdict(result.stats),
         tokens=[list(batch.labels[0])],
-        **({} if scores_only else first_prompt(setting)),
+        **(first_prompt(setting) if views else {}),
     )
 
 

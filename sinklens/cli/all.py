@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sinklens.cli.common import (
+    ALL,
     TOO_FEW,
     Backend,
     BackendOption,
@@ -22,7 +24,7 @@ from sinklens.cli.common import (
     DimsOption,
     Dtype,
     DtypeOption,
-    EventOption,
+    EventsOption,
     JsonOption,
     LengthOption,
     MemoryOption,
@@ -35,7 +37,7 @@ from sinklens.cli.common import (
     command_line,
     errors,
     fail,
-    given_formation,
+    given_events,
     load,
     write_report,
 )
@@ -50,7 +52,7 @@ def everything(
     prompts: PromptsOption = "passages",
     bos: BosOption = Bos.auto,
     block: BlockOption = None,
-    event: EventOption = None,
+    event: EventsOption = None,
     super_neurons: NeuronsOption = None,
     outlier_dims: DimsOption = None,
     only: Annotated[str | None, typer.Option(help="Only these parts, such as `formation,onset`.")] = None,
@@ -72,7 +74,9 @@ def everything(
         PairChoice(target).check(length)
         if n < 2:
             fail(TOO_FEW.format(f"--n is {n}"))
-        given = given_formation(block, super_neurons, outlier_dims, event)
+        which, given = given_events(block, super_neurons, outlier_dims, event)
+        if which == ALL and replicate is not None:
+            fail("give --event all or --replicate, one of the two")
         chosen = () if only is None else names("--only", only)
         allowed = budget(memory_budget)
         run_everything(
@@ -96,6 +100,7 @@ def everything(
             memory_budget=allowed,
             given=given,
             as_json=as_json,
+            every_event=which == ALL,
             sizes=None if replicate is None else (replicate, n),
         )
 
@@ -110,79 +115,117 @@ def run_everything(
     memory_budget: int | None,
     given: dict[str, Any],
     as_json: bool,
+    every_event: bool = False,
     sizes: tuple[int, int] | None = None,
 ) -> None:
     """Run every part, write the report, print the verdicts; exit code 1 when a part failed.
 
-    With ``sizes``, all of it on so many sets of so many prompts, each in a folder of its own.
+    With ``every_event`` for each event, and with ``sizes`` on so many sets of so many prompts, all in a folder of their
+    own.
     """
+    from sinklens.analysis.several import EVENTS, SETS
     from sinklens.analysis.suite import check_folder
 
-    if sizes is None:
-        check_folder(out)  # before the model is loaded
-    else:
-        from sinklens.analysis.replicate import check_sets_folder
-
-        check_sets_folder(out)
+    kind = EVENTS if every_event else SETS if sizes is not None else None
+    check_folder(out, *(() if kind is None else (kind.record, kind.run)))  # before the model is loaded
     with _display() as display:
         model, batch = load(display.step)
         from sinklens.analysis.suite import run_all
         from sinklens.study import Study
 
         study = Study(model, batch, seed, memory_budget, given, display.rows)
-        studies = {"": study} if sizes is None else _sets(study, out, sizes)
-        results, pages = {}, {}
-        for name, each in studies.items():
-            display.of_set = f"{name} " if name else ""
-            config = {"command": command_line()}
-            watch = {"begins": display.begins, "ends": display.ends}
-            results[name] = run_all(each, out / name, target=target, only=only, config=config, **watch)
+        options: dict[str, Any] = {"target": target, "only": only, "config": {"command": command_line()}}
+        options |= {"begins": display.begins, "ends": display.ends}
+        if kind is None:
+            result = run_all(study, out, **options)
             display.step("writing the report")
-            pages[name] = write_report(out / name)
-    if as_json:
-        texts = [(out / name / "run.json").read_text(encoding="utf-8") for name in results]
-        sys.stdout.write((texts[0] if sizes is None else f"[{','.join(texts)}]") + "\n")
-    else:
-        for name, result in results.items():
-            _print(result, studies[name].batch, pages[name])
-    if sizes is not None:
-        _compare(out, results, sizes[1], as_json)
-    failed = [f"{name}/{part}".lstrip("/") for name, result in results.items() for part in result.failed]
+            runs, several = [_Run("", result, study.batch, write_report(out))], None
+        else:
+            several = _several(study, sizes, display.step)
+            runs = _run_several(study, several, out, display, options)
+    _print_all(runs, as_json, several)
+    failed = [f"{run.name}/{part}".lstrip("/") for run in runs for part in run.result.failed]
     if failed:
         typer.echo(f"sinklens: {len(failed)} part(s) failed: {', '.join(failed)}", err=True)
         raise typer.Exit(1)
 
 
-def _sets(study: Any, out: Path, sizes: tuple[int, int]) -> dict[str, Any]:
-    """A study for every set of prompts, by the name of its folder; marks the folder that they are in."""
-    from sinklens.analysis.replicate import RECORD, sets_of
-    from sinklens.records.files import write_json, writing
+@dataclass(frozen=True)
+class _Run:
+    """A run of everything, and its report."""
 
-    sets, n = sizes
-    studies = sets_of(study, sets, n)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    write_json(out / RECORD, {"sets": sets, "n_prompts": n, "command": command_line()})
-    return studies
+    name: str
+    result: Any
+    batch: Any
+    page: Path | None
 
 
-def _compare(out: Path, results: dict[str, Any], n: int, as_json: bool) -> None:
-    """How far the sets agree: a table beside their folders, and lines on the chain and on the analyses."""
-    from sinklens.analysis.replicate import all_agreement
+def _several(study: Any, sizes: tuple[int, int] | None, step: Callable[[str], None]) -> Any:
+    """What is run more than once: on sets of prompts, or for every event."""
+    from sinklens.analysis.several import of_events, of_sets
+
+    if sizes is not None:
+        return of_sets(study, *sizes)
+    step("looking for the formation events")
+    several = of_events(study)
+    for name, reason in several.left_out.items():
+        typer.echo(f"sinklens: note: {name} is left out: {reason}", err=True)
+    return several
+
+
+def _run_several(study: Any, several: Any, out: Path, display: _Display, options: dict[str, Any]) -> list[_Run]:
+    """Everything for each of ``several``, with a report in each folder and one over all."""
+    from sinklens.analysis.several import run_several
+
+    runs: list[_Run] = []
+
+    def starts(name: str) -> None:
+        display.of_set = f"{name} "
+
+    def finished(name: str, result: Any) -> None:
+        display.step("writing the report")
+        runs.append(_Run(name, result, several.studies[name].batch, write_report(out / name)))
+
+    run_several(study, several, out, starts=starts, finished=finished, **options)
+    write_report(out)
+    return runs
+
+
+def _print_all(runs: list[_Run], as_json: bool, several: Any) -> None:
+    """The verdicts of every run, and how far they agree where there are several."""
+    if as_json:
+        texts = [(run.result.folder / "run.json").read_text(encoding="utf-8") for run in runs]
+        sys.stdout.write((texts[0] if several is None else f"[{','.join(texts)}]") + "\n")
+        return
+    for run in runs:
+        if several is not None:
+            typer.echo(several.titles[run.name])
+        _print(run.result, run.batch, run.page)
+    if several is not None:
+        _print_agreement(runs, several.over)
+
+
+def _print_agreement(runs: list[_Run], over: str) -> None:
+    """A table and two lines on how far the runs agree, on the chain and on the analyses."""
+    import pandas as pd
+
+    from sinklens.analysis.replicate import AGREEMENT
     from sinklens.analysis.suite import CHAIN
     from sinklens.chain.agree import agreement_text
     from sinklens.cli.tables import agreement_table, console
 
-    table = all_agreement(out, results)
-    if as_json or table.empty:
+    folder = runs[0].result.folder.parent
+    table, screen = pd.read_parquet(folder / f"{AGREEMENT}.parquet"), console()
+    if table.empty or len(runs) < 2:
         return
-    screen, over = console(), f"{len(results)} disjoint sets of {n} prompts"
     of_analyses, of_chain = table.query("what == 'verdict'"), table.query("what != 'verdict'")
     screen.print(agreement_table(of_analyses))
     for what, rows in (("Analyses", of_analyses), (CHAIN.capitalize(), of_chain)):
         if len(rows):
             screen.print(f"{what}: {agreement_text(rows, over)}", markup=False, soft_wrap=True)
-    screen.print(f"Agreement: {out / 'agreement.parquet'}", markup=False, soft_wrap=True)
+    screen.print(
+        f"Agreement: {folder / AGREEMENT}.parquet; report: {folder / 'report.html'}", markup=False, soft_wrap=True
+    )
 
 
 def _print(result: Any, batch: Any, page: Path | None) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from sinklens.cli.common import (
+    ALL,
     TOO_FEW,
     Backend,
     BackendOption,
@@ -24,6 +25,7 @@ from sinklens.cli.common import (
     DimsOption,
     Dtype,
     DtypeOption,
+    EventsOption,
     ForceOption,
     JsonOption,
     LengthOption,
@@ -38,14 +40,14 @@ from sinklens.cli.common import (
     command_line,
     errors,
     fail,
-    given_formation,
+    given_events,
     left_out,
     load,
     progress,
     targets_of,
     write_report,
 )
-from sinklens.records.ranges import MOST_REPEATS, integers, shown
+from sinklens.records.ranges import MOST_REPEATS, integers
 
 
 def chain(
@@ -70,12 +72,7 @@ def chain(
     prompts: PromptsOption = "passages",
     bos: BosOption = Bos.auto,
     block: BlockOption = None,
-    event: Annotated[
-        str | None,
-        typer.Option(
-            help="Formation event to explain (`sinklens find` lists them), or `all`: a folder for each in --out."
-        ),
-    ] = None,
+    event: EventsOption = None,
     super_neurons: NeuronsOption = None,
     outlier_dims: DimsOption = None,
     links: Annotated[
@@ -106,13 +103,7 @@ def chain(
             if not (math.isfinite(value) and value >= least):
                 fail(f"{name} {value} must be a finite number" + (f", {least} or more" if least == 0 else ""))
         bytes_allowed = budget(memory_budget)
-        which = _which(event)
-        given = given_formation(block, super_neurons, outlier_dims, which if isinstance(which, int) else None)
-        if which == ALL and given:
-            fail(
-                "--event all explains each event by its own super neurons: leave out --block, --super-neurons and "
-                "--outlier-dims, or give the number of one event"
-            )
+        which, given = given_events(block, super_neurons, outlier_dims, event)
         blocks = None if pair_layers is None else integers("--pair-layers", pair_layers)
         if (which == ALL) + (len(wanted) > 1) + (replicate is not None) > 1:
             fail("give --event all, several targets or --replicate, one of the three")
@@ -164,10 +155,6 @@ def chain(
         _print_chains(chains, as_json, told)
 
 
-ALL = "all"
-"""What stands for every event."""
-
-
 @dataclass(frozen=True)
 class _Chain:
     """A chain, and where it was written."""
@@ -176,15 +163,6 @@ class _Chain:
     result: Any
     out: Path
     page: Path | None
-
-
-def _which(event: str | None) -> int | str | None:
-    """``--event`` as a number, ``all``, or nothing."""
-    if event is None or event == ALL:
-        return event
-    if not (event.isdecimal() and event.isascii() and 1 <= len(event) <= 4 and int(event)):
-        fail(f"--event {shown(event)!r} must be the number of an event, such as 1, or all: sinklens find lists them")
-    return int(event)
 
 
 def _one_event(
@@ -265,18 +243,18 @@ def _several_targets(
     step(f"scoring the chain at {len(targets)} targets")
     formation = find_formation(model, batch, memory_budget=options["memory_budget"], **given)
     results = run_chains(model, batch, targets=targets, formation=formation, **options)
-    table = agreement(results)
+    table, over = agreement(results), f"targets {join([str(target) for target in targets])}"
     with atomic_folder(out, force=force) as folder:
         for target, result in results.items():
             result.config["command"] = command_line()
             result.save(folder / f"target-{target}")
-        save_agreement(table, folder)
+        save_agreement(table, folder, over)
         study = Study.of(model, batch, formation, seed=options["seed"])
         parts = {f"target-{target}": Part(f"target-{target}", "done") for target in targets}
         write_record(folder, study, parts, {"command": command_line()})
     named = {f"target-{target}": result for target, result in results.items()}
     chains = _reported(named, out, step, {f"target-{target}": f"Target {target}" for target in targets})
-    return chains, agreement_text(table, f"targets {join([str(target) for target in targets])}")
+    return chains, agreement_text(table, over)
 
 
 def _several_sets(

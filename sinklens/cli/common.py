@@ -129,6 +129,10 @@ EventOption = Annotated[
     int | None,
     typer.Option(min=1, help="Explain this formation event (`sinklens find` lists them) by its strongest block."),
 ]
+EventsOption = Annotated[
+    str | None,
+    typer.Option(help="Formation event to explain (`sinklens find` lists them), or `all`: a folder for each in --out."),
+]
 NeuronsOption = Annotated[str | None, typer.Option(help="Take these super neurons, such as 3,17, and look for none.")]
 DimsOption = Annotated[str | None, typer.Option(help="Take these outlier dimensions and look for none.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -163,6 +167,30 @@ def given_formation(
     if outlier_dims is not None:
         found["outlier_dims"] = integers("--outlier-dims", outlier_dims)
     return found
+
+
+ALL = "all"
+"""What stands for every event."""
+
+
+def given_events(
+    block: int | None, super_neurons: str | None, outlier_dims: str | None, event: str | None
+) -> tuple[int | str | None, dict[str, Any]]:
+    """``--event`` as a number, :data:`ALL` or nothing; and what the user says of the formation."""
+    if event is not None and event != ALL and not _is_event(event):
+        fail(f"--event {shown(event)!r} must be the number of an event, such as 1, or all: sinklens find lists them")
+    which = event if event is None or event == ALL else int(event)
+    given = given_formation(block, super_neurons, outlier_dims, which if isinstance(which, int) else None)
+    if which == ALL and given:
+        fail(
+            "--event all explains each event by its own super neurons: leave out --block, --super-neurons and "
+            "--outlier-dims, or give the number of one event"
+        )
+    return which, given
+
+
+def _is_event(text: str) -> bool:
+    return text.isdecimal() and text.isascii() and 1 <= len(text) <= 4 and int(text) > 0
 
 
 def budget(gib: float | None) -> int | None:

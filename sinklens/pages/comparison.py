@@ -11,7 +11,7 @@ import pandas as pd
 from sinklens.errors import need
 from sinklens.lab.compare import Comparison, texts_of
 from sinklens.lab.runs import Run
-from sinklens.pages.agreement import agreement_section
+from sinklens.pages.agreement import Agreement, agreement_section
 from sinklens.pages.figures import from_disk
 from sinklens.pages.page import data_of, digest_of
 from sinklens.records.files import write_text
@@ -52,7 +52,7 @@ def comparison_page(comparison: Comparison) -> str:
             reference=comparison.reference,
             finals=texts_of(comparison.finals),
             shown=shown,
-            agreement=agreement_section(comparison.verdicts) if len(comparison.verdicts) else None,
+            agreement=agreement_section(Agreement(comparison.verdicts)) if len(comparison.verdicts) else None,
             figures=figures,
             texts=texts,
             policy=" ".join(f"'sha256-{digest_of(text)}'" for text in texts.values()),

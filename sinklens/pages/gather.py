@@ -13,15 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from sinklens.analysis.base import AnalysisResult
+from sinklens.analysis.several import EVENTS, SETS
 from sinklens.chain.result import ChainResult
 from sinklens.errors import InputError
 from sinklens.formation import Formation, formation_from_json
-from sinklens.pages.agreement import FILE, read_agreement
+from sinklens.pages.agreement import FILE, Agreement, read_agreement
+from sinklens.records.text import join
 
 CHAIN_FILE, ANALYSIS_FILE, RECORD_FILE, FORMATION_FILE = "chain.json", "summary.json", "run.json", "formation.json"
+RECORD_FILES = (RECORD_FILE, EVENTS.record, SETS.record)
+"""What is written beside folders of parts, or of several runs."""
 _LEFT_OVER = ("scores.parquet", "effects.parquet", "table.parquet", "figure.json", "attention.safetensors")
 """A folder that has one of these, and no summary, was begun and not finished."""
 
@@ -50,6 +52,20 @@ class Missing:
     """Why."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run of everything in a folder of several (:mod:`sinklens.analysis.several`), which has a report of its own."""
+
+    title: str
+    """What it is of."""
+    place: str
+    """Its folder, relative to the one that holds them."""
+    page: str
+    """Its report, relative to the same; empty where there is none yet."""
+    parts: str
+    """How many parts it has, and which of them failed."""
+
+
 @dataclass(frozen=True, eq=False)
 class Gathered:
     """Everything that a report shows."""
@@ -64,8 +80,10 @@ class Gathered:
     """Content of ``run.json``."""
     formation: Formation | None = None
     """Content of ``formation.json``."""
-    agreement: pd.DataFrame | None = None
+    agreement: Agreement | None = None
     """How far the runs in it agree."""
+    runs: list[Run] = field(default_factory=list)
+    """Runs of everything in it, each with a report of its own."""
 
     @property
     def chains(self) -> list[tuple[Part, ChainResult]]:
@@ -98,16 +116,18 @@ def gather(folder: Path) -> Gathered:
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror or error}): check its permissions") from error
     record, missing = _record(folder)
+    runs = _runs(folder, record)
+    places = {run.place for run in runs}
     parts = [part for name in own for part in _load(folder, name, "", missing)]
     if own and not parts and not inside:
         raise InputError(missing[-1].reason)
     for path in inside:
-        parts += _inside(path, missing)
-    missing = _explained(missing, parts, record)
-    if not parts and not missing:
+        parts += [] if path.name in places else _inside(path, missing)
+    missing = _explained(missing, parts, record, places)
+    if not parts and not missing and not runs:
         raise InputError(f"{folder} holds no chain.json or summary.json, and no folder with one: give a run's folder")
     formation, agreement = _formation(folder, missing), _agreement(folder, missing)
-    return Gathered(folder.resolve().name, sorted(parts, key=_order), missing, record, formation, agreement)
+    return Gathered(folder.resolve().name, sorted(parts, key=_order), missing, record, formation, agreement, runs)
 
 
 def _inside(path: Path, missing: list[Missing]) -> list[Part]:
@@ -140,14 +160,32 @@ def _load(folder: Path, file: str, place: str, missing: list[Missing]) -> list[P
 
 
 def _record(folder: Path) -> tuple[dict[str, Any], list[Missing]]:
-    path = folder / RECORD_FILE
-    if not path.is_file():
+    path = next((folder / file for file in RECORD_FILES if (folder / file).is_file()), None)
+    if path is None:
         return {}, []
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        return {}, [Missing(RECORD_FILE, "damaged", " ".join(str(error).split()))]
-    return (data, []) if isinstance(data, dict) else ({}, [Missing(RECORD_FILE, "damaged", "it holds no record")])
+        return {}, [Missing(path.name, "damaged", " ".join(str(error).split()))]
+    return (data, []) if isinstance(data, dict) else ({}, [Missing(path.name, "damaged", "it holds no record")])
+
+
+def _runs(folder: Path, record: Mapping[str, Any]) -> list[Run]:
+    """The runs that the record of several names, as far as their folders are there."""
+    found = []
+    for name, title in mapping(mapping(record.get("config")).get("runs")).items():
+        place = folder / str(name)
+        if place.parent == folder and (place / RECORD_FILE).is_file():
+            page = f"{name}/report.html" if (place / "report.html").is_file() else ""
+            found.append(Run(str(title), str(name), page, _counted(_record(place)[0])))
+    return found
+
+
+def _counted(record: Mapping[str, Any]) -> str:
+    """How many parts a record has, and which of them failed."""
+    parts = mapping(record.get("parts"))
+    failed = [str(name) for name, part in parts.items() if mapping(part).get("status") == "failed"]
+    return f"{len(parts)} part{'s' * (len(parts) != 1)}" + (f"; failed: {join(failed)}" if failed else "")
 
 
 def _formation(folder: Path, missing: list[Missing]) -> Formation | None:
@@ -161,7 +199,7 @@ def _formation(folder: Path, missing: list[Missing]) -> Formation | None:
         return None
 
 
-def _agreement(folder: Path, missing: list[Missing]) -> pd.DataFrame | None:
+def _agreement(folder: Path, missing: list[Missing]) -> Agreement | None:
     try:
         return read_agreement(folder)
     except Exception as error:  # as above
@@ -174,9 +212,9 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _explained(missing: list[Missing], parts: list[Part], record: Mapping[str, Any]) -> list[Missing]:
+def _explained(missing: list[Missing], parts: list[Part], record: Mapping[str, Any], places: set[str]) -> list[Missing]:
     """With what the run's own record says of parts that are not there."""
-    here = {part.name for part in parts} | {item.name for item in missing}
+    here = {part.name for part in parts} | {item.name for item in missing} | places
     explained = list(missing)
     for name, entry in mapping(record.get("parts")).items():
         status, reason = str(mapping(entry).get("status") or "unknown"), str(mapping(entry).get("reason") or "")

@@ -99,6 +99,7 @@ def render(run: Gathered | ChainResult | AnalysisResult) -> str:
         origins=origins(gathered),
         missing=gathered.missing,
         agreement=agreement_section(gathered.agreement),
+        runs=gathered.runs,
         command=whole_command(gathered),
         figures=figures,
         texts=texts,
@@ -114,6 +115,8 @@ def _head(gathered: Gathered, chains: list[dict[str, Any]], claims: list[Claim])
     kinds = ["attention-sink chain" if len(chains) == 1 else f"{len(chains)} attention-sink chains"] if chains else []
     if claims:
         kinds.append(claims[0].title if len(claims) == 1 and not chains else f"{len(claims)} analyses")
+    if gathered.runs:
+        kinds.append(f"{len(gathered.runs)} runs of everything")
     lines = [chain["subtitle"] for chain in chains] if len(chains) == 1 else []
     prompts = next((values for name, values in facts(gathered) if name == "Prompts"), [])
     return {

@@ -7,7 +7,7 @@ where the source comes from follows from the pair and the direction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -166,13 +166,17 @@ class Setting:
         """
         key = (run, site, tuple(layers))
         if key not in self._stores:
-            # One pass serves whatever the stages of the chain ask of a run: it is the pass that costs, not the keeping.
-            together = dict.fromkeys([*((run, other, blocks) for other, blocks in self._asked_most()), key])
-            wants = dict.fromkeys(Want(run, other, block) for _, other, blocks in together for block in blocks)
-            runs = {run: self.pair.runs[run]}
-            store = capture_runs(self.model, self.batch.tokens, runs, list(wants), max_rows=self.max_rows)
-            self._stores.update({asked: store for asked in together if asked not in self._stores})
+            self.keep(run, [(site, layers)])
         return self._stores[key]
+
+    def keep(self, run: str, asked: Iterable[tuple[HookSite, Sequence[int]]]) -> None:
+        """Capture what is going to be asked of a run (:meth:`activations`, :meth:`at`) at several sites in one pass."""
+        # One pass serves whatever the stages of the chain ask of a run: it is the pass that costs, not the keeping.
+        together = dict.fromkeys((run, site, tuple(blocks)) for site, blocks in (*self._asked_most(), *asked))
+        wants = dict.fromkeys(Want(run, site, block) for _, site, blocks in together for block in blocks)
+        runs = {run: self.pair.runs[run]}
+        store = capture_runs(self.model, self.batch.tokens, runs, list(wants), max_rows=self.max_rows)
+        self._stores.update({key: store for key in together if key not in self._stores})
 
     def _asked_most(self) -> list[tuple[HookSite, tuple[int, ...]]]:
         """Sites and blocks that the stages of the chain read, as far as the model has them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,20 @@ def test_a_verdict_is_complete(shared, name):
     assert verdict.estimate is not None and np.isfinite(verdict.estimate.value)
     assert result.findings.caption.endswith(".")
     assert result.name == name and result.title and (result.paper or name not in PAPER or name == "settle_it")
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("onset", ["6 tokens", "12 tokens"]),
+        ("effective_rank", ["6 tokens", "12 tokens"]),
+        ("mask_intervention", ["6 tokens", "12 tokens", "token 5", "token 10", "token 20"]),
+        ("variance_amplification", ["token 5", "token 10", "token 20"]),
+    ],
+)
+def test_what_is_measured_at_several_tokens_or_lengths_is_judged_at_each(shared, name, places):
+    detail = shared[1][name].findings.verdict.parts[0].detail
+    assert all(re.search(rf"\b{place}\b", detail) for place in places), detail
 
 
 @pytest.mark.parametrize("name", NAMES)

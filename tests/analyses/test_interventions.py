@@ -138,6 +138,8 @@ def test_a_token_that_does_not_fire_gains_nothing_by_the_mask():
     assert found.verdict.estimate.value == pytest.approx(0, abs=1e-5)
     both = findings("mask_intervention", planted(), positions=(3, 5))
     assert both.verdict.estimate.value == pytest.approx(0.25, abs=1e-3)
+    told = both.verdict.parts[0].detail
+    assert told.startswith("it depends on where one asks") and "token 3" in told and "token 5" in told
 
 
 def test_the_mask_by_another_way(tiny_llama):

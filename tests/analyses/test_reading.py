@@ -9,6 +9,7 @@ import torch
 
 import sinklens as sl
 from sinklens.sites import RESID_MID
+from sinklens.stages import base as stages_base
 from tests.helpers.one_at_a_time import cache_of
 from tests.helpers.settings import TARGET, setting_for, tokens_for
 from tests.helpers.tiny import tiny_model
@@ -26,6 +27,22 @@ def setting(request: pytest.FixtureRequest) -> sl.stages.Setting:
 def result(setting: sl.stages.Setting) -> sl.AnalysisResult:
     batch = sl.prompts.from_tokens(setting.model, tokens_for(setting.model))
     return sl.run_analysis(READING, sl.Study.of(setting.model, batch, setting.formation), target=TARGET)
+
+
+def test_each_run_is_captured_once_for_all_that_is_asked(
+    setting: sl.stages.Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured: list[str] = []
+    real = stages_base.capture_runs
+
+    def counted(model: Any, tokens: Any, runs: Any, *wants: Any, **limits: Any) -> Any:
+        captured.extend(runs)
+        return real(model, tokens, runs, *wants, **limits)
+
+    monkeypatch.setattr(stages_base, "capture_runs", counted)
+    batch = sl.prompts.from_tokens(setting.model, tokens_for(setting.model))
+    sl.run_analysis(READING, sl.Study.of(setting.model, batch, setting.formation), target=TARGET)
+    assert sorted(captured) == ["anchored", "base"]
 
 
 def test_amounts_add_up_to_what_each_branch_reads(setting: sl.stages.Setting, result: sl.AnalysisResult) -> None:

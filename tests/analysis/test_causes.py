@@ -10,6 +10,7 @@ import pytest
 from sinklens import stages
 from sinklens.analysis import causes
 from sinklens.analysis.causes import cause, scored
+from sinklens.analysis.of_stage import of_stage
 from sinklens.analysis.run import load_analysis, run_analysis
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
 from sinklens.formation import find_formation
@@ -98,3 +99,16 @@ def test_a_sink_is_made_where_the_prompts_have_room():
         causes.induced(Study.of(here.model, tight, here.formation))
     with pytest.raises(NotApplicableError):
         scored(Study.of(here.model, tight, here.formation), stages.SUPER_NEURONS, None)
+
+
+def test_an_analysis_of_a_stage_makes_no_views(monkeypatch):
+    """It shows the scores and the stage's own readout: checks and views of the pair would be passes for nothing."""
+
+    def unwanted(_setting):
+        raise AssertionError("a pass for what is not shown")
+
+    for name in ("pair_checks", "first_prompt"):
+        monkeypatch.setattr(f"sinklens.chain.run.{name}", unwanted)
+    found = run_analysis(of_stage(stages.SUPER_NEURONS, "Super neurons"), planted(), target=TARGET)
+    quantity = found.findings.verdict.parts[-1]
+    assert quantity.about == "quantity" and quantity.estimate is not None

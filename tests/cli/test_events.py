@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from sinklens import stages
+from sinklens.analysis import suite
 from sinklens.analysis.base import AnalysisResult
+from sinklens.analysis.several import run_all_events
 from sinklens.analysis.suite import run_all
 from sinklens.chain import run as chain_run
 from sinklens.chain.result import ChainResult
 from sinklens.errors import InputError, NoSinkError
+from sinklens.formation import find_formation
+from sinklens.pages.gather import gather
 from sinklens.prompts import from_tokens
 from sinklens.study import Study
 from tests.helpers.command_line import Run, invoke, refused, snapshot
@@ -29,7 +33,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
     model = planted_twice()
     batch = from_tokens(model, prompts(16)[1:].repeat(3, 1))
-    for name in ("chain", "find", "of_analysis"):
+    for name in ("all", "chain", "find", "of_analysis"):
         monkeypatch.setattr(f"sinklens.cli.{name}.load", lambda *_, **__: (model, batch))
     fast = partial(chain_run.run_chain, stages=(stages.SUPER_NEURONS,))
     monkeypatch.setattr("sinklens.chain.run.run_chain", fast)
@@ -125,6 +129,79 @@ def test_everything_of_an_event(planted: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no event 3"):
         run_all(Study(*planted, given={"event": 3}), tmp_path / "other", target=5)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("planted")
+def test_everything_of_every_event_has_a_folder_each_and_is_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("plotly")
+    ask = ("all", "--event", "all", "--target", "5", "--length", "16", "--only", "formation,onset", "--out", "run")
+    real = suite.run_analysis
+
+    def interrupted(analysis: Any, study: Study, **options: Any) -> Any:
+        if study.given == {"event": 2}:
+            raise KeyboardInterrupt
+        return real(analysis, study, **options)
+
+    monkeypatch.setattr(suite, "run_analysis", interrupted)
+    assert invoke(*ask).code == 130
+    monkeypatch.setattr(suite, "run_analysis", real)
+    done = invoke(*ask)
+    assert done.code == 0, done.err
+    assert "event-1 [2/2] onset: unchanged, kept" in done.err and "event-2 [2/2] onset: done" in done.err
+    assert "Event 1 (block 0), explained by block 0" in done.out and "for events 1 and 2" in done.out
+    layers = [json.loads(Path(f"run/event-{event}/formation.json").read_text())["layer"] for event in (1, 2)]
+    assert layers == [0, 2]
+    assert AnalysisResult.load("run/event-1/onset").provenance["formation"]["layer"] == 0
+    page = Path("run/report.html").read_text(encoding="utf-8")
+    assert 'href="event-1/report.html"' in page and "Event 2 (block 2), explained by block 2" in page
+    assert "verdicts are the same for events 1 and 2" in page and Path("run/event-2/report.html").is_file()
+    assert [item["parts"]["onset"]["key"]["given"] for item in json.loads(invoke(*ask, "--json").out)] == [
+        {"event": 1},
+        {"event": 2},
+    ]
+    refused(invoke("all", "--length", "16", "--out", "run"), "not the folder of an earlier run")
+    refused(invoke(*ask[:-1], "run/event-1"), "not the folder of an earlier run of every event")
+
+
+def test_every_event_is_one_event_with_its_number(planted: Any, tmp_path: Path) -> None:
+    """What is found for all events is what is found for each: the same part, kept and not made again."""
+    names = ("formation", "onset")
+    results = run_all_events(Study(*planted), tmp_path / "run", target=5, only=names)
+    for event in (1, 2):
+        one = Study(*planted, given={"event": event})
+        assert results[f"event-{event}"].folder == tmp_path / "run" / f"event-{event}"
+        again = run_all(one, tmp_path / "run" / f"event-{event}", target=5, only=names)
+        assert all(part.reused for part in again.parts.values())
+        found = find_formation(*planted, event=event)
+        assert (one.formation.layer, one.formation.neurons) == (found.layer, found.neurons)
+    with pytest.raises(InputError, match="explained by its own super neurons"):
+        run_all_events(Study(*planted, given={"layer": 0}), tmp_path / "other")
+
+
+def test_an_event_that_cannot_be_explained_is_left_out_of_everything(planted: Any, tmp_path: Path) -> None:
+    from sinklens.analysis import several
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = several.explained
+
+        def explained(model: Any, batch: Any, found: Any, layer: int, **options: Any) -> Any:
+            if layer == 0:
+                raise NoSinkError("no super neuron in block 0")
+            return real(model, batch, found, layer, **options)
+
+        patch.setattr(several, "explained", explained)
+        results = run_all_events(Study(*planted), tmp_path / "run", target=5, only=("formation",))
+        assert list(results) == ["event-2"]
+        gathered = gather(tmp_path / "run")
+    assert [(item.name, item.reason) for item in gathered.missing] == [("event-1", "no super neuron in block 0")]
+    assert [run.place for run in gathered.runs] == ["event-2"]
+
+
+@pytest.mark.usefixtures("no_model")
+def test_everything_of_every_event_on_several_sets(tmp_path: Path) -> None:
+    ask = ("all", "--event", "all", "--out", str(tmp_path / "run"))
+    refused(invoke(*ask, "--replicate", "2"), "give --event all or --replicate, one of the two")
+    refused(invoke(*ask, "--block", "2"), "explains each event by its own super neurons")
 
 
 @pytest.mark.usefixtures("no_model")
