@@ -15,7 +15,7 @@ from sinklens.models.families import FAMILIES, random_model
 from sinklens.models.given import private_copy
 from sinklens.models.load import load_model
 from sinklens.models.view import is_bridge
-from tests.helpers.tiny import hooks_left, slow_but, tiny_hf
+from tests.helpers.tiny import hooks_left, on_both, slow_but, tiny_hf
 
 pytestmark = pytest.mark.slow
 
@@ -352,8 +352,7 @@ def test_biases_too_small_for_sixteen_bits_are_kept() -> None:
 # -- Models too large for a float32 copy ------------------------------------------------------------------------------
 
 
-@pytest.mark.backend
-@pytest.mark.parametrize("family", slow_but("llama", "gemma3", "gpt_oss", of=FAMILIES))
+@pytest.mark.parametrize("family", on_both("llama", "gemma3", "gpt_oss", of=FAMILIES))
 def test_a_large_model_is_compared_by_its_first_blocks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "SMALL", 40_000)
     monkeypatch.setattr(compare, "_VOCABULARY", 50)

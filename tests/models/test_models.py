@@ -32,6 +32,7 @@ from sinklens.models.view import (
 )
 from tests.helpers.tiny import (
     ARCHITECTURES,
+    BACKENDS,
     BRIDGE_ONLY,
     HOOKED,
     hooks_left,
@@ -538,7 +539,7 @@ def test_hooked_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("backend", ["auto", "bridge"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_reduced_precision(backend: Any) -> None:
     reference = tiny_model("llama", "bridge")(tiny_tokens())
