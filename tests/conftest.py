@@ -34,6 +34,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.set_num_threads(max(CORES // workers, 1) if large else 1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks run with both versions of TransformerLens: which of them, says who names them on the command line."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.backend)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
     """The real model, on the default backend."""

@@ -184,10 +184,19 @@ PLANTED = (
 )
 
 
+SAME = tuple((dtype, dtype) for dtype in DTYPES)
+OTHER = ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32))
+
+
 @needs_hooked
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("given", DTYPES, ids=str)
-@pytest.mark.parametrize("fault", PLANTED)
+@pytest.mark.parametrize(
+    ("fault", "given", "dtype"),
+    [
+        pytest.param(fault, *dtypes, id=f"{fault.__name__}-{'-'.join(map(str, dtypes))}")
+        for number, fault in enumerate(PLANTED)
+        for dtypes in (*SAME, OTHER[number % 2])
+    ],
+)
 @torch.no_grad()
 def test_a_wrong_conversion_is_found(
     fault: Callable[[Any], None], given: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
