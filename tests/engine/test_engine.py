@@ -37,7 +37,10 @@ MODELS = each_once(
 )
 
 
-@pytest.fixture(scope="module", params=slow_but("llama", "gpt2", of=MODELS))
+QUICK = ("llama", "gpt2")
+
+
+@pytest.fixture(scope="module", params=slow_but(*QUICK, of=MODELS))
 def tiny(request: pytest.FixtureRequest) -> Any:
     return tiny_model(*MODELS[request.param])
 
@@ -71,10 +74,22 @@ def received(layers: tuple[int, ...] = (2, 3)) -> Readout:
     return readouts.attention_received(SINK, layers, (TARGET,), N)
 
 
+KINDS = {
+    "block_aggregation": tuple(MODELS),
+    "amplify_variance": ("llama", "gpt2_bridge"),
+    "natural": ("gpt2", "llama_bridge"),
+}
+PAIRS = [
+    pytest.param(name, kind, marks=() if name in QUICK and kind != "amplify_variance" else pytest.mark.slow)
+    for kind, names in KINDS.items()
+    for name in names
+    if name in MODELS
+]
+"""A pair of one kind on every model, of the others on two."""
+
+
 @pytest.mark.backend
-@pytest.mark.parametrize(
-    "kind", slow_but("block_aggregation", "natural", of=("block_aggregation", "amplify_variance", "natural"))
-)
+@pytest.mark.parametrize(("tiny", "kind"), PAIRS, indirect=["tiny"])
 def test_every_stage_equals_one_patch_at_a_time(tiny, kind):
     """All stages, edits, controls and directions: packed and resumed against run_with_hooks, within 1e-5."""
     setting = setting_for(tiny, kind)
