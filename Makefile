@@ -33,8 +33,9 @@ chain: $(VENV)/.installed
 quick: $(VENV)/.installed-dev
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not smollm2 and not browser" tests $(ARGS)
 
+# The order of files is that of tests/conftest.py, the long ones first, and not that of xdist, the many-tested first.
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --nbmake --nbmake-timeout=600 $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --nbmake --nbmake-timeout=600 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

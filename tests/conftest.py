@@ -17,6 +17,7 @@ import pytest
 
 from tests.helpers.tiny import save_tiny, tiny_model
 
+LONG = ("test_ray.py", "test_capabilities.py", "test_smollm2.py", "test_readme.py")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -32,6 +33,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     large = item.get_closest_marker("smollm2") is not None
     torch.set_num_threads(max(CORES // workers, 1) if large else 1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks run with both versions of TransformerLens: which of them, says who names them on the command line.
+
+    They and other files that take minutes come first: begun last, they would keep one process busy and the others idle.
+    """
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.backend)
+    items.sort(key=lambda item: item.path.suffix != ".ipynb" and item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session")

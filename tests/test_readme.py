@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import sinklens as sl
 from sinklens.analysis.discovery import list_analyses
 from sinklens.analysis.run import load_analysis, run_analysis
 from sinklens.prompts import natural
@@ -123,9 +124,21 @@ def test_every_file_that_is_named_exists(page: Path):
         assert (ROOT / name).exists(), name
 
 
+@pytest.fixture
+def loaded_once(monkeypatch, smollm2) -> None:
+    """Examples share the model that their first line loads: on a bridge that takes longer than all the rest."""
+
+    def load(name: str) -> Any:
+        assert name == "smollm2"
+        return smollm2
+
+    monkeypatch.setattr(sl, "load_model", load)
+
+
 @pytest.mark.smollm2
 @pytest.mark.slow
 @pytest.mark.backend
+@pytest.mark.usefixtures("loaded_once")
 def test_the_first_page_s_example_runs(tmp_path, monkeypatch):
     pytest.importorskip("plotly")
     monkeypatch.chdir(tmp_path)
@@ -139,6 +152,7 @@ def test_the_first_page_s_example_runs(tmp_path, monkeypatch):
 @pytest.mark.smollm2
 @pytest.mark.slow
 @pytest.mark.backend
+@pytest.mark.usefixtures("loaded_once")
 def test_the_sweep_s_example_prints_what_the_page_says(capsys):
     pytest.importorskip("plotly")
     (example,) = blocks((ROOT / "sinklens" / "sweeps" / "README.md").read_text(encoding="utf-8"), "python")

@@ -28,7 +28,6 @@ from sinklens.statistics import (
 )
 
 NAN = math.nan
-pytestmark = pytest.mark.backend
 
 
 def test_an_interval_is_above_or_below_as_a_whole():

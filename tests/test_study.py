@@ -19,7 +19,7 @@ from sinklens.study import Study
 from tests.helpers.analyses import GIVEN, study
 from tests.helpers.planted import OUTLIER, SUPER, planted_twice, prompts
 from tests.helpers.sweeps import FORMATION
-from tests.helpers.tiny import tiny_model, tiny_tokens
+from tests.helpers.tiny import BACKENDS, tiny_model, tiny_tokens
 
 
 def test_measuring_is_what_a_cache_holds():
@@ -144,7 +144,7 @@ ENTRIES: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["auto", "bridge"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_what_the_model_cannot_read_is_refused_at_once(entry: str, backend: Any):
     """On a bridge prompts longer than its context run, to numbers that mean nothing."""

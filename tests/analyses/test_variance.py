@@ -56,14 +56,6 @@ def numbers_of(findings: sl.Findings) -> list[float]:
     return [value for values in flat for value in values] + table
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_numbers_do_not_depend_on_the_batch_size(name, tiny_llama):
-    together = run(name, study_of(tiny_llama))
-    one_by_one = run(name, study_of(tiny_llama, memory_budget=1))
-    np.testing.assert_allclose(numbers_of(one_by_one), numbers_of(together), atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("arch", slow_but("llama", "gpt2", of=(arch for arch in ARCHITECTURES if arch != "olmo2")))
 def test_every_family_is_measured_and_drawn(arch, monkeypatch):
     monkeypatch.setattr(statistics.bootstrap_estimate, "__defaults__", (20,))  # intervals are not asked for here

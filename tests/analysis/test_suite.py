@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from sinklens import stages
 from sinklens.analysis import suite
 from sinklens.analysis.base import Analysis, AnalysisResult, Findings, verdict
 from sinklens.analysis.replicate import replicate_into
@@ -54,8 +56,8 @@ class Calls:
         return Analysis(name, name, "So.", run, draw)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+def counting(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Two analyses that count, and a chain of a single link: what there is to be scored is of no account here."""
     found = Calls(monkeypatch)
     monkeypatch.setattr(suite, "list_analyses", lambda: {"first": "", "second": ""})
     monkeypatch.setattr(suite, "load_analysis", found.analysis)
@@ -63,10 +65,31 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     def counted(*args: Any, **options: Any) -> ChainResult:
         found.made.append("chain")
-        return chain(*args, **options, min_gap=1e-4, control_draws=1)
+        return chain(*args, **options, stages=(stages.VALUE_AGGREGATION,), min_gap=1e-4, control_draws=1)
 
     monkeypatch.setattr(suite, "score_chain", counted)
     return found
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return counting(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in which every part was done; to be copied."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        counting(patch)
+        run_all(study(), folder, target=5)
+    return folder
+
+
+@pytest.fixture
+def done(whole: Path, tmp_path: Path) -> Path:
+    """The same, for one test."""
+    return Path(shutil.copytree(whole, tmp_path / "all"))
 
 
 def study(seed: int = 0, given: dict[str, Any] = GIVEN, tokens: int = 0) -> Study:
@@ -101,14 +124,12 @@ def test_every_part_leaves_its_folder_and_its_record(tmp_path, calls):
     assert seen[:2] == [("formation", 1, 4), "formation"] and seen[-1] == "second"
 
 
-def test_finished_parts_are_kept(tmp_path, calls):
-    run_all(study(), tmp_path / "all", target=5)
-    before = record(tmp_path / "all")
-    calls.made.clear()
-    again = run_all(study(), tmp_path / "all", target=5)
+def test_finished_parts_are_kept(done, calls):
+    before = record(done)
+    again = run_all(study(), done, target=5)
     assert calls.made == []
     assert all(part.reused for part in again.parts.values())
-    assert record(tmp_path / "all") == before
+    assert record(done) == before
 
 
 @pytest.mark.parametrize(
@@ -120,41 +141,33 @@ def test_finished_parts_are_kept(tmp_path, calls):
         ({}, 6, ["chain"]),
     ],
 )
-def test_what_has_changed_is_redone(tmp_path, calls, changes, target, redone):
-    run_all(study(), tmp_path / "all", target=5)
-    calls.made.clear()
-    run_all(study(**changes), tmp_path / "all", target=target)
+def test_what_has_changed_is_redone(done, calls, changes, target, redone):
+    run_all(study(**changes), done, target=target)
     assert calls.made == redone
 
 
 @pytest.mark.slow
-def test_other_weights_are_another_model(tmp_path, calls):
-    run_all(study(), tmp_path / "all", target=5)
-    calls.made.clear()
+def test_other_weights_are_another_model(done, calls):
     other = study()
     other.model = tiny_model("llama", seed=1)
-    run_all(other, tmp_path / "all", target=5)
+    run_all(other, done, target=5)
     assert calls.made == ["chain", "first", "second"]
 
 
 @pytest.mark.parametrize("name", ["summary.json", "table.parquet"])
-def test_a_part_that_is_damaged_is_redone(tmp_path, calls, name):
-    run_all(study(), tmp_path / "all", target=5)
-    (tmp_path / "all" / "first" / name).write_text("{")
-    calls.made.clear()
-    result = run_all(study(), tmp_path / "all", target=5)
+def test_a_part_that_is_damaged_is_redone(done, calls, name):
+    (done / "first" / name).write_text("{")
+    result = run_all(study(), done, target=5)
     assert calls.made == ["first"]
     assert result.parts["first"].status == "done" and not result.parts["first"].reused
 
 
 @pytest.mark.slow
-def test_only_some_parts_leaves_the_record_of_the_others(tmp_path, calls):
-    run_all(study(), tmp_path / "all", target=5)
-    calls.made.clear()
-    result = run_all(study(seed=2), tmp_path / "all", target=5, only=("second",))
+def test_only_some_parts_leaves_the_record_of_the_others(done, calls):
+    result = run_all(study(seed=2), done, target=5, only=("second",))
     assert calls.made == ["second"]
     assert list(result.parts) == ["formation", "chain", "first", "second"]
-    assert record(tmp_path / "all")["parts"]["second"]["key"]["seed"] == 2
+    assert record(done)["parts"]["second"]["key"]["seed"] == 2
 
 
 @pytest.mark.parametrize(

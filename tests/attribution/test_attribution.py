@@ -20,7 +20,7 @@ from sinklens.models.load import load_model
 from sinklens.patches import Patch, Source
 from sinklens.readouts.base import Readout
 from tests.helpers.one_at_a_time import OneAtATime, cache_of
-from tests.helpers.tiny import hooks_left, slow_but, tiny_hf, tiny_model
+from tests.helpers.tiny import hooks_left, on_both, slow_but, tiny_hf, tiny_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,11 +324,6 @@ MEETING = (
 """Families whose bridges' queries and keys meet in the usual way."""
 OTHERWISE = ("gemma2", "olmo2", "olmo3", "olmoe", "mpt", "bloom", "gpt_oss")
 """And those of which it is another: caps, norms over all heads, biases by position, attention to nothing."""
-
-
-def on_both(*quick: str, of: Sequence[str]) -> list[Any]:
-    """The names as parameters: the quick ones with both versions of TransformerLens, the rest are slow."""
-    return [pytest.param(name, marks=pytest.mark.backend if name in quick else pytest.mark.slow) for name in of]
 
 
 @pytest.mark.parametrize("family", on_both("llama", "qwen3", "gpt2", "gpt_neox", "cohere", of=MEETING))

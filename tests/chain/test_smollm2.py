@@ -210,7 +210,7 @@ def test_side_effects_are_reported(result):
 
 
 def test_scores_equal_one_patch_at_a_time(smollm2, few, few_formation, small):
-    """All experiments of two stages: a full forward pass for each patch, direction and prompt, effects by hand."""
+    """All experiments of two stages: a full forward pass for each patch and direction, effects by hand."""
     pair = induced_pair(smollm2, few, few_formation, TARGET)
     study = Study.of(smollm2, few, few_formation, rows=8)
     setting = Setting(study, pair, tuple(small.config["readout_layers"]))
@@ -223,15 +223,15 @@ def test_scores_equal_one_patch_at_a_time(smollm2, few, few_formation, small):
     }
     trials, _ = _trials(setting, TWO_STAGES, 1)
     assert len(trials) == 2 * sum(len(stage.experiments) for stage in TWO_STAGES) == len(small.effects) / few.n
-    for trial in trials:
+    for number, trial in enumerate(trials):
         rows = small.effects[small.effects.patch_id == trial.patch.id].set_index("prompt")
         assert len(rows) == few.n
-        for prompt in range(few.n):
-            (patched,) = slow(trial.patch, prompt)
-            base, anchored = ends["base"][prompt], ends["anchored"][prompt]
-            moved = patched - base if trial.direction == "denoise" else anchored - patched
-            label = (trial.stage.name, trial.experiment.edit, trial.experiment.control, trial.direction, prompt)
-            assert rows.effect[prompt] == pytest.approx(moved / (anchored - base), abs=1e-5), label
+        prompt = (number + number // 2) % few.n  # one in turn, for both directions
+        (patched,) = slow(trial.patch, prompt)
+        base, anchored = ends["base"][prompt], ends["anchored"][prompt]
+        moved = patched - base if trial.direction == "denoise" else anchored - patched
+        label = (trial.stage.name, trial.experiment.edit, trial.experiment.control, trial.direction, prompt)
+        assert rows.effect[prompt] == pytest.approx(moved / (anchored - base), abs=1e-5), label
 
 
 def test_the_same_seed_gives_the_same_scores(smollm2, few, few_formation, small):

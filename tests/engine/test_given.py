@@ -16,7 +16,7 @@ from sinklens.errors import InputError
 from sinklens.patches import Patch, Source
 from sinklens.readouts.base import Readout
 from tests.helpers.sweeps import run as swept
-from tests.helpers.tiny import D_MODEL, N_LAYERS, tiny_hf, tiny_model, tiny_tokens
+from tests.helpers.tiny import BACKENDS, D_MODEL, N_LAYERS, tiny_hf, tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.backend
 
@@ -30,7 +30,7 @@ def zero(edit: Any = None, **options: Any) -> Patch:
     )
 
 
-@pytest.fixture(scope="module", params=["auto", "bridge"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny_model("llama", request.param)
 

@@ -41,7 +41,7 @@ def packed(model: Any) -> PackedModel:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_right_ones_are_kept(family: str, dtype: str) -> None:
-    for seed in range(9):
+    for seed in range(9 if dtype == "bfloat16" else 3):  # what rounds more, more often
         for times in (1.0, 2.0) if family == "gpt2" else (1.0, 3.0, 8.0):
             model = sharp(family, dtype, seed, times)
             assert differs(model, packed(model), tiny_tokens(1, LENGTH, seed=seed)) is None, (seed, times)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -104,11 +105,17 @@ SURROUNDINGS: dict[str, Callable[[], Any]] = {
 }
 
 
+@cache
+def in_the_usual_state(backend: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+    """A model, its numbers and its estimates; what a test changes in it is put back."""
+    model = tiny_model("llama", backend)
+    return model, numbers(run(model)), estimates(model)
+
+
 @BOTH
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_surroundings_change_nothing(name: str, backend: Any) -> None:
-    model = tiny_model("llama", backend)
-    want, grads = numbers(run(model)), estimates(model)
+    model, want, grads = in_the_usual_state(backend)
     assert np.abs(grads).max() > 0.01
     with SURROUNDINGS[name]():
         result = run(model)
@@ -119,20 +126,24 @@ def test_surroundings_change_nothing(name: str, backend: Any) -> None:
     assert result.stats.path == "packed"
 
 
+def scores(model: Any) -> tuple[Any, Any]:
+    batch = sl.prompts.random_tokens(model, 3, 16, seed=1)
+    formation = Formation(1, (0,) * 3, (SuperNeuron(3, None, 0.0, 0.0, 0.0),), (OutlierDim(2, 0.0, 0.0),))
+    chain = sl.run_chain(model, batch, target=5, formation=formation, min_gap=1e-4, control_draws=1)
+    return batch.tokens, chain.scores.effect.to_numpy()
+
+
+@pytest.fixture(scope="module")
+def usual_scores(tiny_llama: Any) -> tuple[Any, Any]:
+    return scores(tiny_llama)
+
+
 @pytest.mark.parametrize("name", SURROUNDINGS)
-def test_words_are_made_alike_in_all_surroundings(name: str) -> None:
+def test_words_are_made_alike_in_all_surroundings(name: str, tiny_llama: Any, usual_scores: tuple[Any, Any]) -> None:
     """Prompts, a formation, a chain: what draws and what allocates."""
-    model = tiny_model("llama")
-
-    def scores() -> tuple[Any, Any]:
-        batch = sl.prompts.random_tokens(model, 3, 16, seed=1)
-        formation = Formation(1, (0,) * 3, (SuperNeuron(3, None, 0.0, 0.0, 0.0),), (OutlierDim(2, 0.0, 0.0),))
-        chain = sl.run_chain(model, batch, target=5, formation=formation, min_gap=1e-4, control_draws=1)
-        return batch.tokens, chain.scores.effect.to_numpy()
-
-    tokens, want = scores()
+    tokens, want = usual_scores
     with SURROUNDINGS[name]():
-        again, got = scores()
+        again, got = scores(tiny_llama)
     assert torch.equal(tokens, again) and np.array_equal(got, want, equal_nan=True)
 
 
@@ -312,10 +323,9 @@ def read_out(model: Any, hooks: list) -> np.ndarray:
 @BOTH
 @pytest.mark.parametrize("place", PLACES)
 def test_hooks_of_the_caller_count_on_every_row(place: str, backend: Any) -> None:
-    model = tiny_model("llama", backend)
     if backend == "bridge" and "permanent" in place:
         pytest.skip("a bridge has no permanent hooks of its own points in all versions")
-    plain = numbers(run(model))
+    model, plain, _ = in_the_usual_state(backend)
     handle = PLACES[place](model)
     try:
         want = one_by_one(model)

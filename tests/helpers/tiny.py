@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from sinklens.models.backends import has_hooked_transformer
 from sinklens.models.families import (
     D_HEAD,
     D_MLP,
@@ -34,6 +35,8 @@ ARCHITECTURES = (
 """Families that are taken apart: every size and weight of them is known to the tests."""
 HOOKED = tuple(key for key in ARCHITECTURES if FAMILIES[key].hooked)
 BRIDGE_ONLY = tuple(key for key in ARCHITECTURES if not FAMILIES[key].hooked)
+BACKENDS: tuple[Literal["auto", "bridge"], ...] = ("auto", "bridge") if has_hooked_transformer() else ("bridge",)
+"""A HookedTransformer, where there is one, and a bridge."""
 WORDS = [f"w{i}" for i in range(4, D_VOCAB)]
 """What the tokenizer of :func:`save_tiny` knows."""
 
@@ -41,6 +44,24 @@ WORDS = [f"w{i}" for i in range(4, D_VOCAB)]
 def slow_but(*quick: str, of: Iterable[str]) -> list[Any]:
     """The names as parameters of a test, of which only some belong to the quick tests."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in of]
+
+
+def on_both(*quick: str, of: Iterable[str]) -> list[Any]:
+    """The names as parameters: the quick ones with both versions of TransformerLens, the rest are slow."""
+    return [pytest.param(name, marks=pytest.mark.backend if name in quick else pytest.mark.slow) for name in of]
+
+
+def each_once(models: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
+    """Families and backends by name, no model twice: without HookedTransformer the default is a bridge too."""
+
+    def backend_of(family: str, backend: str) -> str:
+        hooked = has_hooked_transformer() and FAMILIES[family].hooked
+        return backend if backend != "auto" else "hooked" if hooked else "bridge"
+
+    first: dict[tuple[str, str], str] = {}
+    for name, (family, backend) in models.items():
+        first.setdefault((family, backend_of(family, backend)), name)
+    return {name: models[name] for name in first.values()}
 
 
 def tiny_hf(arch: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -14,21 +14,32 @@ from sinklens.errors import InputError
 from sinklens.interventions import Hooks, hooks_of
 from sinklens.models.families import D_HEAD, D_MLP, D_MODEL, N_HEADS
 from sinklens.patches import Patch, Source
-from tests.helpers.tiny import hooks_left, slow_but, tiny_model, tiny_tokens
+from tests.helpers.tiny import each_once, hooks_left, slow_but, tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.backend
 
 LENGTH, NEW, POSITION = 6, 4, 3
-MODELS: dict[str, tuple[str, Any]] = {
-    "llama": ("llama", "auto"),
-    "llama_bridge": ("llama", "bridge"),
-    "gpt2_bridge": ("gpt2", "bridge"),
-    "gpt_neox_bridge": ("gpt_neox", "bridge"),
-    "gemma2_bridge": ("gemma2", "bridge"),
-}
+MODELS = each_once(
+    {
+        "llama": ("llama", "auto"),
+        "llama_bridge": ("llama", "bridge"),
+        "gpt2_bridge": ("gpt2", "bridge"),
+        "gpt_neox_bridge": ("gpt_neox", "bridge"),
+        "gemma2_bridge": ("gemma2", "bridge"),
+    }
+)
 EARLY = ["RESID_PRE", "LN1_NORMALIZED", "Q", "K", "ROT_K", "V"]
 LATE = ["PATTERN", "Z", "ATTN_OUT", "LN2_NORMALIZED", "MLP_POST", "MLP_OUT", "RESID_POST"]
 PLACES = {name: getattr(sites, name) for name in (*EARLY, *LATE)}
+POSITIONS: tuple[Any, ...] = ((0, POSITION), ((1, 2), (3,), (0, 3)), ())
+"""The same of all prompts, of each its own, and every one."""
+QUICK = ("RESID_PRE", "PATTERN", "MLP_POST")
+WHERE = [
+    pytest.param(name, positions, marks=() if name in QUICK else pytest.mark.slow, id=f"{name}-{positions}")
+    for number, name in enumerate(PLACES)
+    for positions in (POSITIONS if name in QUICK else POSITIONS[number % 3 :][:1])
+]
+"""Some places with all positions, the others with one of them, in turn."""
 
 
 @pytest.fixture(scope="module", params=slow_but("llama", of=MODELS))
@@ -69,8 +80,7 @@ def as_without_a_cache(model: Any, tokens: Tensor, hooks: Callable[[], Hooks]) -
             torch.testing.assert_close(found, model(short))
 
 
-@pytest.mark.parametrize("positions", [(0, POSITION), ((1, 2), (3,), (0, 3)), ()], ids=str)
-@pytest.mark.parametrize("place", slow_but("RESID_PRE", "PATTERN", "MLP_POST", of=PLACES))
+@pytest.mark.parametrize(("place", "positions"), WHERE)
 def test_positions_count_from_the_first_token(named: tuple[str, Any], model: Any, place: str, positions: Any) -> None:
     name, site = named[0], PLACES[place]
     if place == "ROT_K" and name in ("gpt2_bridge", "gpt_neox_bridge"):

@@ -17,19 +17,21 @@ from sinklens.models.identities import block_weights
 from sinklens.models.load import load_model
 from sinklens.patches import Patch, Source
 from tests.helpers.one_at_a_time import cache_of
-from tests.helpers.tiny import hooks_left, slow_but, tiny_hf, tiny_model, tiny_tokens
+from tests.helpers.tiny import each_once, hooks_left, slow_but, tiny_hf, tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.backend
 
 N, LENGTH, POSITION = 3, 10, 4
 ALL = slice(None)
 WAYS = ["run_with_hooks", "hooks"]
-MODELS: dict[str, tuple[str, Any]] = {
-    "llama": ("llama", "auto"),  # grouped-query: 4 query heads, 2 key/value heads
-    "llama_bridge": ("llama", "bridge"),
-    "gpt2": ("gpt2", "auto"),
-    "gpt2_bridge": ("gpt2", "bridge"),
-}
+MODELS = each_once(
+    {
+        "llama": ("llama", "auto"),  # grouped-query: 4 query heads, 2 key/value heads
+        "llama_bridge": ("llama", "bridge"),
+        "gpt2": ("gpt2", "auto"),
+        "gpt2_bridge": ("gpt2", "bridge"),
+    }
+)
 
 
 @pytest.fixture(scope="module", params=slow_but("llama", "gpt2_bridge", of=MODELS))

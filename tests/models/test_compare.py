@@ -15,7 +15,7 @@ from sinklens.models.families import FAMILIES, random_model
 from sinklens.models.given import private_copy
 from sinklens.models.load import load_model
 from sinklens.models.view import is_bridge
-from tests.helpers.tiny import hooks_left, slow_but, tiny_hf
+from tests.helpers.tiny import hooks_left, on_both, slow_but, tiny_hf
 
 pytestmark = pytest.mark.slow
 
@@ -184,10 +184,19 @@ PLANTED = (
 )
 
 
+SAME = tuple((dtype, dtype) for dtype in DTYPES)
+OTHER = ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32))
+
+
 @needs_hooked
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("given", DTYPES, ids=str)
-@pytest.mark.parametrize("fault", PLANTED)
+@pytest.mark.parametrize(
+    ("fault", "given", "dtype"),
+    [
+        pytest.param(fault, *dtypes, id=f"{fault.__name__}-{'-'.join(map(str, dtypes))}")
+        for number, fault in enumerate(PLANTED)
+        for dtypes in (*SAME, OTHER[number % 2])
+    ],
+)
 @torch.no_grad()
 def test_a_wrong_conversion_is_found(
     fault: Callable[[Any], None], given: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -352,8 +361,7 @@ def test_biases_too_small_for_sixteen_bits_are_kept() -> None:
 # -- Models too large for a float32 copy ------------------------------------------------------------------------------
 
 
-@pytest.mark.backend
-@pytest.mark.parametrize("family", slow_but("llama", "gemma3", "gpt_oss", of=FAMILIES))
+@pytest.mark.parametrize("family", on_both("llama", "gemma3", "gpt_oss", of=FAMILIES))
 def test_a_large_model_is_compared_by_its_first_blocks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "SMALL", 40_000)
     monkeypatch.setattr(compare, "_VOCABULARY", 50)

@@ -14,9 +14,7 @@ from sinklens.errors import InputError
 from sinklens.models import given
 from sinklens.models.given import private_copy
 from sinklens.models.load import load_model
-from tests.helpers.tiny import tiny_hf, tiny_tokens
-
-BACKENDS = ("auto", "bridge")
+from tests.helpers.tiny import BACKENDS, tiny_hf, tiny_tokens
 
 
 def state(hf: Any) -> tuple[Any, ...]:

@@ -16,13 +16,13 @@ from sinklens.models.view import check_hook_name, has_hook, hook_points_kept, ho
 from sinklens.patches import Patch
 from sinklens.prompts import from_tokens
 from sinklens.readouts import attention_received
-from tests.helpers.tiny import hooks_left, tiny_model, tiny_tokens
+from tests.helpers.tiny import BACKENDS, hooks_left, tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.backend
 NAMES = ("hook_embed", "blocks.0.hook_resid_pre", "blocks.1.attn.hook_pattern", "blocks.2.hook_mlp_out")
 
 
-@pytest.fixture(params=["auto", "bridge"], scope="module")
+@pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny_model("llama", request.param)
 

@@ -28,7 +28,7 @@ from sinklens.patches import Patch
 from sinklens.prompts import from_tokens
 from sinklens.readouts.base import Readout
 from sinklens.study import Study
-from tests.helpers.tiny import HOOKED, N_LAYERS, hooks_left, slow_but, tiny_hf, tiny_model, tiny_tokens
+from tests.helpers.tiny import BACKENDS, HOOKED, N_LAYERS, hooks_left, slow_but, tiny_hf, tiny_model, tiny_tokens
 
 ALL = range(N_LAYERS)
 BEHIND = {"heads_write", "neurons_write"}
@@ -77,7 +77,7 @@ def test_what_fails_on_a_bridge(arch: str) -> None:
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("backend", ["auto", "bridge"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounding_to_sixteen_bits_is_no_failure(backend: Any, dtype: str) -> None:
     assert failing(load_model(tiny_hf("llama"), backend=backend, device="cpu", dtype=dtype)) == set()

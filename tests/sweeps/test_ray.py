@@ -110,7 +110,7 @@ def test_begun_by_ray_and_finished_here(
 
 @pytest.mark.usefixtures("ray")
 def test_without_a_folder(model: Any, whole: pd.DataFrame) -> None:
-    result = run(model, layers="1", **RAY)
+    result = run(model, layers="1", **{**RAY, "workers": 1})
     assert close(result.table, run(model, layers="1").table) and 0 < len(result) < len(whole)
 
 

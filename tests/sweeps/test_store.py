@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import threading
 import time
@@ -38,6 +39,20 @@ def whole(tiny_llama: Any) -> pd.DataFrame:
     return run(tiny_llama).table
 
 
+@pytest.fixture(scope="module")
+def finished(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sweep's folder; to be copied."""
+    folder = tmp_path_factory.mktemp("sweep") / "finished"
+    run(tiny_llama, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A finished sweep, for one test."""
+    return Path(shutil.copytree(finished, tmp_path / "folder"))
+
+
 def same(table: pd.DataFrame, expected: pd.DataFrame) -> bool:
     pd.testing.assert_frame_equal(table, expected, check_exact=True, check_categorical=False)
     return True
@@ -57,12 +72,11 @@ def test_the_folder_and_memory_hold_the_same(tiny_llama: Any, tmp_path: Path, wh
     assert whole.duplicated(["stage", "layer", "position", "unit", "edit", "direction", "prompt"]).sum() == 0
 
 
-def test_nothing_is_done_twice(tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tiny_llama, tmp_path)
-    before = written(tmp_path)
+def test_nothing_is_done_twice(tiny_llama: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = written(folder)
     monkeypatch.setattr(Worker, "run", lambda *_: pytest.fail("a finished task was run again"))
-    run(tiny_llama, tmp_path)
-    assert written(tmp_path) == before
+    run(tiny_llama, folder)
+    assert written(folder) == before
 
 
 def test_a_plan_can_be_pickled_and_run_by_another_engine(
@@ -274,30 +288,27 @@ def test_leftovers_of_living_processes_and_other_machines_stay(tmp_path: Path) -
         ({"formation": replace(FORMATION, sink_positions=(0, 0, 0))}, "formation was"),
     ],
 )
-def test_another_sweep_is_refused(tiny_llama: Any, tmp_path: Path, changed: dict[str, Any], told: str) -> None:
-    run(tiny_llama, tmp_path, layers="0-2")
-    before = written(tmp_path)
+def test_another_sweep_is_refused(tiny_llama: Any, folder: Path, changed: dict[str, Any], told: str) -> None:
+    before = written(folder)
     with pytest.raises(InputError, match=f"holds another sweep .*{told}.*--force"):
-        run(tiny_llama, tmp_path, **changed)
-    assert written(tmp_path) == before
-    result = run(tiny_llama, tmp_path, force=True, **changed)
-    assert result.missing == [] and not set(before) & set(written(tmp_path))
+        run(tiny_llama, folder, **changed)
+    assert written(folder) == before
+    result = run(tiny_llama, folder, force=True, **changed)
+    assert result.missing == [] and not set(before) & set(written(folder))
 
 
-def test_another_model_and_other_prompts_are_refused(tiny_llama: Any, tiny_gpt2: Any, tmp_path: Path) -> None:
-    run(tiny_llama, tmp_path)
+def test_another_model_and_other_prompts_are_refused(tiny_llama: Any, tiny_gpt2: Any, folder: Path) -> None:
     with pytest.raises(InputError, match="weight_digest was"):
-        run(tiny_gpt2, tmp_path)
+        run(tiny_gpt2, folder)
     batch = tiny_batch(tiny_llama).subset([1, 0, 2])
     with pytest.raises(InputError, match="prompts_digest was"):
-        sl.sweep(tiny_llama, batch, out=tmp_path, **OPTIONS)
+        sl.sweep(tiny_llama, batch, out=folder, **OPTIONS)
 
 
-def test_sizes_that_are_not_given_are_those_of_the_folder(tiny_llama: Any, tmp_path: Path) -> None:
-    run(tiny_llama, tmp_path)
-    before = written(tmp_path)
-    run(tiny_llama, tmp_path, task_size=None, group_size=None)
-    assert written(tmp_path) == before
+def test_sizes_that_are_not_given_are_those_of_the_folder(tiny_llama: Any, folder: Path) -> None:
+    before = written(folder)
+    run(tiny_llama, folder, task_size=None, group_size=None)
+    assert written(folder) == before
 
 
 def test_folders_that_hold_something_else(tiny_llama: Any, tmp_path: Path) -> None:
@@ -316,33 +327,31 @@ def test_folders_that_hold_something_else(tiny_llama: Any, tmp_path: Path) -> No
     assert run(tiny_llama, tmp_path / "run", force=True).missing == []
 
 
-def test_force_keeps_what_is_there_until_the_new_sweep_can_be(tiny_llama: Any, tmp_path: Path) -> None:
-    run(tiny_llama, tmp_path)
-    before = written(tmp_path)
+def test_force_keeps_what_is_there_until_the_new_sweep_can_be(tiny_llama: Any, folder: Path) -> None:
+    before = written(folder)
     for wrong in ({"layers": "0-9"}, {"units": "0-99"}, {"formation": replace(FORMATION, sink_positions=(0,))}):
         with pytest.raises(InputError):
-            run(tiny_llama, tmp_path, force=True, **wrong)
-    assert written(tmp_path) == before
+            run(tiny_llama, folder, force=True, **wrong)
+    assert written(folder) == before
 
 
-def test_other_versions_are_told(tiny_llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run(tiny_llama, tmp_path)
-    record = json.loads((tmp_path / "sweep.json").read_text())
+def test_other_versions_are_told(tiny_llama: Any, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = json.loads((folder / "sweep.json").read_text())
     record["provenance"]["versions"]["torch"] = "1.0"
-    (tmp_path / "sweep.json").write_text(json.dumps(record))
-    run(tiny_llama, tmp_path)
+    (folder / "sweep.json").write_text(json.dumps(record))
+    run(tiny_llama, folder)
     assert "begun with other versions: torch 1.0 then" in caplog.text
 
 
-def test_a_damaged_shard_is_named(tiny_llama: Any, tmp_path: Path, whole: pd.DataFrame) -> None:
-    result = run(tiny_llama, tmp_path)
-    path = sorted((tmp_path / "shards").iterdir())[3]
+def test_a_damaged_shard_is_named(tiny_llama: Any, folder: Path, whole: pd.DataFrame) -> None:
+    result = SweepResult.load(folder)
+    path = sorted((folder / "shards").iterdir())[3]
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match=f"{path.name} is damaged .* remove that file and run the sweep again"):
-        SweepResult.load(tmp_path).table  # noqa: B018  (it is read here)
+        SweepResult.load(folder).table  # noqa: B018  (it is read here)
     path.unlink()
     assert result.missing == [3]
-    assert same(run(tiny_llama, tmp_path).table, whole)
+    assert same(run(tiny_llama, folder).table, whole)
 
 
 # -- No room ----------------------------------------------------------------------------------------------------------
