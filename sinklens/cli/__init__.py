@@ -1,4 +1,4 @@
-"""The command line: ``sinklens chain``, ``sweep``, ``gather``, ``find``, ``analyse``, ``report`` and ``models``.
+"""The command line: ``sinklens chain``, ``sweep``, ``gather``, ``find``, ``analyse``, ``train``, ``report`` and more.
 
 Exit codes: 0 done; 2 a mistake in arguments or input, told in one sentence; 1 anything else. Results go to stdout,
 progress and remarks to stderr. torch and transformers are imported inside the commands, so that ``--help`` is quick.
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from sinklens.cli import all as all_
-from sinklens.cli import analyse, chain, find, gather, models, report, sweep
+from sinklens.cli import analyse, chain, find, gather, models, report, sweep, train
 from sinklens.cli.common import Command, Commands
 
 app = typer.Typer(
@@ -58,6 +58,7 @@ late: dict[str, Any] = {
 
 app.command(cls=Command)(chain.chain)
 app.command(**late)(sweep.sweep)
+app.command(**late)(train.train)
 app.command()(gather.gather)
 app.command(cls=Command)(find.find)
 app.command(**late)(analyse.analyse)

@@ -9,7 +9,7 @@ from sinklens.lab.data import BigramBackcopy, Data, Text, open_data
 from sinklens.lab.record import read_record
 from sinklens.lab.settings import Settings
 from sinklens.lab.sizes import SIZES, Size
-from sinklens.lab.train import Trained, train_arm
+from sinklens.lab.training import Trained, train_arm
 from sinklens.lab.watch import measured
 
 __all__ = [
