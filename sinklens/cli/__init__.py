@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from sinklens.cli import all as all_
-from sinklens.cli import analyse, chain, compare, find, gather, models, report, sweep
+from sinklens.cli import analyse, chain, compare, find, gather, models, report, sweep, train
 from sinklens.cli.common import Command, Commands
 
 app = typer.Typer(
@@ -58,6 +58,7 @@ late: dict[str, Any] = {
 
 app.command(cls=Command)(chain.chain)
 app.command(**late)(sweep.sweep)
+app.command(**late)(train.train)
 app.command()(gather.gather)
 app.command(cls=Command)(find.find)
 app.command(**late)(analyse.analyse)

@@ -12,7 +12,7 @@ from sinklens.lab.record import read_record
 from sinklens.lab.runs import Run, read_run
 from sinklens.lab.settings import Settings
 from sinklens.lab.sizes import SIZES, Size
-from sinklens.lab.train import Trained, train_arm
+from sinklens.lab.training import Trained, train_arm
 from sinklens.lab.watch import measured
 
 __all__ = [

@@ -74,9 +74,7 @@ def restore(run: Path, model: Decoder, optimiser: Optimiser) -> dict[str, Any] |
         optimiser.restore({name: value for name, value in kept.items() if not name.startswith(BUFFERS)})
     except Exception as error:  # whatever is wrong with such files comes up as anything
         told = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"the checkpoint {folder} is damaged ({told}): remove it to go on from an earlier one."
-        ) from error
+        raise InputError(f"the checkpoint {folder} is damaged ({told}): train again with another --out.") from error
     return state
 
 

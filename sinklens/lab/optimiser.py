@@ -1,8 +1,8 @@
 """The optimiser: which parameters decay, and its state as tensors that a file can hold.
 
-AdamW decays matrices: the embedding, an unembedding of its own, the projections of attention and MLP, and what a variant
-says of its own (``Variant.decays``). Norms' weights, gains, biases, slots and learned tokens do not decay. Gu et al. decay
-everything, which moves the sink: compare with that in mind.
+AdamW decays matrices: the embedding, an unembedding of its own, the projections of attention and MLP, and what a
+variant says of its own (``Variant.decays``). Norms' weights, gains, biases, slots and learned tokens do not decay. Gu
+et al. decay everything, which moves the sink: compare with that in mind.
 
 Muon (``torch.optim.Muon``) updates the projections of attention and MLP, each head's matrix by itself, with updates as
 large as AdamW's would be; AdamW has the rest.
@@ -102,9 +102,7 @@ class Optimiser:
             yield from ((f"{name}[{i}]", part) for i, part in enumerate(parts))
 
     def _owner(self, weight: Tensor) -> torch.optim.Optimizer:
-        return next(
-            one for one in self._all() if any(weight is p for group in one.param_groups for p in group["params"])
-        )
+        return next(one for one in self._all() if any(weight is p for g in one.param_groups for p in g["params"]))
 
     def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
         return self._owner(weight).state.get(weight, {})

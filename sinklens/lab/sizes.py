@@ -27,14 +27,16 @@ class Size:
     """Rows of a step."""
     lr: float
     """Peak learning rate."""
+    weight_decay: float
+    """Of matrices."""
 
 
 SIZES: dict[str, Size] = {
-    "toy": Size(64, 2, 2, 256, 64, 256, 32, 3e-3),
-    "tiny": Size(128, 5, 4, 304, 256, 2048, 16, 3e-3),
-    "34m": Size(512, 8, 8, 1376, 512, 8192, 128, 1.5e-3),
-    "60m": Size(768, 10, 8, 1536, 1024, 32768, 256, 1e-3),
-    "150m": Size(768, 12, 12, 3072, 1024, 50257, 512, 6e-4),
+    "toy": Size(64, 2, 1, 256, 64, 256, 16, 5e-3, 0.0),
+    "tiny": Size(128, 5, 4, 304, 256, 2048, 16, 3e-3, 0.1),
+    "34m": Size(512, 8, 8, 1376, 512, 8192, 128, 1.5e-3, 0.1),
+    "60m": Size(768, 10, 8, 1536, 1024, 32768, 256, 1e-3, 0.1),
+    "150m": Size(768, 12, 12, 3072, 1024, 50257, 512, 6e-4, 0.1),
 }
 """``toy`` for bigram-backcopy on a CPU; ``tiny`` has 1.2M parameters (2.35 MB as bfloat16); ``34m`` 29M and ``60m`` 85M
 with a vocabulary of these sizes; ``150m`` is close to what arXiv 2605.06611 says of its model."""

@@ -1,24 +1,33 @@
 """What is measured while a model is trained, on held-out rows that are always the same.
 
-For every block, over N = 64 rows of T = 64 tokens (fewer where rows are shorter), position 0 and, where it is another, the
-*highest*: the position among the first T / 2 with the largest alpha (later ones have few queries left).
+For every block, over N = 64 rows of T = 64 tokens (fewer where rows are shorter), at position 0 and, where it is
+another, at the *highest*: the position among the first T / 2 with the largest alpha (later ones have few queries left).
 
-| measure | |
-|---|---|
-| `loss` | mean cross-entropy of held-out rows at full length, nats a token |
-| `alpha` | mean attention that a position receives from the queries at it and after it (Gu et al.), mean over rows and heads; positions 0 to 3 and the highest |
-| `sink_rate` | Sink^0.3: share of (row, head) with alpha above 0.3, by block; without a block: over all |
-| `share` | mean attention from later queries alone, the position's own left out |
-| `missing_mass` | 1 - the mean sum of a row of attention; a row is divided by the sum of its magnitudes before all else |
-| `entropy` | of attention, in nats, mean over queries from the second on |
-| `norm`, `dominance`, `top1_over_median`, `kurtosis` | of the residual stream behind the block, at the position |
-| `..._others` | the same, mean over all other positions |
-| `effective_rank` | of a row's residual stream [T, d_model], mean over rows |
-| `value_norm_ratio` | norm of the position's value over the mean of others', all heads together |
-| `z_variance` | variance over rows of what W_O reads, mean over its dimensions, at positions 0, 1, 2, 4, ... |
-| `super_neuron` | largest activation of a neuron at the position, mean over rows, and that `..._others`: the same neuron's largest elsewhere |
+``loss``
+    mean cross-entropy of held-out rows at full length, nats a token
+``alpha``
+    mean attention that a position receives from the queries at it and after it (Gu et al.), mean over rows and heads;
+    positions 0 to 3 and the highest
+``sink_rate``
+    Sink^0.3: share of (row, head) with alpha above 0.3, by block; without a block, over all of them
+``share``
+    mean attention from later queries alone, the position's own left out
+``missing_mass``
+    1 - the mean sum of a row of attention; before all else a row is divided by the sum of its magnitudes
+``entropy``
+    of attention, in nats, mean over queries from the second on
+``norm``, ``dominance``, ``top1_over_median``, ``kurtosis``; each also ``..._others``
+    of the residual stream behind the block, at the position; the same, mean over all other positions
+``effective_rank``
+    of a row's residual stream [T, d_model], mean over rows
+``value_norm_ratio``
+    norm of the position's value over the mean of the others', all heads together
+``z_variance``
+    variance over rows of what W_O reads, mean over its dimensions, at positions 0, 1, 2, 4, ...
+``super_neuron``, ``super_neuron_others``
+    largest activation of a neuron at the position, mean over rows; the same neuron's largest elsewhere
 
-At position 0 a row has BOS where the data begin with one, and then has no variance over rows in block 0.
+Where data begin with BOS that is position 0, which then has no variance over rows: each of its activations is one.
 """
 
 from __future__ import annotations
@@ -89,8 +98,8 @@ def held_out_loss(model: Decoder, rows: Int[Tensor, "row token"], at_once: int =
 
 @torch.no_grad()
 def measured(model: Decoder, rows: Int[Tensor, "row token"]) -> list[Measure]:
-    """Everything but the loss, of a model in eval mode."""
-    tokens = rows[:ROWS, :LENGTH]
+    """Everything but the loss, of a model in eval mode, on rows of inputs and one token more."""
+    tokens = rows[:ROWS, :-1][:, :LENGTH]
     names = {f"blocks.{layer}.{site}" for layer in range(model.cfg.n_layers) for site in SITES}
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, return_type=None)
     seen = {key: cache[key].float() for key in names}

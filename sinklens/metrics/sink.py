@@ -41,9 +41,9 @@ def normalised_rows(
 ) -> tuple[Float[Tensor, "batch head query key"], Float[Tensor, "batch head query"]]:
     """Attention whose rows need not sum to one as shares of its rows, and the sums that the rows had.
 
-    Every row is divided by the sum of its magnitudes plus ``eps``, as Gu et al. (ICLR 2025) do before they take alpha of
-    attention that is not normalised, or has negative weights. A row of zeros stays one. What a sum lacks of one is the
-    *missing mass*: what a slot that is no token was given, or what was given to nothing.
+    Every row is divided by the sum of its magnitudes plus ``eps``, as Gu et al. (ICLR 2025) do before they take alpha
+    of attention that is not normalised, or has negative weights. A row of zeros stays one. What a sum lacks of one is
+    the *missing mass*: what a slot that is no token was given, or what was given to nothing.
     """
     wide = pattern.float()
     return wide / (wide.abs().sum(-1, keepdim=True) + eps), wide.sum(-1)

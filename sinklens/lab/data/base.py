@@ -12,9 +12,10 @@ Tokens = Int[np.ndarray, "row token"]
 
 
 class Data(Protocol):
-    """A stream of token rows. Which tokens a row has depends on the seed and the row's number alone: every arm of a seed
-    sees the same rows in the same order, however they are split over batches and processes, and however often the run
-    was interrupted.
+    """A stream of token rows.
+
+    Which tokens a row has depends on the seed and the row's number alone: every arm of a seed sees the same rows in the
+    same order, however they are split over batches and processes, and however often the run was interrupted.
     """
 
     tokenizer: PreTrainedTokenizerBase

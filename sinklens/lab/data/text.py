@@ -6,8 +6,8 @@
 An epoch goes through all rows in an order drawn by seed and epoch. Row r has tokens ``r length .. (r + 1) length``
 inclusive: its last token is the first of the next row, and is predicted here.
 
-What is held out is whole documents, those with the smallest digests: about 2 in 100 tokens, at least one row and at most
-half. A text of more than 2^16 characters is cut into documents at line ends.
+What is held out is whole documents, those with the smallest digests: about 2 in 100 tokens, at least one row and about
+half at most. A text of more than 2^16 characters is cut into documents at line ends.
 """
 
 from __future__ import annotations

@@ -204,8 +204,8 @@ class _Run:
         for (step, _), loss in zip(pending, values, strict=True):
             if not loss < float("inf"):
                 raise InputError(
-                    f"the loss is {loss} at step {step} (learning rate {settings.lr_at(step):.2g}): take a smaller lr, a "
-                    f"longer warmup or a clip; checkpoints in {self.folder} are kept."
+                    f"the loss is {loss} at step {step} (learning rate {settings.lr_at(step):.2g}): take a smaller lr "
+                    f"or a longer warmup; the checkpoints in {self.folder} are kept."
                 )
             self.curves.add_loss(step, step * settings.tokens_a_step, loss, settings.lr_at(step), self.seconds)
         step = pending[-1][0]
