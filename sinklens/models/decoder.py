@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
+from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention, silu
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
@@ -257,30 +257,59 @@ class Attention(nn.Module):
         shared = q.shape[2] // k.shape[2]
         if shared > 1:
             k, v = k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)
-        fused = self.training and slot is None and not overrides(variant, "weights")
-        z = self._fused(q, k, v) if fused else self._explicit(q, k, v, slot)
+        fused = self.training and not overrides(variant, "weights")
+        z = self._fused(q, k, v, slot) if fused else self._explicit(q, k, v, slot, x)
         z = self.hook_z(variant.output(self.hook_aggregated(z), x))
         return torch.einsum("bphe,hed->bpd", z, self.W_O)
 
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, slot: Slot | None) -> Float[Tensor, "batch pos head d_head"]:
+    def _explicit(
+        self, q: Tensor, k: Tensor, v: Tensor, slot: Slot | None, x: Tensor
+    ) -> Float[Tensor, "batch pos head d_head"]:
         scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / self.attn_scale
         wide = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
         seen = self.variant.seen(q.shape[1], q.device)
         scores = self.hook_attn_scores(wide.masked_fill(~seen, -torch.inf))
         rows = scores.transpose(1, 2)  # as variants see them: [batch query head key]
-        pattern, share = self.variant.weights(rows, None if slot is None else slot.logit.to(rows.dtype))
+        pattern, share = self.variant.weights(rows, None if slot is None else slot.logit.to(rows.dtype), x)
         pattern = self.hook_pattern(pattern.transpose(1, 2)).to(v.dtype)
         z = torch.einsum("bhqk,bkhe->bqhe", pattern, v)
         if share is not None and slot is not None and slot.value is not None:
             z = z + (share[..., None] * slot.value).to(z.dtype)
         return z
 
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, slot: Slot | None) -> Float[Tensor, "batch pos head d_head"]:
         """The same without a pattern, for training: numbers that are read always come from the lines above."""
-        causal = not overrides(self.variant, "seen")
-        mask = None if causal else self.variant.seen(q.shape[1], q.device)
+        width = q.shape[-1]
         q, k, v = (one.transpose(1, 2) for one in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+        if slot is not None:
+            q, k, v = self._with_slot(q, k, v, slot)
+        mask = self._mask(q.shape[2], slot, q.device) if overrides(self.variant, "seen") else None
+        scale = 1 / self.attn_scale
+        z = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale).transpose(1, 2)
+        return z if slot is None else z[:, 1:, :, :width]
+
+    def _with_slot(self, q: Tensor, k: Tensor, v: Tensor, slot: Slot) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, ``[batch head pos width]``, with the slot as the first key of a causal pattern.
+
+        It has a dimension of its own, in which queries have the slot's score; kernels want a multiple of eight.
+        """
+        own = (slot.logit.transpose(1, 2) * self.attn_scale).to(q.dtype)[..., None]
+        q = pad(torch.cat([q, own], -1), (0, 7, 1, 0))
+        k = pad(k, (0, 8, 1, 0))
+        here = torch.zeros_like(k)
+        here[..., 0, -8] = 1
+        k, v = k + here, pad(v, (0, 8, 1, 0))
+        if slot.value is not None:
+            at = pad(slot.value.to(v.dtype)[:, None], (0, 8, 0, v.shape[2] - 1))
+            v = v + at
+        return q, k, v
+
+    def _mask(self, length: int, slot: Slot | None, device: torch.device) -> Tensor:
+        if slot is None:
+            return self.variant.seen(length, device)
+        seen = pad(self.variant.seen(length - 1, device), (1, 0, 1, 0))
+        seen[:, 0] = True
+        return seen
 
     def of_token(self, x: Float[Tensor, "d_model"]) -> Float[Tensor, "d_model"]:
         """What attention writes at the learned token, which sees itself alone."""
@@ -288,7 +317,7 @@ class Attention(nn.Module):
         z = v.repeat_interleave(self.cfg.n_heads // len(v), 0)
         return torch.einsum("he,hed->d", self.variant.output(z, x), self.W_O)
 
-    def _slot_of(self, token: Float[Tensor, "d_model"], q: Float[Tensor, "batch pos head d_head"]) -> Slot:
+    def _slot_of(self, token: Float[Tensor, "d_model"], q: Float[Tensor, "*batch head d_head"]) -> Slot:
         """The learned token as it is attended to: a token at position -1."""
         shared = self.cfg.n_heads // self.cfg.kv_heads
         k = self.variant.keys(torch.einsum("d,hde->he", token, self._kv("W_K")))
@@ -296,7 +325,7 @@ class Attention(nn.Module):
         if self.variant.rotary:
             k = k * self.rotary_cos[1] - _quarter(k) * self.rotary_sin[1]
         k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
-        return Slot(torch.einsum("bphe,he->bph", q, k) / self.attn_scale, v)
+        return Slot((q * k).sum(-1) / self.attn_scale, v)
 
     def _turned(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
         """Rotary embeddings."""
@@ -475,15 +504,17 @@ def initialise(model: Decoder, seed: int, sd: float = 0.02) -> None:
     """Weights to start training from: normal with ``sd``, W_O and W_out with ``sd / sqrt(2 n_layers)`` (GPT-2's).
 
     Each parameter has a draw of its own, that goes by its name: two variants of one seed start from the same weights
-    wherever both have them. What a variant brings has been set by it.
+    wherever both have them. What a variant brings is drawn as it says (``drawn``), or has been set by it.
     """
     for name, weight in model.named_parameters():
         kind = name.rpartition(".")[2]
-        if ".variant." in name or kind == "w":
+        own = variant_kind(model.cfg.variant).drawn if ".variant." in name else None
+        if kind == "w" if own is None else kind not in own:
             continue
         key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1
         generator = torch.Generator().manual_seed(key)
-        size = sd / (2 * model.cfg.n_layers) ** 0.5 if kind in ("W_O", "W_out") else sd
+        deep = own is None and kind in ("W_O", "W_out")
+        size = sd / (2 * model.cfg.n_layers) ** 0.5 if deep else sd if own is None else own[kind]
         weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") * size)
 
 

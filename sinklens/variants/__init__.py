@@ -6,10 +6,24 @@ from typing import Any
 
 from sinklens.errors import InputError
 from sinklens.records.registry import enter
+from sinklens.variants.affine_scaled import AffineScaled
 from sinklens.variants.base import AttentionSizes, Slot, Variant, overrides
+from sinklens.variants.differential import Differential
+from sinklens.variants.gate import Gate
 from sinklens.variants.head_rmsnorm import HeadRMSNorm
+from sinklens.variants.k_bias import KBias
+from sinklens.variants.kv_bias import KVBias
+from sinklens.variants.no_positions import NoPositions
+from sinklens.variants.norm_placement import PostNorm, SandwichNorm
+from sinklens.variants.qk_norm import QKNorm
 from sinklens.variants.sigmoid import Sigmoid
+from sinklens.variants.sink_logit import SinkLogit
+from sinklens.variants.sink_token import SinkToken
 from sinklens.variants.softmax import Softmax
+from sinklens.variants.softmax_off_by_one import SoftmaxOffByOne
+from sinklens.variants.softpick import Softpick
+from sinklens.variants.value_scale import ValueScale
+from sinklens.variants.window import Window
 
 __all__ = ["REGISTRY", "AttentionSizes", "Slot", "Variant", "make_variant", "overrides", "register_variant"]
 
@@ -27,7 +41,12 @@ def register_variant(kind: type[Variant]) -> type[Variant]:
     return kind
 
 
-for _kind in (Softmax, HeadRMSNorm, Sigmoid):
+_KNOWN: tuple[type[Variant], ...] = (
+    *(Softmax, HeadRMSNorm, Sigmoid, Gate),
+    *(SoftmaxOffByOne, SinkLogit, KBias, KVBias, SinkToken, Softpick, AffineScaled, Differential),
+    *(Window, QKNorm, ValueScale, SandwichNorm, PostNorm, NoPositions),
+)
+for _kind in _KNOWN:
     register_variant(_kind)
 
 
