@@ -25,7 +25,16 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from sinklens.errors import InputError
-from sinklens.variants import AttentionSizes, Slot, make_variant, overrides, variant_kind
+from sinklens.variants import (
+    REGISTRY,
+    AttentionSizes,
+    Slot,
+    make_variant,
+    overrides,
+    variant_code,
+    variant_kind,
+    variant_place,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,11 +105,16 @@ class DecoderConfig:
         for name in ("d_model", "n_layers", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}.")
+        if self.rotary_base <= 0 or self.eps < 0:
+            raise InputError(f"rotary_base must be over 0 and eps not under, not {self.rotary_base} and {self.eps}.")
         if self.d_head % 2 or self.n_heads % self.kv_heads:
             raise InputError(
                 f"heads need an even width and a number that the key heads divide, not width {self.d_head} with "
                 f"{self.n_heads} query and {self.kv_heads} key heads."
             )
+        with torch.device("meta"):  # all options, those included that nobody has given
+            self.variant_options = make_variant(self.variant, self.sizes(0), self.variant_options).options()
+        self.variant_code = variant_code(self.variant)
         self.norms: Literal["pre", "sandwich", "post"] = kind.norms
         self.normalization_type = "RMS"
         self.positional_embedding_type = "rotary" if kind.rotary else "none"
@@ -120,8 +134,9 @@ class DecoderConfig:
         return AttentionSizes(self.d_model, self.n_heads, self.kv_heads, self.d_head, self.n_ctx, layer)
 
     def saved(self) -> dict[str, Any]:
-        """The fields that a file keeps."""
-        return {name: getattr(self, name) for name in SAVED}
+        """The fields that a file keeps, and for a variant of the user's own where it comes from."""
+        own = {} if self.variant_code is None else {"variant_from": variant_place(self.variant)}
+        return {**{name: getattr(self, name) for name in SAVED}, **own}
 
 
 SAVED = (
@@ -139,7 +154,6 @@ SAVED = (
     "variant",
     "variant_options",
     "model_name",
-    "tokenizer_prepends_bos",
 )
 """Fields of a config that are written to a file; the others follow from them or are the same in all."""
 
@@ -215,7 +229,8 @@ class Attention(nn.Module):
         self.register_buffer("rotary_sin", torch.empty(0, cfg.d_head), persistent=False)
         self._extend_rotary_embeddings(cfg.n_ctx)
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
-        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+        if self.variant.rotary:
+            self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
         self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
         self.hook_aggregated, self.hook_z = HookPoint(), HookPoint()
 
@@ -462,6 +477,23 @@ class Decoder(HookedRootModule):
         logits = self.unembed(self.ln_final(resid))
         return logits if return_type == "logits" else next_token_loss(logits, tokens)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Decoder:
+        """What ``to``, ``cuda``, ``double`` and the like do; the config says afterwards what they have done."""
+        super()._apply(fn, recurse)
+        weight = self.embed.W_E
+        self.cfg.device, self.cfg.dtype = str(weight.device), weight.dtype
+        return self
+
+    def stepped(self) -> None:
+        """To be called behind every step of training; see :meth:`Variant.stepped`."""
+        for block in self.blocks:
+            block.attn.variant.stepped()  # type: ignore[union-attr, operator]
+
+    def sink_stream(self, layer: int) -> Float[Tensor, "d_model"] | None:
+        """The learned token's normed input of block ``layer``; None where the variant has no such token."""
+        token = next(self._tokens(layer))
+        return None if token is None else self.blocks[layer]._before(1, token)  # type: ignore[operator]
+
     def _tokens(self, first: int) -> Iterator[Float[Tensor, "d_model"] | None]:
         """The learned token's stream in front of each block from ``first`` on."""
         token = self.token
@@ -537,15 +569,13 @@ def save_decoder(model: Decoder, folder: Path) -> None:
         model.tokenizer.save_pretrained(folder)
 
 
-def is_decoder(config: object) -> bool:
+def is_decoder_config(config: object) -> bool:
     """Whether a ``config.json`` is that of a saved decoder."""
     return isinstance(config, dict) and config.get("architectures") == [ARCHITECTURE]
 
 
-def load_decoder(
-    folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype
-) -> Decoder:
-    """A decoder from a folder that :func:`save_decoder` wrote.
+def load_decoder(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> Decoder:
+    """A decoder, without its tokenizer, from a folder that :func:`save_decoder` wrote.
 
     Raises:
         InputError: the files are damaged, do not belong together, or need a variant that is not known here.
@@ -553,15 +583,37 @@ def load_decoder(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    fields = {name: config[name] for name in SAVED if name in config}
+    if (absent := [name for name in SAVED if name not in config]) != []:
+        raise InputError(f"{folder / 'config.json'} does not say {absent[0]}; save the model again.")
+    if config["variant"] not in REGISTRY:
+        where = config.get("variant_from", "the file that registers it")
+        raise InputError(
+            f"{folder} was trained with the variant {config['variant']!r}, which is not known here: import {where}, "
+            "which calls register_variant, before you load the model (models bring no code with them)."
+        )
     try:
-        model = Decoder(DecoderConfig(**fields), tokenizer)
+        model = Decoder(_config_of(config))
         weights = load_file(folder / WEIGHTS)
         own = dict(model.named_parameters())
         if set(own) != set(weights) or any(own[name].shape != weights[name].shape for name in own):
             name = min(set(own) ^ set(weights), default="one of another shape")
             raise InputError(f"{folder / WEIGHTS} does not fit its config.json ({name}); save the model again.")
         model.load_state_dict(weights, strict=False)
-    except (OSError, SafetensorError, TypeError) as error:
+    except InputError:
+        raise
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder} holds no decoder that can be read ({error}); save the model again.") from error
     return model.to(dtype).eval()
+
+
+def _config_of(config: dict[str, Any]) -> DecoderConfig:
+    like = DecoderConfig()
+    for name in SAVED:
+        kinds = int if name == "n_key_value_heads" else type(getattr(like, name))
+        value = config[name]
+        wrong = isinstance(value, bool) is not (kinds is bool)
+        if (wrong or not isinstance(value, (int, float) if kinds is float else kinds)) and (
+            value is not None or name != "n_key_value_heads"
+        ):
+            raise TypeError(f"{name} is {value!r}")
+    return DecoderConfig(**{name: config[name] for name in SAVED})
