@@ -140,7 +140,7 @@ class MLPWeights:
 
 
 def can_take_apart(model: Model) -> bool:
-    """Whether the functions below know the model: it is a HookedTransformer, or a decoder, whose parts have its names."""
+    """Whether the functions below know the model: it is a HookedTransformer, or a decoder of ours."""
     return not is_bridge(model)
 
 
@@ -205,7 +205,7 @@ def changed_by(model: Model, layer: int, name: str) -> Callable[[Tensor], Tensor
     return getattr(variant, name) if variant is not None and overrides(variant, name) else None
 
 
-def sink_slot(model: Model, layer: int) -> Callable[[Float[Tensor, "*batch head d_head"]], Slot] | None:
+def sink_slot(model: Model, layer: int) -> Callable[[Float[Tensor, "*batch head d_head"]], Slot | None] | None:
     """What queries of a block attend to besides the keys of their prompt, from the queries as they meet the keys."""
     variant, attn = variant_of(model, layer), _inside(model).blocks[layer].attn
     if variant is None:

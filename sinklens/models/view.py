@@ -470,7 +470,7 @@ def check_model(model: object) -> None:
         raise InputError(f"the model must be a loaded one (load_model), not of type {type(model).__name__}")
     if "_orig_mod" in model._modules or not (hasattr(model, "cfg") and _has_hook_points(model)):
         raise InputError(
-            f"the model must be a HookedTransformer, a TransformerBridge or a decoder of ours, not a {type(model).__name__}: load_model "
+            f"the model must be a HookedTransformer or a TransformerBridge, not a {type(model).__name__}: load_model "
             "makes one of a Hugging Face model, and takes it out of the wrappers of torch.compile and DataParallel"
         )
 

@@ -56,8 +56,8 @@ class Norm:
 
 
 Weigh = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""``(scores [token head key], queries as they meet the keys [token head d_head], normed inputs [token d_model])`` to the
-weights, and what is added to ``z`` besides (None for nothing)."""
+"""``(scores [token head key], queries as they meet the keys [token head d_head], normed inputs [token d_model])`` to
+weights, and to what is added to ``z`` besides (None for nothing)."""
 
 
 @dataclass(frozen=True, eq=False)
