@@ -66,5 +66,9 @@ from .statistics import Estimate as Estimate
 from .study import Study as Study
 from .sweeps import SweepResult as SweepResult
 from .sweeps import sweep as sweep
+from .variants import AttentionSizes as AttentionSizes
+from .variants import Slot as Slot
+from .variants import Variant as Variant
+from .variants import register_variant as register_variant
 
 __version__: str
