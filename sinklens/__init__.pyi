@@ -11,6 +11,7 @@ from . import readouts as readouts
 from . import sites as sites
 from . import stages as stages
 from . import statistics as statistics
+from . import variants as variants
 from . import viz as viz
 from .analysis import Analysis as Analysis
 from .analysis import AnalysisResult as AnalysisResult

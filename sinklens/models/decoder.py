@@ -272,10 +272,14 @@ class Attention(nn.Module):
         shared = q.shape[2] // k.shape[2]
         if shared > 1:
             k, v = k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)
-        fused = self.training and not overrides(variant, "weights")
+        fused = self.training and not overrides(variant, "weights") and not self._looked_at()
         z = self._fused(q, k, v, slot) if fused else self._explicit(q, k, v, slot, x)
         z = self.hook_z(variant.output(self.hook_aggregated(z), x))
         return torch.einsum("bphe,hed->bpd", z, self.W_O)
+
+    def _looked_at(self) -> bool:
+        """Whether somebody has hooks on scores or pattern."""
+        return bool(self.hook_attn_scores._forward_hooks or self.hook_pattern._forward_hooks)
 
     def _explicit(
         self, q: Tensor, k: Tensor, v: Tensor, slot: Slot | None, x: Tensor
