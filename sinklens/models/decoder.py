@@ -194,6 +194,7 @@ class Unembed(nn.Module):
         self.own = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab)) if not cfg.tied else None
         self._embed = (embed,)  # in a tuple, so that it is no part of this module
         self.register_buffer("b_U", torch.zeros(cfg.d_vocab), persistent=False)
+        self.hook_in, self.hook_out = HookPoint(), HookPoint()
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
@@ -202,7 +203,7 @@ class Unembed(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """The logits."""
-        return x @ self.W_U
+        return self.hook_out(self.hook_in(x) @ self.W_U)
 
 
 class Attention(nn.Module):
