@@ -1,6 +1,6 @@
 """Template of a variant of attention: copy this file, change the equation, train it.
 
-    sinklens train --variant analyses/_variant_template.py        # or in Python: import it, then variant="temperature"
+    sl.lab.train(variant="analyses/_variant_template.py", ...)      # or import it, then variant="temperature"
 
 What else a variant may override, and with which axes, is in sinklens/variants/base.py; each of its neighbours is an
 example. Import this file before you load a model that was trained with it: models bring no code with them.

@@ -100,6 +100,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         kind = variant_kind(self.variant)
+        self.variant = kind.name  # of a file, too
         if self.n_key_value_heads == self.n_heads:
             self.n_key_value_heads = None
         for name in ("d_model", "n_layers", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx"):
