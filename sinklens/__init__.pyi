@@ -11,6 +11,7 @@ from . import readouts as readouts
 from . import sites as sites
 from . import stages as stages
 from . import statistics as statistics
+from . import variants as variants
 from . import viz as viz
 from .analysis import Analysis as Analysis
 from .analysis import AnalysisResult as AnalysisResult
@@ -67,5 +68,9 @@ from .statistics import Estimate as Estimate
 from .study import Study as Study
 from .sweeps import SweepResult as SweepResult
 from .sweeps import sweep as sweep
+from .variants import AttentionSizes as AttentionSizes
+from .variants import Slot as Slot
+from .variants import Variant as Variant
+from .variants import register_variant as register_variant
 
 __version__: str

@@ -26,7 +26,7 @@ from sinklens.engine.store import Want
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation, explained, find_formation
 from sinklens.models.digest import weight_digest
-from sinklens.models.identities import block_weights, require
+from sinklens.models.identities import block_weights, is_unnormalised, require
 from sinklens.models.view import (
     BlockWeights,
     Model,
@@ -465,6 +465,7 @@ class Study:
             ordinary=self.ordinary.float() if ordinary is None else ordinary,
             layers=self.after_formation() if layers is None else tuple(layers),
             n_layers=self.shape.n_layers,
+            shares=is_unnormalised(self.model),
         )
 
     def activations(self, site: HookSite, layers: Sequence[int], patches: Sequence[Patch] = ()) -> dict[int, Tensor]:

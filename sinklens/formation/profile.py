@@ -10,7 +10,7 @@ from torch import Tensor
 from sinklens import metrics
 from sinklens.engine.store import ActivationStore
 from sinklens.formation.found import FormationEvent
-from sinklens.models.identities import identities
+from sinklens.models.identities import identities, is_unnormalised
 from sinklens.models.view import Model
 from sinklens.readouts.base import Readout
 from sinklens.sites import ATTN_OUT, MLP_OUT, PATTERN, RESID_POST, RESID_PRE
@@ -24,9 +24,13 @@ def profile_readouts(model: Model, n_layers: int) -> list[Readout]:
         return act.float().norm(dim=-1)
 
     def received(act: Tensor, _rows: object) -> Tensor:
-        return metrics.attention_received(act)
+        return metrics.attention_received(metrics.normalised_rows(act)[0] if shares else act)
 
-    fired = identities(model).fired
+    def missing(act: Tensor, _rows: object) -> Tensor:
+        return 1 - act.float().sum(-1).mean((1, 2))
+
+    shares, fired = is_unnormalised(model), identities(model).fired
+    whole = identities(model).holds("pattern_sums_to_one")
     with_mlp = tuple(block for block in blocks if MLP_OUT.at(block) in fired)
     return [
         Readout("before", RESID_PRE, blocks, norm),
@@ -34,6 +38,7 @@ def profile_readouts(model: Model, n_layers: int) -> list[Readout]:
         Readout("attn", ATTN_OUT, blocks, norm),
         *([Readout("mlp", MLP_OUT, with_mlp, norm)] if with_mlp else []),
         Readout("attention", PATTERN, blocks, received),
+        *([] if whole else [Readout("missing", PATTERN, blocks, missing)]),
     ]
 
 
@@ -60,7 +65,11 @@ def _median(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def profile_of(store: ActivationStore, received: Tensor, sinks: Tensor, n_layers: int, eps: float) -> pd.DataFrame:
-    """A row for every block: residual norms and attention, of the sink and of other tokens."""
+    """A row for every block: residual norms and attention, of the sink and of other tokens.
+
+    Where attention does not sum to one over keys there is also what it lacks, ``missing_mass``, the mean over queries,
+    heads and prompts.
+    """
     records = []
     for block in range(n_layers):
         norms = {name: store.readings["base", name, block].cpu() for name in ("before", "after", "attn")}
@@ -81,6 +90,8 @@ def profile_of(store: ActivationStore, received: Tensor, sinks: Tensor, n_layers
             "attention_other": _of_others(attention, sinks).nanmean(),
             "sink_rate": (heads > eps).float().mean(),
         }
+        if (missing := store.readings.get(("base", "missing", block))) is not None:
+            record["missing_mass"] = missing.mean()
         records.append({key: float(value) if key != "layer" else value for key, value in record.items()})
     return pd.DataFrame(records)
 

@@ -26,7 +26,9 @@ MATRICES = ("W_E", "own", "W_Q", "W_K", "W_V", "_W_K", "_W_V", "W_O", "W_gate", 
 def decaying(model: Decoder) -> list[str]:
     """Names of the parameters that decay."""
     names = []
-    for name, _ in model.named_parameters():
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:  # what a variant moves by itself
+            continue
         block, of_variant, _ = name.partition(".attn.variant.")
         if of_variant:
             if model.get_submodule(f"{block}.attn.variant").decays:
@@ -40,7 +42,7 @@ class Optimiser:
     """AdamW, alone or with Muon, over the parameters of a model by their names."""
 
     def __init__(self, model: Decoder, settings: Settings) -> None:
-        self.named = dict(model.named_parameters())
+        self.named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.decaying = decaying(model)
         self.by_muon = self._for_muon() if settings.optimiser == "muon" else []
         decay = [name for name in self.decaying if name not in self.by_muon]

@@ -109,7 +109,7 @@ def read_variant(text: str) -> tuple[str, dict[str, Any]]:
         InputError: there is no such variant, or an option is not written like that.
     """
     name, *parts = text.strip().split(":")
-    variant_kind(name)
+    name = variant_kind(name).name  # of a file, too
     options: dict[str, Any] = {}
     for part in parts:
         option, is_there, value = part.partition("=")

@@ -191,6 +191,7 @@ class _Run:
         if settings.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimiser.step(settings.lr_at(step))
+        self.model.stepped()
         return torch.stack(losses).sum()
 
     def _take(self, pending: list[tuple[int, Tensor]]) -> None:

@@ -4,6 +4,10 @@
 ``alpha`` counts it, as Gu et al. (ICLR 2025) do: the mean over ``i >= k``. The two differ little for early keys and
 much for late ones: the last position has no later query, so what it receives is NaN (not 0), and its alpha is its
 attention to itself alone.
+
+Attention that is no softmax (sigmoid, softpick, a difference of two) need not sum to one over keys: give these
+functions ``normalised_rows`` of it, as Gu et al. do, and say what is missing. A softmax of which a part goes to no key
+(a sink logit, a key bias) is left as it is: there that part is a share like any other.
 """
 
 from __future__ import annotations

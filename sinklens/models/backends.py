@@ -81,7 +81,7 @@ def to_hooked(
             compare.check_same_settings(model, checked, tables=not probe.windows)
         model.eval()
         model.cfg.model_name = name
-        _attach_tokenizer(model, tokenizer)
+        attach_tokenizer(model, tokenizer)
         model = _spread(model, device, devices) if devices > 1 else _moved(model, device)
         if not probe.whole and compare.can_check_blocks(model, reference):
             compare.check_blocks(model, reference)
@@ -174,7 +174,7 @@ def to_bridge(
         del checked
         compare.check_in_precision(model, reference, theirs if probe.as_given else None, probe.tokens)
     model.cfg.n_ctx = compare.context_of(hf_model.config) or model.cfg.n_ctx  # MPT: taken to be 2048
-    _attach_tokenizer(model, tokenizer)
+    attach_tokenizer(model, tokenizer)
     _give_weights_to_norms(model)
     model.eval()
     return model
@@ -328,7 +328,7 @@ def _config_for_transformer_lens(hf_model: PreTrainedModel) -> Any:
     return config
 
 
-def _attach_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def attach_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Give the model a tokenizer that encodes text as the model's own does.
 
     TransformerLens' own setter loads a second tokenizer with `add_bos_token=True`, from the name that the first one

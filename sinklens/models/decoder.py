@@ -20,12 +20,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
+from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention, silu
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from sinklens.errors import InputError
-from sinklens.variants import AttentionSizes, Slot, make_variant, overrides, variant_kind
+from sinklens.variants import (
+    REGISTRY,
+    AttentionSizes,
+    Slot,
+    make_variant,
+    overrides,
+    variant_code,
+    variant_kind,
+    variant_place,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,16 +100,22 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         kind = variant_kind(self.variant)
+        self.variant = kind.name  # of a file, too
         if self.n_key_value_heads == self.n_heads:
             self.n_key_value_heads = None
         for name in ("d_model", "n_layers", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}.")
+        if self.rotary_base <= 0 or self.eps < 0:
+            raise InputError(f"rotary_base must be over 0 and eps not under, not {self.rotary_base} and {self.eps}.")
         if self.d_head % 2 or self.n_heads % self.kv_heads:
             raise InputError(
                 f"heads need an even width and a number that the key heads divide, not width {self.d_head} with "
                 f"{self.n_heads} query and {self.kv_heads} key heads."
             )
+        with torch.device("meta"):  # all options, those included that nobody has given
+            self.variant_options = make_variant(self.variant, self.sizes(0), self.variant_options).options()
+        self.variant_code = variant_code(self.variant)
         self.norms: Literal["pre", "sandwich", "post"] = kind.norms
         self.normalization_type = "RMS"
         self.positional_embedding_type = "rotary" if kind.rotary else "none"
@@ -120,8 +135,9 @@ class DecoderConfig:
         return AttentionSizes(self.d_model, self.n_heads, self.kv_heads, self.d_head, self.n_ctx, layer)
 
     def saved(self) -> dict[str, Any]:
-        """The fields that a file keeps."""
-        return {name: getattr(self, name) for name in SAVED}
+        """The fields that a file keeps, and for a variant of the user's own where it comes from."""
+        own = {} if self.variant_code is None else {"variant_from": variant_place(self.variant)}
+        return {**{name: getattr(self, name) for name in SAVED}, **own}
 
 
 SAVED = (
@@ -139,7 +155,6 @@ SAVED = (
     "variant",
     "variant_options",
     "model_name",
-    "tokenizer_prepends_bos",
 )
 """Fields of a config that are written to a file; the others follow from them or are the same in all."""
 
@@ -180,6 +195,7 @@ class Unembed(nn.Module):
         self.own = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab)) if not cfg.tied else None
         self._embed = (embed,)  # in a tuple, so that it is no part of this module
         self.register_buffer("b_U", torch.zeros(cfg.d_vocab), persistent=False)
+        self.hook_in, self.hook_out = HookPoint(), HookPoint()
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
@@ -188,7 +204,7 @@ class Unembed(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """The logits."""
-        return x @ self.W_U
+        return self.hook_out(self.hook_in(x) @ self.W_U)
 
 
 class Attention(nn.Module):
@@ -215,7 +231,8 @@ class Attention(nn.Module):
         self.register_buffer("rotary_sin", torch.empty(0, cfg.d_head), persistent=False)
         self._extend_rotary_embeddings(cfg.n_ctx)
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
-        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+        if self.variant.rotary:
+            self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
         self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
         self.hook_aggregated, self.hook_z = HookPoint(), HookPoint()
 
@@ -257,30 +274,63 @@ class Attention(nn.Module):
         shared = q.shape[2] // k.shape[2]
         if shared > 1:
             k, v = k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)
-        fused = self.training and slot is None and not overrides(variant, "weights")
-        z = self._fused(q, k, v) if fused else self._explicit(q, k, v, slot)
+        fused = self.training and not overrides(variant, "weights") and not self._looked_at()
+        z = self._fused(q, k, v, slot) if fused else self._explicit(q, k, v, slot, x)
         z = self.hook_z(variant.output(self.hook_aggregated(z), x))
         return torch.einsum("bphe,hed->bpd", z, self.W_O)
 
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, slot: Slot | None) -> Float[Tensor, "batch pos head d_head"]:
+    def _looked_at(self) -> bool:
+        """Whether somebody has hooks on scores or pattern."""
+        return bool(self.hook_attn_scores._forward_hooks or self.hook_pattern._forward_hooks)
+
+    def _explicit(
+        self, q: Tensor, k: Tensor, v: Tensor, slot: Slot | None, x: Tensor
+    ) -> Float[Tensor, "batch pos head d_head"]:
         scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / self.attn_scale
         wide = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
         seen = self.variant.seen(q.shape[1], q.device)
         scores = self.hook_attn_scores(wide.masked_fill(~seen, -torch.inf))
         rows = scores.transpose(1, 2)  # as variants see them: [batch query head key]
-        pattern, share = self.variant.weights(rows, None if slot is None else slot.logit.to(rows.dtype))
+        pattern, share = self.variant.weights(rows, None if slot is None else slot.logit.to(rows.dtype), x)
         pattern = self.hook_pattern(pattern.transpose(1, 2)).to(v.dtype)
         z = torch.einsum("bhqk,bkhe->bqhe", pattern, v)
         if share is not None and slot is not None and slot.value is not None:
             z = z + (share[..., None] * slot.value).to(z.dtype)
         return z
 
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, slot: Slot | None) -> Float[Tensor, "batch pos head d_head"]:
         """The same without a pattern, for training: numbers that are read always come from the lines above."""
-        causal = not overrides(self.variant, "seen")
-        mask = None if causal else self.variant.seen(q.shape[1], q.device)
+        width = q.shape[-1]
         q, k, v = (one.transpose(1, 2) for one in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+        if slot is not None:
+            q, k, v = self._with_slot(q, k, v, slot)
+        mask = self._mask(q.shape[2], slot, q.device) if overrides(self.variant, "seen") else None
+        scale = 1 / self.attn_scale
+        z = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale).transpose(1, 2)
+        return z if slot is None else z[:, 1:, :, :width]
+
+    def _with_slot(self, q: Tensor, k: Tensor, v: Tensor, slot: Slot) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, ``[batch head pos width]``, with the slot as the first key of a causal pattern.
+
+        It has a dimension of its own, in which queries have the slot's score; kernels want a multiple of eight.
+        """
+        own = (slot.logit.transpose(1, 2) * self.attn_scale).to(q.dtype)[..., None]
+        q = pad(torch.cat([q, own], -1), (0, 7, 1, 0))
+        k = pad(k, (0, 8, 1, 0))
+        here = torch.zeros_like(k)
+        here[..., 0, -8] = 1
+        k, v = k + here, pad(v, (0, 8, 1, 0))
+        if slot.value is not None:
+            at = pad(slot.value.to(v.dtype)[:, None], (0, 8, 0, v.shape[2] - 1))
+            v = v + at
+        return q, k, v
+
+    def _mask(self, length: int, slot: Slot | None, device: torch.device) -> Tensor:
+        if slot is None:
+            return self.variant.seen(length, device)
+        seen = pad(self.variant.seen(length - 1, device), (1, 0, 1, 0))
+        seen[:, 0] = True
+        return seen
 
     def of_token(self, x: Float[Tensor, "d_model"]) -> Float[Tensor, "d_model"]:
         """What attention writes at the learned token, which sees itself alone."""
@@ -288,7 +338,7 @@ class Attention(nn.Module):
         z = v.repeat_interleave(self.cfg.n_heads // len(v), 0)
         return torch.einsum("he,hed->d", self.variant.output(z, x), self.W_O)
 
-    def _slot_of(self, token: Float[Tensor, "d_model"], q: Float[Tensor, "batch pos head d_head"]) -> Slot:
+    def _slot_of(self, token: Float[Tensor, "d_model"], q: Float[Tensor, "*batch head d_head"]) -> Slot:
         """The learned token as it is attended to: a token at position -1."""
         shared = self.cfg.n_heads // self.cfg.kv_heads
         k = self.variant.keys(torch.einsum("d,hde->he", token, self._kv("W_K")))
@@ -296,7 +346,7 @@ class Attention(nn.Module):
         if self.variant.rotary:
             k = k * self.rotary_cos[1] - _quarter(k) * self.rotary_sin[1]
         k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
-        return Slot(torch.einsum("bphe,he->bph", q, k) / self.attn_scale, v)
+        return Slot((q * k).sum(-1) / self.attn_scale, v)
 
     def _turned(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
         """Rotary embeddings."""
@@ -433,6 +483,23 @@ class Decoder(HookedRootModule):
         logits = self.unembed(self.ln_final(resid))
         return logits if return_type == "logits" else next_token_loss(logits, tokens)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Decoder:
+        """What ``to``, ``cuda``, ``double`` and the like do; the config says afterwards what they have done."""
+        super()._apply(fn, recurse)
+        weight = self.embed.W_E
+        self.cfg.device, self.cfg.dtype = str(weight.device), weight.dtype
+        return self
+
+    def stepped(self) -> None:
+        """To be called behind every step of training; see :meth:`Variant.stepped`."""
+        for block in self.blocks:
+            block.attn.variant.stepped()  # type: ignore[union-attr, operator]
+
+    def sink_stream(self, layer: int) -> Float[Tensor, "d_model"] | None:
+        """The learned token's normed input of block ``layer``; None where the variant has no such token."""
+        token = next(self._tokens(layer))
+        return None if token is None else self.blocks[layer]._before(1, token)  # type: ignore[operator]
+
     def _tokens(self, first: int) -> Iterator[Float[Tensor, "d_model"] | None]:
         """The learned token's stream in front of each block from ``first`` on."""
         token = self.token
@@ -475,15 +542,17 @@ def initialise(model: Decoder, seed: int, sd: float = 0.02) -> None:
     """Weights to start training from: normal with ``sd``, W_O and W_out with ``sd / sqrt(2 n_layers)`` (GPT-2's).
 
     Each parameter has a draw of its own, that goes by its name: two variants of one seed start from the same weights
-    wherever both have them. What a variant brings has been set by it.
+    wherever both have them. What a variant brings is drawn as it says (``drawn``), or has been set by it.
     """
     for name, weight in model.named_parameters():
         kind = name.rpartition(".")[2]
-        if ".variant." in name or kind == "w":
+        own = variant_kind(model.cfg.variant).drawn if ".variant." in name else None
+        if kind == "w" if own is None else kind not in own:
             continue
         key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1
         generator = torch.Generator().manual_seed(key)
-        size = sd / (2 * model.cfg.n_layers) ** 0.5 if kind in ("W_O", "W_out") else sd
+        deep = own is None and kind in ("W_O", "W_out")
+        size = sd / (2 * model.cfg.n_layers) ** 0.5 if deep else sd if own is None else own[kind]
         weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") * size)
 
 
@@ -506,15 +575,13 @@ def save_decoder(model: Decoder, folder: Path) -> None:
         model.tokenizer.save_pretrained(folder)
 
 
-def is_decoder(config: object) -> bool:
+def is_decoder_config(config: object) -> bool:
     """Whether a ``config.json`` is that of a saved decoder."""
     return isinstance(config, dict) and config.get("architectures") == [ARCHITECTURE]
 
 
-def load_decoder(
-    folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype
-) -> Decoder:
-    """A decoder from a folder that :func:`save_decoder` wrote.
+def load_decoder(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> Decoder:
+    """A decoder, without its tokenizer, from a folder that :func:`save_decoder` wrote.
 
     Raises:
         InputError: the files are damaged, do not belong together, or need a variant that is not known here.
@@ -522,15 +589,37 @@ def load_decoder(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    fields = {name: config[name] for name in SAVED if name in config}
+    if (absent := [name for name in SAVED if name not in config]) != []:
+        raise InputError(f"{folder / 'config.json'} does not say {absent[0]}; save the model again.")
+    if config["variant"] not in REGISTRY:
+        where = config.get("variant_from", "the file that registers it")
+        raise InputError(
+            f"{folder} was trained with the variant {config['variant']!r}, which is not known here: import {where}, "
+            "which calls register_variant, before you load the model (models bring no code with them)."
+        )
     try:
-        model = Decoder(DecoderConfig(**fields), tokenizer)
+        model = Decoder(_config_of(config))
         weights = load_file(folder / WEIGHTS)
         own = dict(model.named_parameters())
         if set(own) != set(weights) or any(own[name].shape != weights[name].shape for name in own):
             name = min(set(own) ^ set(weights), default="one of another shape")
             raise InputError(f"{folder / WEIGHTS} does not fit its config.json ({name}); save the model again.")
         model.load_state_dict(weights, strict=False)
-    except (OSError, SafetensorError, TypeError) as error:
+    except InputError:
+        raise
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder} holds no decoder that can be read ({error}); save the model again.") from error
     return model.to(dtype).eval()
+
+
+def _config_of(config: dict[str, Any]) -> DecoderConfig:
+    like = DecoderConfig()
+    for name in SAVED:
+        kinds = int if name == "n_key_value_heads" else type(getattr(like, name))
+        value = config[name]
+        wrong = isinstance(value, bool) is not (kinds is bool)
+        if (wrong or not isinstance(value, (int, float) if kinds is float else kinds)) and (
+            value is not None or name != "n_key_value_heads"
+        ):
+            raise TypeError(f"{name} is {value!r}")
+    return DecoderConfig(**{name: config[name] for name in SAVED})

@@ -1,4 +1,5 @@
-"""A HookedTransformer taken apart: all weights of a block, and the options that change what it computes.
+"""A HookedTransformer, or a decoder of ours, taken apart: all weights of a block, and the options that change what it
+computes.
 
 Two things compute a part of the model by themselves: the packed pass (whole blocks) and the QK fix (attention). They
 need everything that the part has, keys before they are repeated for the query heads, biases, rotary tables, the
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens.models.view import Model, is_bridge
+from sinklens.variants import Slot, Variant, overrides
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class MLPWeights:
 
 
 def can_take_apart(model: Model) -> bool:
-    """Whether the functions below know the model: it is a HookedTransformer."""
+    """Whether the functions below know the model: it is a HookedTransformer, or a decoder of ours."""
     return not is_bridge(model)
 
 
@@ -185,11 +187,39 @@ def attention_weights(model: Model, layer: int, length: int) -> AttentionWeights
         b_V=getattr(attn, f"{own}b_V"),
         W_O=attn.W_O,
         b_O=attn.b_O,
-        q_norm=getattr(attn, "q_norm", None),
-        k_norm=getattr(attn, "k_norm", None),
+        q_norm=changed_by(model, layer, "queries") or getattr(attn, "q_norm", None),
+        k_norm=changed_by(model, layer, "keys") or getattr(attn, "k_norm", None),
         scale=float(attn.attn_scale),
         rotary=rotary,
     )
+
+
+def variant_of(model: Model, layer: int) -> Variant | None:
+    """What a decoder of ours computes attention with in a block; None for any other model."""
+    return getattr(_inside(model).blocks[layer].attn, "variant", None)
+
+
+def changed_by(model: Model, layer: int, name: str) -> Callable[[Tensor], Tensor] | None:
+    """The variant's method of that name (``queries``, ``keys``, ``values``); None where it does nothing there."""
+    variant = variant_of(model, layer)
+    return getattr(variant, name) if variant is not None and overrides(variant, name) else None
+
+
+def sink_slot(model: Model, layer: int) -> Callable[[Float[Tensor, "*batch head d_head"]], Slot | None] | None:
+    """What queries of a block attend to besides the keys of their prompt, from the queries as they meet the keys."""
+    variant, attn = variant_of(model, layer), _inside(model).blocks[layer].attn
+    if variant is None:
+        return None
+    if (token := _inside(model).sink_stream(layer)) is not None:
+        return lambda q: attn._slot_of(token, q)
+    return variant.slot if overrides(variant, "slot") else None
+
+
+def norms_behind(model: Model, layer: int) -> tuple[NormWeights | None, NormWeights | None]:
+    """The norms behind attention and behind the MLP, where the block has them."""
+    block = _inside(model).blocks[layer]
+    found = (getattr(block, "ln1_post", None), getattr(block, "ln2_post", None))
+    return tuple(None if norm is None else _norm(norm) for norm in found)  # type: ignore[return-value]
 
 
 def mlp_weights(model: Model, layer: int) -> MLPWeights:
@@ -198,10 +228,11 @@ def mlp_weights(model: Model, layer: int) -> MLPWeights:
     return MLPWeights(getattr(mlp, "W_gate", None), mlp.W_in, mlp.b_in, mlp.W_out, mlp.b_out, mlp.act_fn)
 
 
-def norms(model: Model, layer: int) -> tuple[NormWeights, NormWeights]:
-    """The norms of block ``layer``: in front of attention, and in front of the MLP."""
+def norms(model: Model, layer: int) -> tuple[NormWeights | None, NormWeights | None]:
+    """The norms of block ``layer``: in front of attention, and in front of the MLP; None where there is none."""
     block = _inside(model).blocks[layer]
-    return _norm(block.ln1), _norm(block.ln2)
+    found = (getattr(block, "ln1", None), getattr(block, "ln2", None))
+    return tuple(None if norm is None else _norm(norm) for norm in found)  # type: ignore[return-value]
 
 
 def final_norm(model: Model) -> NormWeights:

@@ -188,6 +188,20 @@ def check_writes_directly(model: Model, layer: int) -> None:
     measured.require("mlp_adds", (layer,))
 
 
+def is_unnormalised(model: Model) -> bool:
+    """Whether some block's attention weights neither sum to one nor are a softmax of which a part goes to no key.
+
+    Their shares are of a row's sum (:func:`sinklens.metrics.normalised_rows`).
+    """
+    measured = identities(model)
+    layers = range(len(measured.errors["pattern_is_softmax"]))
+    names = ("pattern_is_softmax", "pattern_sums_to_one")
+    return any(
+        not any(measured.holds(name, (layer,)) or (name, layer) in measured.missing for name in names)
+        for layer in layers
+    )
+
+
 # --- The measurement -------------------------------------------------------------------------------------------------
 
 

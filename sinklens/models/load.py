@@ -20,7 +20,7 @@ import torch
 
 from sinklens.errors import InputError
 from sinklens.models import smollm2 as _smollm2
-from sinklens.models.backends import has_hooked_transformer, to_bridge, to_hooked
+from sinklens.models.backends import attach_tokenizer, has_hooked_transformer, to_bridge, to_hooked
 from sinklens.models.given import blocks_name, check_as_it_stands, has_lost_weights, unwrapped
 from sinklens.models.state import in_usual_state
 from sinklens.records.registry import enter
@@ -139,19 +139,19 @@ def load_model(
         devices: GPUs over which the blocks are spread, one part after the other, for models that are larger than one.
 
     Returns:
-        A HookedTransformer or a TransformerBridge in eval mode, with all that TransformerLens gives it; the type that
-        the functions here ask for, `sinklens.models.Model`, is what the two have in common. `tokenizer` is None on it
-        where the model has none; token tensors still work.
+        A HookedTransformer or a TransformerBridge in eval mode, with all that TransformerLens gives it, or the decoder
+        in a folder that sinklens trained; the type that the functions here ask for, `sinklens.models.Model`, is what
+        they have in common. `tokenizer` is None on it where the model has none; token tensors still work.
 
     Raises:
         InputError: the model is unknown or damaged, the device or dtype is not available, or the backend cannot load
             it.
     """
     target, precision = find_device(device), _dtype(dtype)
-    if (decoder := _decoder(model, precision, tokenizer)) is not None:
-        return decoder.to(target)
     if backend not in ("auto", "hooked", "bridge"):
         raise InputError(f'unknown backend {backend!r}; choose "auto", "hooked" or "bridge".')
+    if (config := _decoder_config(model)) is not None:
+        return _decoder(Path(model), config, target, precision, backend, tokenizer, devices)  # type: ignore[arg-type]
     if backend == "hooked" and not has_hooked_transformer():
         raise InputError('this TransformerLens has no HookedTransformer (it ended with 3.x); use backend="bridge".')
     with _quiet_loading(), _plain_torch():
@@ -177,10 +177,8 @@ def load_model(
         return to_bridge(hf_model, chosen, **options, take=isinstance(model, (str, Path)))
 
 
-def _decoder(
-    model: object, dtype: torch.dtype, tokenizer: str | Path | PreTrainedTokenizerBase | None
-) -> Decoder | None:
-    """The decoder in a folder; None where there is none."""
+def _decoder_config(model: object) -> dict[str, Any] | None:
+    """The config of the decoder in a folder; None where there is none."""
     folder = Path(model).expanduser() if isinstance(model, (str, Path)) else None
     if folder is None or model in REGISTRY or not (folder / "config.json").is_file():
         return None
@@ -188,13 +186,34 @@ def _decoder(
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # which is said where other models are read
-    from sinklens.models.decoder import is_decoder, load_decoder
+    from sinklens.models.decoder import is_decoder_config
 
-    if not is_decoder(config):
-        return None
-    given = tokenizer if tokenizer is not None else folder if (folder / "tokenizer.json").is_file() else None
+    return config if is_decoder_config(config) else None
+
+
+def _decoder(
+    folder: Path,
+    config: dict[str, Any],
+    target: torch.device,
+    dtype: torch.dtype,
+    backend: Backend,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None,
+    devices: int,
+) -> Decoder:
+    folder = folder.expanduser()
+    if backend != "auto" or devices != 1:
+        raise InputError(
+            f"{folder} holds a decoder that sinklens trained, which is neither HookedTransformer nor bridge and runs "
+            "on one device: leave backend and devices out."
+        )
+    from sinklens.models.decoder import load_decoder
+
+    own = folder if any((folder / name).is_file() for name in _TOKENIZER_FILES) else None
+    given = own if tokenizer is None else tokenizer
     with _quiet_loading(), _plain_torch():
-        return load_decoder(folder, config, None if given is None else _tokenizer(given), dtype)
+        decoder = load_decoder(folder, config, dtype)
+        attach_tokenizer(decoder, None if given is None else _tokenizer(given))
+    return decoder.to(target)
 
 
 def _resolve(

@@ -22,9 +22,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinklens.models.hooked import Rotary, attention_weights, can_take_apart
+from sinklens.models.hooked import Rotary, attention_weights, can_take_apart, sink_slot, variant_of
 from sinklens.models.view import Model, has_hook
 from sinklens.sites import HookSite
+from sinklens.variants import overrides
 
 ROTARY = tuple(HookSite(f"blocks.{{layer}}.attn.hook_{name}", ("batch", "pos", "d_rotary")) for name in ("cos", "sin"))
 """Where a bridge's cosines and sines pass; it has no such hook points in models without rotary embeddings."""
@@ -82,6 +83,9 @@ def meeting(model: Model, layer: int, length: int, seen: dict[HookSite, Tensor])
             passed (a block that does not rotate) is left out.
     """
     if can_take_apart(model):
+        variant = variant_of(model, layer)
+        if variant is not None and (overrides(variant, "weights") or sink_slot(model, layer) is not None):
+            return None  # a softmax over more than the keys, or none
         weights = attention_weights(model, layer, length)
         return Meeting(weights.q_norm, weights.k_norm, weights.scale, weights.rotary, weights.W_Q.device)
     return _of_bridge(model, layer, [seen[site][0] for site in ROTARY if site in seen])

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from sinklens.errors import InputError
-from sinklens.models.view import Model, hook_points_kept, is_bridge, weights_stamp
+from sinklens.models.view import Model, hook_points_kept, is_bridge, is_decoder, weights_stamp
+from sinklens.variants import Variant, variant_kind
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,7 +35,7 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 # Modules that TransformerLens itself makes use of.
 _PLAIN = (torch.nn.ModuleList, torch.nn.Identity)
 # Where those come from that a decoder of ours is made of.
-_OURS = ("sinklens.models.decoder", "sinklens.variants.")
+_OURS = "sinklens.models.decoder"
 # Where more of those come from that a bridge is made of.
 _IN_BRIDGES = ("torch.nn.modules.", "sinklens.models.backends")
 
@@ -345,6 +346,7 @@ def foreign_part(model: Model) -> str | None:
     A bridge is made of modules of Hugging Face and of torch, with forwards that TransformerLens has put on some.
     """
     bridge = is_bridge(model)
+    own = is_decoder(model)
     for name, module in _named_modules(model):
         kind = type(module)
         if getattr(module, "parametrizations", None):
@@ -352,11 +354,18 @@ def foreign_part(model: Model) -> str | None:
         forward = vars(module).get("forward")
         if forward is not None and not (bridge and _is_theirs(forward)):
             return f"a module with another forward ({name})"
-        plain = kind in _PLAIN or kind.__module__.startswith(_OURS)
+        plain = kind in _PLAIN or (own and (kind.__module__ == _OURS or _of_variant(model, name, module)))
         plain = plain or (bridge and kind.__module__.startswith(_IN_BRIDGES))
         if not _library(kind.__module__) and not plain:
             return f"a module of another kind ({name or 'the model'}: {kind.__name__})"
     return None
+
+
+def _of_variant(model: Any, name: str, module: torch.nn.Module) -> bool:
+    """Whether a module of a decoder is the variant that its config names, or one of torch's inside of that."""
+    if not isinstance(module, Variant):
+        return ".variant." in name and type(module).__module__.startswith("torch.nn.modules.")
+    return type(module) is variant_kind(model.cfg.variant) and module.options() == model.cfg.variant_options
 
 
 def _named_modules(model: object) -> Iterator[tuple[str, torch.nn.Module]]:

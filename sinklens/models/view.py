@@ -156,9 +156,16 @@ def is_bridge(model: Model) -> bool:
     return isinstance(model, TransformerBridge)
 
 
-def backend_name(model: Model) -> Literal["HookedTransformer", "TransformerBridge"]:
-    """Which of TransformerLens's two kinds of model it is."""
-    return "TransformerBridge" if is_bridge(model) else "HookedTransformer"
+def is_decoder(model: Model) -> bool:
+    """Whether `model` is a decoder that was trained with a variant of attention (`sinklens.models.decoder`)."""
+    from sinklens.models.decoder import Decoder
+
+    return isinstance(model, Decoder)
+
+
+def backend_name(model: Model) -> Literal["HookedTransformer", "TransformerBridge", "Decoder"]:
+    """Which of TransformerLens's two kinds of model it is, or the decoder of the pre-training lab."""
+    return "TransformerBridge" if is_bridge(model) else "Decoder" if is_decoder(model) else "HookedTransformer"
 
 
 def can_resume(model: Model) -> bool:

@@ -51,6 +51,8 @@ class Context:
     """Answer and alternative of every prompt, for ``logit_diff``."""
     eps: float = 0.3
     """Threshold of ``sink_rate``."""
+    shares: bool = False
+    """Whether ``alpha`` and ``sink_rate`` are of each query's weights over their sum: attention that is no softmax."""
     offset: int = 0
     """Number of the first of these prompts, for readouts that know all prompts."""
 
@@ -221,6 +223,7 @@ def _alpha_by_head(context: Context) -> tuple[Callable[[Tensor, Tokens], Tensor]
 
     def at(row: Tensor, tokens: Tokens) -> Tensor:
         own = key.to(row.device)[tokens.prompts]
+        row = metrics.normalised_rows(row)[0] if context.shares else row
         return row.take_along_dim(own[:, None, None], dim=-1).squeeze(-1).float()
 
     def weigh(length: int) -> Tensor:
@@ -242,11 +245,15 @@ def _sink_rate(name: str, context: Context) -> Readout:
 
 
 def _alpha_ordinary(name: str, context: Context) -> Readout:
-    return _at_ordinary(name, context, PATTERN, lambda act: metrics.alpha(act).mean(1))
+    return _at_ordinary(name, context, PATTERN, lambda act: _alphas(act, context).mean(1))
+
+
+def _alphas(act: Tensor, context: Context) -> Tensor:
+    return metrics.alpha(metrics.normalised_rows(act)[0] if context.shares else act)
 
 
 def _sink_rate_ordinary(name: str, context: Context) -> Readout:
-    return _at_ordinary(name, context, PATTERN, lambda act: (metrics.alpha(act) > context.eps).float().mean(1))
+    return _at_ordinary(name, context, PATTERN, lambda act: (_alphas(act, context) > context.eps).float().mean(1))
 
 
 def _of_residual(function: Callable[[Tensor], Tensor]) -> Callable[[str, Context], Readout]:

@@ -19,6 +19,7 @@ from sinklens.attribution import AttributionRunner
 from sinklens.edits import Edit
 from sinklens.engine.memory import row_budget
 from sinklens.engine.run import PatchResult, PatchRunner, Progress, run_patches
+from sinklens.models.identities import is_unnormalised
 from sinklens.models.view import Model, model_shape
 from sinklens.pairs import Direction, SinkPair, make_pair, pair_for_prompts
 from sinklens.pairs.ablations import EditContext, EditLike, make_edit
@@ -159,6 +160,7 @@ class Worker:
             answers=None if answers is None else (torch.tensor(answers[0][chosen]), torch.tensor(answers[1][chosen])),
             eps=plan.choices.eps,
             offset=task.first_prompt,
+            shares=is_unnormalised(self.model),
         )
 
     def patches(self, cells: Cells, group: Group) -> list[Patch]:

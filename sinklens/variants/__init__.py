@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 from sinklens.errors import InputError
-from sinklens.records.registry import enter
+from sinklens.records.fingerprint import fingerprint_of
+from sinklens.records.registry import enter, is_the_package_s
+from sinklens.variants.affine_scaled import AffineScaled
 from sinklens.variants.base import AttentionSizes, Slot, Variant, overrides
+from sinklens.variants.differential import Differential
+from sinklens.variants.gate import Gate
 from sinklens.variants.head_rmsnorm import HeadRMSNorm
+from sinklens.variants.k_bias import KBias
+from sinklens.variants.kv_bias import KVBias
+from sinklens.variants.no_positions import NoPositions
+from sinklens.variants.norm_placement import PostNorm, SandwichNorm
+from sinklens.variants.qk_norm import QKNorm
 from sinklens.variants.sigmoid import Sigmoid
+from sinklens.variants.sink_logit import SinkLogit
+from sinklens.variants.sink_token import SinkToken
 from sinklens.variants.softmax import Softmax
+from sinklens.variants.softmax_off_by_one import SoftmaxOffByOne
+from sinklens.variants.softpick import Softpick
+from sinklens.variants.value_scale import ValueScale
+from sinklens.variants.window import Window
 
 __all__ = ["REGISTRY", "AttentionSizes", "Slot", "Variant", "make_variant", "overrides", "register_variant"]
 
+KIND = "a variant"
+"""What the registry calls them."""
 REGISTRY: dict[str, type[Variant]] = {}
 """The variants that have a name."""
 
@@ -23,23 +43,66 @@ def register_variant(kind: type[Variant]) -> type[Variant]:
     Raises:
         ValueError: the name is taken.
     """
-    enter(REGISTRY, "a variant", kind.name, kind)
-    return kind
+    return enter(REGISTRY, KIND, kind.name, kind)
 
 
-for _kind in (Softmax, HeadRMSNorm, Sigmoid):
+_KNOWN: tuple[type[Variant], ...] = (
+    *(Softmax, HeadRMSNorm, Sigmoid, Gate),
+    *(SoftmaxOffByOne, SinkLogit, KBias, KVBias, SinkToken, Softpick, AffineScaled, Differential),
+    *(Window, QKNorm, ValueScale, SandwichNorm, PostNorm, NoPositions),
+)
+for _kind in _KNOWN:
     register_variant(_kind)
 
 
 def variant_kind(name: str) -> type[Variant]:
-    """The variant of a name.
+    """The variant of a name; or, by its path, that of a Python file which registers one.
+
+    Raises:
+        InputError: there is none of that name, or the file registers none.
+    """
+    if name.endswith(".py"):
+        return _of_file(Path(name).expanduser())
+    if name not in REGISTRY:
+        raise InputError(
+            f"unknown variant {name!r}; the known ones are {', '.join(REGISTRY)}, or give a Python file that registers "
+            "one (analyses/_variant_template.py)."
+        )
+    return REGISTRY[name]
+
+
+def _of_file(path: Path) -> type[Variant]:
+    if not path.is_file():
+        raise InputError(f"there is no file {path}: check the path.")
+    spec = importlib.util.spec_from_file_location(f"sinklens_variant_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever is wrong with a file of the user's
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be run ({type(error).__name__}: {reason}): correct it.") from error
+    found = [kind for kind in REGISTRY.values() if kind.__module__ == spec.name]
+    if not found:
+        raise InputError(f"{path} registers no variant: put @sl.register_variant in front of its class.")
+    return found[-1]
+
+
+def variant_code(name: str) -> str | None:
+    """What tells a variant of the user's own from another of its name: a digest of its code; None for the package's.
 
     Raises:
         InputError: there is none of that name.
     """
-    if name not in REGISTRY:
-        raise InputError(f"unknown variant {name!r}; the known ones are {', '.join(REGISTRY)}.")
-    return REGISTRY[name]
+    kind = variant_kind(name)
+    return None if is_the_package_s(REGISTRY, KIND, name, kind) else fingerprint_of(kind)
+
+
+def variant_place(name: str) -> str:
+    """The file, or for a notebook the module, in which a variant was written."""
+    module = variant_kind(name).__module__
+    return str(getattr(sys.modules.get(module), "__file__", None) or module)
 
 
 def make_variant(name: str, sizes: AttentionSizes, options: dict[str, Any] | None = None) -> Variant:

@@ -7,13 +7,20 @@ turned by their positions (RoPE) before they meet:
     pattern = softmax(scores), over the keys and over a slot where the variant has one
     z       = pattern v + share of the slot x its value
 
+A variant may change what comes in (``queries``, ``keys``, ``values``), which keys are seen (``seen``), what else there
+is to attend to (``slot``), how scores become weights (``weights``) and what comes out (``output``); and, by attributes
+of its class, where the norms stand, whether positions are told, and whether a learned token comes first.
+
 Axes are ``[*batch head key]`` for scores and ``[*batch head d_head]`` for queries and outputs, whatever stands in
-front, so that the same lines serve a whole prompt, one query, and the packed rows of a sweep.
+front, so that the same lines serve a whole prompt, one query, and the packed rows of a sweep: every method works on
+each query by itself, and knows nothing of the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -63,13 +70,16 @@ class Variant(nn.Module):
     edit: ClassVar[str | None] = None
     """Analysis that does the same to a model that was trained without it; None where there is none."""
     norms: ClassVar[Literal["pre", "sandwich", "post"]] = "pre"
-    """Where the block's norms stand: in front of its sublayers, on both sides, or behind."""
+    """Where the block's norms stand: in front of its sublayers, on both sides, or between them and the sum."""
     rotary: ClassVar[bool] = True
     """Whether queries and keys are turned by their positions."""
     sink_token: ClassVar[bool] = False
     """Whether a learned token stands in front of every prompt."""
     decays: ClassVar[bool] = False
     """Whether weight decay acts on its parameters."""
+    drawn: ClassVar[Mapping[str, float]] = MappingProxyType({})
+    """Parameters that start from normal draws, which go by the model's seed, and their standard deviations. Others
+    start as the constructor sets them."""
 
     def __init__(self, sizes: AttentionSizes) -> None:
         super().__init__()
@@ -100,9 +110,18 @@ class Variant(nn.Module):
         return None
 
     def weights(
-        self, scores: Float[Tensor, "*batch head key"], slot: Float[Tensor, "*batch head"] | None = None
+        self,
+        scores: Float[Tensor, "*batch head key"],
+        slot: Float[Tensor, "*batch head"] | None,
+        x: Float[Tensor, "*batch d_model"],
     ) -> tuple[Float[Tensor, "*batch head key"], Float[Tensor, "*batch head"] | None]:
-        """What is given to each key, and to the slot, of which ``slot`` is the score."""
+        """What is given to each key (nothing to one whose score is minus infinity), and to the slot.
+
+        Args:
+            scores: of the keys, float32 at least.
+            slot: that of the slot; None where there is none.
+            x: the block's normed input at the query.
+        """
         if slot is None:
             return scores.softmax(-1), None
         both = torch.cat([scores, slot[..., None]], -1).softmax(-1)
@@ -113,6 +132,17 @@ class Variant(nn.Module):
     ) -> Float[Tensor, "*batch head d_head"]:
         """What W_O reads; ``x`` is the normed input of the block, which queries, keys and values are made of."""
         return z
+
+    def stepped(self) -> None:
+        """Called behind every step of training: for what is not learned by gradients, such as a running mean."""
+
+
+def rms_normed(
+    x: Float[Tensor, "*batch width"], gain: Float[Tensor, " width"], eps: float
+) -> Float[Tensor, "*batch width"]:
+    """``x / sqrt(mean(x^2) + eps) * gain`` over the last axis, with statistics in float32, in the dtype of ``x``."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * gain).to(x.dtype)
 
 
 def overrides(variant: Variant | type[Variant], *names: str) -> bool:

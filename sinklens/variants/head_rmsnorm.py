@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sinklens.variants.base import AttentionSizes, Variant
+from sinklens.variants.base import AttentionSizes, Variant, rms_normed
 
 
 class HeadRMSNorm(Variant):
@@ -33,6 +33,4 @@ class HeadRMSNorm(Variant):
         self, z: Float[Tensor, "*batch head d_head"], x: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch head d_head"]:
         """See :meth:`Variant.output`."""
-        wide = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
-        scaled = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return (scaled * self.gain).to(z.dtype)
+        return rms_normed(z, self.gain, self.eps)

@@ -31,7 +31,10 @@ class Sigmoid(Variant):
         return {"normalised": self.normalised, "offset": self.offset}
 
     def weights(
-        self, scores: Float[Tensor, "*batch head key"], slot: Float[Tensor, "*batch head"] | None = None
+        self,
+        scores: Float[Tensor, "*batch head key"],
+        slot: Float[Tensor, "*batch head"] | None,
+        x: Float[Tensor, "*batch d_model"],
     ) -> tuple[Float[Tensor, "*batch head key"], None]:
         """See :meth:`Variant.weights`."""
         pattern = (scores - math.log(self.sizes.n_ctx) if self.offset else scores).sigmoid()

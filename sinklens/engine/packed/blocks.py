@@ -108,11 +108,12 @@ class PackedPass:
             return None
         looked_at = self._looked_at(weights, layer, q)
         if looked_at is None:
-            z = self._explicit(weights, q, k, v, layer, stop)
+            z = self._explicit(weights, q, k, v, h, layer, stop)
         else:
-            z = self._in_pieces(weights, q, k, v, layer, stop, looked_at)
+            z = self._in_pieces(weights, q, k, v, h, layer, stop, looked_at)
         if z is None:
             return None
+        z = z if weights.z_changed is None else weights.z_changed(z, h)
         out = weights.out(visit("blocks.{layer}.attn.hook_z", layer, z).flatten(1))
         out = self._added(weights, out if weights.ln1_post is None else weights.ln1_post(out))
         return visit("blocks.{layer}.hook_attn_out", layer, out)
@@ -161,11 +162,21 @@ class PackedPass:
             self._pieces[key, q.device] = pieces(needed, layout, at_most)
         return self._pieces[key, q.device]
 
-    def _in_pieces(self, weights: PackedBlock, q, k, v, layer: int, stop: int, looked_at: list[Piece]) -> Tensor | None:  # noqa: ANN001
+    def _in_pieces(
+        self,
+        weights: PackedBlock,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        layer: int,
+        stop: int,
+        looked_at: list[Piece],
+    ) -> Tensor | None:
         """``z``, with scores and pattern of some queries alone."""
         goes_on = stop > SITES.index(PATTERN)
         keys = self._repeated(self._prefixed(k, layer, "k")) if looked_at else k
-        values = self._repeated(self._prefixed(v, layer, "v")) if looked_at and goes_on else v
+        values = self._repeated(self._values(weights, v, layer)) if looked_at and goes_on else v
         z = None
         if goes_on:
             z = self._fused(weights, q, k, v, layer) if fused(weights) else torch.empty_like(q)
@@ -174,15 +185,17 @@ class PackedPass:
             scores = queries.transpose(1, 2) @ keys[piece.rows].permute(0, 2, 3, 1)
             rows = self._scores(weights, piece.packed(scores.transpose(1, 2)), self.layout.position[piece.tokens])
             rows = self.points.visit_queries(SCORES, layer, rows, piece)
-            pattern = self.points.visit_queries(PATTERN, layer, _weights_of(rows, weights.sinks), piece)
+            pattern, besides = _weights_of(weights, rows, q[piece.tokens], x[piece.tokens])
+            pattern = self.points.visit_queries(PATTERN, layer, pattern, piece)
             if z is not None and (self.points.edits_attention(layer) or not fused(weights)):
                 mixed = piece.padded(pattern).transpose(1, 2) @ values[piece.rows].transpose(1, 2)
-                z[piece.tokens] = piece.packed(mixed.transpose(1, 2))
+                mixed = piece.packed(mixed.transpose(1, 2))
+                z[piece.tokens] = mixed if besides is None else mixed + besides
         return z
 
     def _fused(self, weights: PackedBlock, q, k, v, layer: int) -> Tensor:  # noqa: ANN001
         """``z`` by scaled-dot-product attention, where nobody looks at the pattern."""
-        queries, keys, values = self._queries(q), self._prefixed(k, layer, "k"), self._prefixed(v, layer, "v")
+        queries, keys, values = self._queries(q), self._prefixed(k, layer, "k"), self._values(weights, v, layer)
         # Kernels for grouped heads exist in half precision on a GPU; elsewhere the shared heads are repeated.
         grouped = keys.shape[2] != queries.shape[2]
         native = grouped and q.is_cuda and q.dtype != torch.float32
@@ -199,17 +212,19 @@ class PackedPass:
         )
         return self._packed(out.transpose(1, 2))
 
-    def _explicit(self, weights: PackedBlock, q, k, v, layer: int, stop: int) -> Tensor | None:  # noqa: ANN001
+    def _explicit(self, weights: PackedBlock, q, k, v, x: Tensor, layer: int, stop: int) -> Tensor | None:  # noqa: ANN001
         """Scores and pattern as TransformerLens computes them, packed as ``[token, head, key]``."""
         queries, keys = self._queries(q), self._repeated(self._prefixed(k, layer, "k"))
         scores = queries.transpose(1, 2) @ keys.permute(0, 2, 3, 1)
         rows = self._scores(weights, self._packed(scores.transpose(1, 2)), self.layout.position[: len(q)])
         rows = self.points.visit(SCORES, layer, rows)
-        pattern = self.points.visit(PATTERN, layer, _weights_of(rows, weights.sinks))
+        pattern, besides = _weights_of(weights, rows, q, x)
+        pattern = self.points.visit(PATTERN, layer, pattern)
         if stop <= SITES.index(PATTERN):
             return None
-        values = self._repeated(self._prefixed(v, layer, "v"))
-        return self._packed((self._queries(pattern).transpose(1, 2) @ values.transpose(1, 2)).transpose(1, 2))
+        values = self._repeated(self._values(weights, v, layer))
+        z = self._packed((self._queries(pattern).transpose(1, 2) @ values.transpose(1, 2)).transpose(1, 2))
+        return z if besides is None else z + besides
 
     def _scores(
         self, weights: PackedBlock, products: Float[Tensor, "token head key"], position: Int[Tensor, " token"]
@@ -240,6 +255,11 @@ class PackedPass:
         pool = torch.cat([captured.flatten(0, 1), x])
         return pool[layout.prefixed(self._n_rows, len(captured))].view(self._n_rows, layout.length, *x.shape[1:])
 
+    def _values(self, weights: PackedBlock, v: Float[Tensor, "token kv_head d_head"], layer: int) -> Tensor:
+        """Values of all positions as they are averaged."""
+        full = self._prefixed(v, layer, "v")
+        return full if weights.v_scaled is None else weights.v_scaled(full)
+
     def _packed(self, full: Float[Tensor, "row pos *rest"]) -> Float[Tensor, "token *rest"]:
         flat = full.reshape(-1, *full.shape[2:])
         return flat[self.layout.slot[: self.layout.offsets[len(full)]]] if self.layout.padded else flat
@@ -268,12 +288,21 @@ class PackedPass:
 
 def fused(weights: PackedBlock) -> bool:
     """Whether a kernel of torch computes this block's attention, without a pattern."""
-    return not weights.cap and weights.sinks is None
+    return not weights.cap and weights.sinks is None and weights.weigh is None
 
 
-def _weights_of(scores: Float[Tensor, "token head key"], sinks: Float[Tensor, " head"] | None) -> Tensor:
-    """The softmax over keys, and over a learned logit to which a part of the attention is lost."""
-    if sinks is None:
-        return softmax(scores, dim=-1)
-    lost = sinks.to(scores).view(1, -1, 1).expand(len(scores), -1, 1)
-    return softmax(torch.cat([scores, lost], -1), dim=-1)[..., :-1].contiguous()
+def _weights_of(
+    weights: PackedBlock,
+    scores: Float[Tensor, "token head key"],
+    q: Float[Tensor, "token head d_head"],
+    x: Float[Tensor, "token d_model"],
+) -> tuple[Float[Tensor, "token head key"], Float[Tensor, "token head d_head"] | None]:
+    """The softmax over keys, and over a learned logit to which a part of the attention is lost, or what else the block
+    makes of its scores; and what that adds to ``z`` besides.
+    """
+    if weights.weigh is not None:
+        return weights.weigh(scores, q, x)
+    if weights.sinks is None:
+        return softmax(scores, dim=-1), None
+    lost = weights.sinks.to(scores).view(1, -1, 1).expand(len(scores), -1, 1)
+    return softmax(torch.cat([scores, lost], -1), dim=-1)[..., :-1].contiguous(), None

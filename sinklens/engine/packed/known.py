@@ -7,15 +7,16 @@ import weakref
 import torch
 from torch import Tensor
 
-from sinklens.engine.packed import of_hooked
+from sinklens.engine.packed import of_decoder, of_hooked
 from sinklens.engine.packed.of_bridge import BridgedModel
+from sinklens.engine.packed.of_decoder import DecoderModel
 from sinklens.engine.packed.of_hooked import HookedModel
 from sinklens.engine.packed.proof import proof
 from sinklens.engine.packed.weights import PackedModel
 from sinklens.models.hooked import can_take_apart
 from sinklens.models.parts import UnknownPartError
 from sinklens.models.state import Snapshot, current_structure, foreign_hooks, foreign_part
-from sinklens.models.view import Model
+from sinklens.models.view import Model, is_decoder
 from sinklens.readouts.base import Readout
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
@@ -36,6 +37,8 @@ def unsupported(model: Model, length: int) -> str | None:
         return "hooks that are installed on the model"
     if (part := foreign_part(model)) is not None:
         return part
+    if is_decoder(model):
+        return of_decoder.unknown_part(model)
     if can_take_apart(model):
         return of_hooked.unknown_part(model, length)
     if model in _DIFFERENT and _DIFFERENT[model][0] == current_structure(model):
@@ -51,6 +54,8 @@ def unsupported(model: Model, length: int) -> str | None:
 
 def packed_model(model: Model, length: int) -> PackedModel:
     """The model taken apart for prompts of ``length`` tokens, where :func:`unsupported` has nothing to say."""
+    if is_decoder(model):
+        return DecoderModel(model, length)
     if can_take_apart(model):
         return HookedModel(model, length)
     found = proof(model)

@@ -89,12 +89,12 @@ class HookedModel(PackedModel):
     def take_apart(self, layer: int) -> PackedBlock:
         """See :meth:`PackedModel.take_apart`."""
         attn, mlp = attention_weights(self.model, layer, self.length), mlp_weights(self.model, layer)
-        ln1, ln2 = norms(self.model, layer)
+        ln1, ln2 = (norm_of(self.options, norm) for norm in norms(self.model, layer))
         gated = mlp.W_gate is not None
         b_in = _bias(mlp.b_in)
         return PackedBlock(
-            ln1=_norm(self.options, ln1),
-            ln2=_norm(self.options, ln2),
+            ln1=ln1,
+            ln2=ln2,
             qkv=(
                 Linear(
                     torch.cat([_columns(attn.W_Q), _columns(attn.W_K), _columns(attn.W_V)], -1),
@@ -119,7 +119,9 @@ class HookedModel(PackedModel):
     def logits(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_vocab"]:
         """See :meth:`PackedModel.logits`."""
         (W_U, b_U), cap = unembedding(self.model), self.options.logits_cap
-        x = _norm(self.options, final_norm(self.model))(x.to(W_U.device))
+        norm = norm_of(self.options, final_norm(self.model))
+        assert norm is not None
+        x = norm(x.to(W_U.device))
         out = Linear(W_U, _bias(b_U))(x)
         return cap * torch.tanh(out / cap) if cap > 0 else out
 
@@ -129,7 +131,10 @@ def _bias(b: Tensor | None) -> Tensor | None:
     return None if b is None or not b.any() else b
 
 
-def _norm(has: Options, norm: NormWeights) -> Norm:
+def norm_of(has: Options, norm: NormWeights | None) -> Norm | None:
+    """A norm of a model with these options; None where there is none."""
+    if norm is None:
+        return None
     return Norm("rms" if has.norm.startswith("RMS") else "layer", has.norm_eps, norm.w, norm.b, has.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,11 @@ class Norm:
         return x.to(self.dtype)
 
 
+Weigh = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""``(scores [token head key], queries as they meet the keys [token head d_head], normed inputs [token d_model])`` to
+weights, and to what is added to ``z`` besides (None for nothing)."""
+
+
 @dataclass(frozen=True, eq=False)
 class PackedBlock:
     """One block's weights."""
@@ -92,6 +98,12 @@ class PackedBlock:
     """Score of a key that is not seen."""
     added: float = 1
     """What attention and MLP write is multiplied by this before it is added."""
+    v_scaled: Function | None = None
+    """What is done to values behind ``hook_v``."""
+    weigh: Weigh | None = None
+    """Scores to weights, where that is not the softmax over them and over `sinks`."""
+    z_changed: Callable[[Tensor, Tensor], Tensor] | None = None
+    """``(z, x)`` to what W_O reads."""
 
     @property
     def device(self) -> torch.device:
