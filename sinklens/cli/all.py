@@ -171,6 +171,7 @@ def _compare(out: Path, results: dict[str, Any], n: int, as_json: bool) -> None:
     from sinklens.analysis.replicate import all_agreement
     from sinklens.analysis.suite import CHAIN
     from sinklens.chain.agree import agreement_text
+    from sinklens.cli.fitting import show
     from sinklens.cli.tables import agreement_table, console
 
     table = all_agreement(out, results)
@@ -178,7 +179,7 @@ def _compare(out: Path, results: dict[str, Any], n: int, as_json: bool) -> None:
         return
     screen, over = console(), f"{len(results)} disjoint sets of {n} prompts"
     of_analyses, of_chain = table.query("what == 'verdict'"), table.query("what != 'verdict'")
-    screen.print(agreement_table(of_analyses))
+    show(screen, agreement_table(of_analyses))
     for what, rows in (("Analyses", of_analyses), (CHAIN.capitalize(), of_chain)):
         if len(rows):
             screen.print(f"{what}: {agreement_text(rows, over)}", markup=False, soft_wrap=True)
@@ -186,11 +187,12 @@ def _compare(out: Path, results: dict[str, Any], n: int, as_json: bool) -> None:
 
 
 def _print(result: Any, batch: Any, page: Path | None) -> None:
+    from sinklens.cli.fitting import show
     from sinklens.cli.tables import console, verdicts_table
     from sinklens.prompts import prompts_text
 
     screen = console()
-    screen.print(verdicts_table(result))
+    show(screen, verdicts_table(result))
     screen.print(prompts_text(batch.record()), markup=False)
     screen.print(f"Results: {result.folder}" + (f"; report: {page}" if page else ""), markup=False, soft_wrap=True)
 

@@ -44,6 +44,7 @@ from sinklens.cli.common import (
     progress,
     write_report,
 )
+from sinklens.cli.fitting import show
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
 from sinklens.cli.tables import console, verdict_table
 from sinklens.prompts import prompts_text
@@ -176,7 +177,7 @@ def _print(result: AnalysisResult, out: Path, page: Path | None, as_json: bool) 
         sys.stdout.write((out / "summary.json").read_text(encoding="utf-8") + "\n")
         return
     screen = console()
-    screen.print(verdict_table(result))
+    show(screen, verdict_table(result))
     screen.print(prompts_text(result.config), markup=False)
     screen.print(f"Results: {out}" + (f"; report: {page}" if page else ""), markup=False, soft_wrap=True)
 
