@@ -38,7 +38,7 @@ from sinklens.readouts.base import Readout
 from sinklens.readouts.named import NamedReadout
 from sinklens.records.integers import whole_numbers
 from sinklens.records.ranges import MOST_REPEATS, Between, check_number, check_seed
-from sinklens.stages import CHAIN, Stage
+from sinklens.stages import CHAIN, Stage, stages_of
 from sinklens.stages.base import Setting
 from sinklens.study import Study
 
@@ -52,7 +52,7 @@ def run_chain(
     pair: InducedKind = "block_aggregation",
     strength: float = 8.0,
     pair_layers: Sequence[int] | None = None,
-    stages: Sequence[Stage] = CHAIN,
+    stages: Sequence[Stage | str] = CHAIN,
     formation: Formation | None = None,
     event: int | None = None,
     metric: str | NamedReadout = METRIC,
@@ -73,7 +73,7 @@ def run_chain(
         pair: how the sink is made at ``target``: ``block_aggregation`` or ``amplify_variance``.
         strength: lambda of ``amplify_variance``.
         pair_layers: blocks of that intervention (see :func:`sinklens.induced_pair` for the default).
-        stages: stages to score, the six of the chain by default.
+        stages: stages to score, themselves or by name; the six of the chain by default.
         formation: where the sink forms; found if not given.
         event: number of the formation event to explain, in place of ``formation`` (see
             :attr:`sinklens.Formation.steps`); the one with the largest growth by default.
@@ -121,7 +121,7 @@ def score_chain(
     study: Study,
     choice: PairChoice,
     *,
-    stages: Sequence[Stage] = CHAIN,
+    stages: Sequence[Stage | str] = CHAIN,
     metric: str | NamedReadout = METRIC,
     readout_blocks: int = 4,
     control_draws: int = 3,
@@ -133,14 +133,14 @@ def score_chain(
     ``scores_only`` leaves out what else there is to see of a chain (matrix, checks, views, provenance) and the passes
     that it takes.
     """
-    _check(choice, study, stages, readout_blocks, control_draws, min_gap)
-    named = study.named_readout(metric)
+    _check(choice, study, readout_blocks, control_draws, min_gap)
+    chosen, named = stages_of(stages), study.named_readout(metric)
     seed, model, batch = study.seed, study.model, study.batch
     setting = Setting.of(study, choice, readout_blocks)
     pair = setting.pair
 
-    trials, skipped = _trials(setting, stages, control_draws)
-    scored = [stage for stage in stages if any(trial.stage is stage for trial in trials)]
+    trials, skipped = _trials(setting, chosen, control_draws)
+    scored = [stage for stage in chosen if any(trial.stage is stage for trial in trials)]
     own = {} if scores_only else _own_readouts(setting, scored, skipped)
     readouts = [*_metric(setting, named), *own.values()]
     result = study.runner(readouts, pair.runs).run([trial.patch for trial in trials], study.progress)
@@ -172,7 +172,6 @@ def score_chain(
 def _check(
     choice: PairChoice,
     study: Study,
-    stages: Sequence[Stage],
     readout_blocks: int,
     control_draws: int,
     min_gap: float,
@@ -183,8 +182,6 @@ def _check(
     check_number("control_draws", control_draws, Between(1, MOST_REPEATS), whole=True)
     check_number("readout_blocks", readout_blocks, Between(1), whole=True)
     check_number("min_gap", min_gap, Between(0))
-    if not stages:
-        raise InputError("give at least one stage")
 
 
 def _config(choice: PairChoice, setting: Setting, stages: Sequence[Stage], metric: NamedReadout) -> dict[str, Any]:

@@ -149,7 +149,8 @@ def run_everything(
         _compare(out, results, sizes[1], as_json)
     failed = [f"{name}/{part}".lstrip("/") for name, result in results.items() for part in result.failed]
     if failed:
-        typer.echo(f"sinklens: {len(failed)} part(s) failed: {', '.join(failed)}", err=True)
+        parts = "1 part" if len(failed) == 1 else f"{len(failed)} parts"
+        typer.echo(f"sinklens: {parts} failed: {', '.join(failed)}", err=True)
         raise typer.Exit(1)
 
 
