@@ -380,8 +380,14 @@ def _of_another_kind() -> dict[str, Any]:
     import transformers as hf
 
     small: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
-    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+    }
+    heads: dict[str, Any] = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     t5 = hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     bert = hf.BertConfig(**small, num_attention_heads=4, intermediate_size=64)
     return {
