@@ -13,6 +13,7 @@ an induced pair, and every stage's transplant must move its own readout by exact
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +26,7 @@ from sinklens.chain.first_prompt import first_prompt
 from sinklens.chain.result import METRIC, ChainResult
 from sinklens.chain.scoring import SINK, Trial
 from sinklens.engine.residual import as_written
-from sinklens.engine.run import PatchResult, Progress
+from sinklens.engine.run import PatchResult
 from sinklens.engine.validation import check_edits
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation
@@ -37,6 +38,7 @@ from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.named import NamedReadout
 from sinklens.records.integers import whole_numbers
+from sinklens.records.progress import Progress, progress_of
 from sinklens.records.ranges import MOST_REPEATS, Between, check_number, check_seed
 from sinklens.stages import CHAIN, Stage, stages_of
 from sinklens.stages.base import Setting
@@ -62,7 +64,7 @@ def run_chain(
     seed: int = 0,
     memory_budget: int | None = None,
     max_rows: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> ChainResult:
     """Score every stage of the chain on ``batch``.
 
@@ -85,7 +87,8 @@ def run_chain(
         seed: fixes every draw and the bootstrap.
         memory_budget: bytes for one forward pass's activations.
         max_rows: rows for one forward pass, in place of the budget.
-        progress: called with (rows done, rows in all).
+        progress: called with (rows done, rows in all); ``True`` or ``False``: a line that says it, or none; by default
+            one in terminals and notebooks.
 
     Raises:
         NoSinkError: the model has no sink on these prompts, or the pair makes none in any prompt.
@@ -103,17 +106,17 @@ def run_chain(
         "seed": seed,
         "memory_budget": memory_budget,
         "rows": max_rows,
-        "progress": progress,
     }
-    return score_chain(
-        Study.of(model, batch, formation, **options),
-        choice,
-        stages=stages,
-        metric=metric,
-        readout_blocks=readout_blocks,
-        control_draws=control_draws,
-        min_gap=min_gap,
-    )
+    with progress_of(progress, "chain") as told:
+        return score_chain(
+            Study.of(model, batch, formation, **options, progress=told),
+            choice,
+            stages=stages,
+            metric=metric,
+            readout_blocks=readout_blocks,
+            control_draws=control_draws,
+            min_gap=min_gap,
+        )
 
 
 @in_usual_state
@@ -145,6 +148,7 @@ def score_chain(
     readouts = [*_metric(setting, named), *own.values()]
     result = study.runner(readouts, pair.runs).run([trial.patch for trial in trials], study.progress)
 
+    _say_if_slow(result)
     gap = scoring.Gap(named.name, named.is_share, min_gap)
     effects = scoring.effects(trials, result, pair, gap)
     scoring.check_pair(effects, result, pair, gap)
@@ -167,6 +171,14 @@ def score_chain(
         tokens=[list(batch.labels[0])],
         **({} if scores_only else first_prompt(setting)),
     )
+
+
+def _say_if_slow(result: PatchResult) -> None:
+    """Python shows a warning of the same words once."""
+    if result.stats.path == "model" and result.stats.reason:
+        warnings.warn(
+            f"patches run through TransformerLens, several times more slowly: {result.stats.reason}", stacklevel=3
+        )
 
 
 def _check(
