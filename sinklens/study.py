@@ -125,12 +125,13 @@ class Study:
             options: further fields.
 
         Raises:
-            InputError: see :func:`sinklens.prompts.check_batch`; a formation that is none.
+            InputError: see :func:`sinklens.prompts.check_batch`; a formation that is none, or of other prompts.
         """
         study = cls(model, batch, **options)
         if formation is not None and not isinstance(formation, Formation):
             raise InputError(f"formation must be what find_formation gives, not of type {type(formation).__name__}")
         if formation is not None:
+            formation.check_prompts(batch.n, batch.length)
             study.formation = formation
         return study
 

@@ -18,7 +18,7 @@ from tests.helpers.command_line import environment
 ROOT = Path(__file__).parents[1]
 PACKAGE, TESTS = ROOT / "sinklens", ROOT / "tests"
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
-TOP = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+TOP = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 PUBLIC = re.findall(r"^from (\S+) import (\w+) as (\w+)$", (PACKAGE / "__init__.pyi").read_text("utf-8"), re.M)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ import pytest
 from typer.testing import CliRunner
 
 import sinklens as sl
+import sinklens
 from sinklens.analysis.discovery import list_analyses
 from sinklens.analysis.run import load_analysis, run_analysis
-from sinklens.prompts import natural
+from sinklens.prompts import from_tokens, natural
 from sinklens.study import Study
 from tests.helpers.pages import README, blocks, headings, links, readmes, table
 from tests.helpers.readme import HEAD, ORDER, with_table
 from tests.helpers.readme import README as RESULTS
 from tests.helpers.readme import table as results_of
 from tests.helpers.references import ROOT
+from tests.helpers.sweeps import FORMATION
+from tests.helpers.tiny import tiny_tokens
 
 each_page = pytest.mark.parametrize("page", readmes(), ids=lambda page: str(page.relative_to(ROOT)))
 TEXT = README.read_text(encoding="utf-8")
@@ -56,7 +60,7 @@ def help_of(words: list[str]) -> str:
 
 
 def test_the_first_page_is_short():
-    assert len(TEXT.splitlines()) <= 160
+    assert len(TEXT.splitlines()) <= 180
 
 
 def test_every_analysis_has_its_row(rows):
@@ -144,9 +148,32 @@ def test_the_first_page_s_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (example,) = blocks(TEXT, "python")
     names: dict[str, Any] = {}
-    exec(example.replace("n=16, length=64", "n=2, length=16").replace("8-12", "10"), names)
+    small = example.replace("n=8, length=32", "n=2, length=16").replace("8-12", "10")
+    assert small != example
+    exec(small, names)
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
     assert names["logits"].shape[:2] == (2, 16)
+
+
+def test_the_first_page_s_example_can_be_run_twice():
+    """What it writes may be there already: a folder that is saved into is replaced, a sweep's is taken up."""
+    (example,) = blocks(TEXT, "python")
+    for line in example.splitlines():
+        assert ".save(" not in line or "force=True" in line, line
+
+
+@pytest.mark.backend
+def test_your_own_question_runs(tiny_llama, capsys):
+    """Every block of the page, one after the other, on a tiny model in place of the real one."""
+    page = ROOT / "tutorials" / "your_own_question.md"
+    first, *others = blocks(page.read_text(encoding="utf-8"), "python")
+    assert "sl.load_model" in first and "find_formation" in first and len(others) >= 5
+    batch = from_tokens(tiny_llama, tiny_tokens(3, 12))
+    names: dict[str, Any] = {"sl": sinklens, "model": tiny_llama, "batch": batch}
+    names["formation"] = replace(FORMATION, sink_positions=(0, 0, 0))
+    for block in others:
+        exec(block, names)
+    capsys.readouterr()
 
 
 @pytest.mark.smollm2

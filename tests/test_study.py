@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import sinklens as sl
 from sinklens import sites, statistics
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
+from sinklens.formation import explained
 from sinklens.prompts import from_tokens
 from sinklens.readouts.base import Readout
 from sinklens.study import Study
@@ -172,3 +174,23 @@ def test_things_of_another_kind_are_refused_where_they_enter():
             sl.run_analysis(analysis, of)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="texts must be a list of strings, not of type NoneType"):
         sl.prompts.from_texts(here.model, None, length=8)  # type: ignore[arg-type]
+
+
+def test_a_formation_of_other_prompts_is_one_sentence():
+    """Wherever one is given: it would be an error of torch's, or the sink of other prompts."""
+    model, shorter = tiny_model("llama"), from_tokens(tiny_model("llama"), tiny_tokens(3, 4))
+    batch = from_tokens(model, tiny_tokens(3, 12))
+    fewer = replace(FORMATION, sink_positions=(0, 0))
+    later = replace(FORMATION, sink_positions=(0, 0, 5))
+    calls = {
+        "run_chain": lambda batch, known: sl.run_chain(model, batch, target=2, formation=known),
+        "sweep": lambda batch, known: sl.sweep(model, batch, target=2, formation=known),
+        "induced_pair": lambda batch, known: sl.induced_pair(model, batch, known, 2),
+        "natural_pair": lambda batch, known: sl.natural_pair(batch, known),
+        "explained": lambda batch, known: explained(model, batch, known, 0),
+    }
+    for call in calls.values():
+        with pytest.raises(InputError, match="was found on 2 prompts, and there are 3: call find_formation on these"):
+            call(batch, fewer)
+        with pytest.raises(InputError, match="has a sink at position 5, and the prompts have 4 tokens: call find_form"):
+            call(shorter, later)

@@ -78,7 +78,8 @@ class ChainResult:
         return summary(self, f"{self.metric}, {sink}", f"stages {stages}", f"block {self.formation.layer}")
 
     def _repr_html_(self) -> str:
-        shown = [name for name in (*SCORE_KEYS, "effect", "low", "high", "n", "n_excluded") if name in self.scores]
+        wanted = (*SCORE_KEYS, "predicted", "effect", "ci_low", "ci_high", "share", "n")
+        shown = [name for name in wanted if name in self.scores]
         return html(repr(self), pd.DataFrame(self.scores, columns=shown))
 
     @property

@@ -13,6 +13,7 @@ an induced pair, and every stage's transplant must move its own readout by exact
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +26,7 @@ from sinklens.chain.first_prompt import first_prompt
 from sinklens.chain.result import METRIC, ChainResult
 from sinklens.chain.scoring import SINK, Trial
 from sinklens.engine.residual import as_written
-from sinklens.engine.run import PatchResult, Progress
+from sinklens.engine.run import PatchResult
 from sinklens.engine.validation import check_edits
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation
@@ -37,8 +38,9 @@ from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.named import NamedReadout
 from sinklens.records.integers import whole_numbers
+from sinklens.records.progress import Progress, progress_of
 from sinklens.records.ranges import MOST_REPEATS, Between, check_number, check_seed
-from sinklens.stages import CHAIN, Stage
+from sinklens.stages import CHAIN, Stage, stages_of
 from sinklens.stages.base import Setting
 from sinklens.study import Study
 
@@ -52,7 +54,7 @@ def run_chain(
     pair: InducedKind = "block_aggregation",
     strength: float = 8.0,
     pair_layers: Sequence[int] | None = None,
-    stages: Sequence[Stage] = CHAIN,
+    stages: Sequence[Stage | str] = CHAIN,
     formation: Formation | None = None,
     event: int | None = None,
     metric: str | NamedReadout = METRIC,
@@ -62,7 +64,7 @@ def run_chain(
     seed: int = 0,
     memory_budget: int | None = None,
     max_rows: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> ChainResult:
     """Score every stage of the chain on ``batch``.
 
@@ -73,7 +75,7 @@ def run_chain(
         pair: how the sink is made at ``target``: ``block_aggregation`` or ``amplify_variance``.
         strength: lambda of ``amplify_variance``.
         pair_layers: blocks of that intervention (see :func:`sinklens.induced_pair` for the default).
-        stages: stages to score, the six of the chain by default.
+        stages: stages to score, themselves or by name; the six of the chain by default.
         formation: where the sink forms; found if not given.
         event: number of the formation event to explain, in place of ``formation`` (see
             :attr:`sinklens.Formation.steps`); the one with the largest growth by default.
@@ -85,7 +87,8 @@ def run_chain(
         seed: fixes every draw and the bootstrap.
         memory_budget: bytes for one forward pass's activations.
         max_rows: rows for one forward pass, in place of the budget.
-        progress: called with (rows done, rows in all).
+        progress: called with (rows done, rows in all); ``True`` or ``False``: a line that says it, or none; by default
+            one in terminals and notebooks.
 
     Raises:
         NoSinkError: the model has no sink on these prompts, or the pair makes none in any prompt.
@@ -103,17 +106,17 @@ def run_chain(
         "seed": seed,
         "memory_budget": memory_budget,
         "rows": max_rows,
-        "progress": progress,
     }
-    return score_chain(
-        Study.of(model, batch, formation, **options),
-        choice,
-        stages=stages,
-        metric=metric,
-        readout_blocks=readout_blocks,
-        control_draws=control_draws,
-        min_gap=min_gap,
-    )
+    with progress_of(progress, "chain") as told:
+        return score_chain(
+            Study.of(model, batch, formation, **options, progress=told),
+            choice,
+            stages=stages,
+            metric=metric,
+            readout_blocks=readout_blocks,
+            control_draws=control_draws,
+            min_gap=min_gap,
+        )
 
 
 @in_usual_state
@@ -121,7 +124,7 @@ def score_chain(
     study: Study,
     choice: PairChoice,
     *,
-    stages: Sequence[Stage] = CHAIN,
+    stages: Sequence[Stage | str] = CHAIN,
     metric: str | NamedReadout = METRIC,
     readout_blocks: int = 4,
     control_draws: int = 3,
@@ -132,21 +135,22 @@ def score_chain(
     """:func:`run_chain` where model, prompts and what is known of them are in a study; it raises the same.
 
     ``scores_only`` leaves out what else there is to see of a chain (matrix, checks, views, provenance) and the passes
-    that it takes; without ``views`` only the checks of what else the pair changes and the first prompt's views are.
+    that it takes; without ``views``, the checks of what else the pair changes and the first prompt's views alone.
     """
     views = views and not scores_only
-    _check(choice, study, stages, readout_blocks, control_draws, min_gap)
-    named = study.named_readout(metric)
+    _check(choice, study, readout_blocks, control_draws, min_gap)
+    chosen, named = stages_of(stages), study.named_readout(metric)
     seed, model, batch = study.seed, study.model, study.batch
     setting = Setting.of(study, choice, readout_blocks)
     pair = setting.pair
 
-    trials, skipped = _trials(setting, stages, control_draws)
-    scored = [stage for stage in stages if any(trial.stage is stage for trial in trials)]
+    trials, skipped = _trials(setting, chosen, control_draws)
+    scored = [stage for stage in chosen if any(trial.stage is stage for trial in trials)]
     own = {} if scores_only else _own_readouts(setting, scored, skipped)
     readouts = [*_metric(setting, named), *own.values()]
     result = study.runner(readouts, pair.runs).run([trial.patch for trial in trials], study.progress)
 
+    _say_if_slow(result)
     gap = scoring.Gap(named.name, named.is_share, min_gap)
     effects = scoring.effects(trials, result, pair, gap)
     scoring.check_pair(effects, result, pair, gap)
@@ -171,10 +175,17 @@ def score_chain(
     )
 
 
+def _say_if_slow(result: PatchResult) -> None:
+    """Python shows a warning of the same words once."""
+    if result.stats.path == "model" and result.stats.reason:
+        warnings.warn(
+            f"patches run through TransformerLens, several times more slowly: {result.stats.reason}", stacklevel=3
+        )
+
+
 def _check(
     choice: PairChoice,
     study: Study,
-    stages: Sequence[Stage],
     readout_blocks: int,
     control_draws: int,
     min_gap: float,
@@ -185,8 +196,6 @@ def _check(
     check_number("control_draws", control_draws, Between(1, MOST_REPEATS), whole=True)
     check_number("readout_blocks", readout_blocks, Between(1), whole=True)
     check_number("min_gap", min_gap, Between(0))
-    if not stages:
-        raise InputError("give at least one stage")
 
 
 def _config(choice: PairChoice, setting: Setting, stages: Sequence[Stage], metric: NamedReadout) -> dict[str, Any]:

@@ -146,7 +146,8 @@ def run_everything(
     _print_all(runs, as_json, several)
     failed = [f"{run.name}/{part}".lstrip("/") for run in runs for part in run.result.failed]
     if failed:
-        typer.echo(f"sinklens: {len(failed)} part(s) failed: {', '.join(failed)}", err=True)
+        parts = "1 part" if len(failed) == 1 else f"{len(failed)} parts"
+        typer.echo(f"sinklens: {parts} failed: {', '.join(failed)}", err=True)
         raise typer.Exit(1)
 
 
@@ -212,6 +213,7 @@ def _print_agreement(runs: list[_Run], over: str) -> None:
     from sinklens.analysis.replicate import AGREEMENT
     from sinklens.analysis.suite import CHAIN
     from sinklens.chain.agree import agreement_text
+    from sinklens.cli.fitting import show
     from sinklens.cli.tables import agreement_table, console
 
     folder = runs[0].result.folder.parent
@@ -219,7 +221,7 @@ def _print_agreement(runs: list[_Run], over: str) -> None:
     if table.empty or len(runs) < 2:
         return
     of_analyses, of_chain = table.query("what == 'verdict'"), table.query("what != 'verdict'")
-    screen.print(agreement_table(of_analyses))
+    show(screen, agreement_table(of_analyses))
     for what, rows in (("Analyses", of_analyses), (CHAIN.capitalize(), of_chain)):
         if len(rows):
             screen.print(f"{what}: {agreement_text(rows, over)}", markup=False, soft_wrap=True)
@@ -229,11 +231,12 @@ def _print_agreement(runs: list[_Run], over: str) -> None:
 
 
 def _print(result: Any, batch: Any, page: Path | None) -> None:
+    from sinklens.cli.fitting import show
     from sinklens.cli.tables import console, verdicts_table
     from sinklens.prompts import prompts_text
 
     screen = console()
-    screen.print(verdicts_table(result))
+    show(screen, verdicts_table(result))
     screen.print(prompts_text(batch.record()), markup=False)
     screen.print(f"Results: {result.folder}" + (f"; report: {page}" if page else ""), markup=False, soft_wrap=True)
 

@@ -308,6 +308,7 @@ def _reported(
 
 
 def _print_chains(chains: list[_Chain], as_json: bool, agreement: str | None = None) -> None:
+    from sinklens.cli.fitting import show
     from sinklens.cli.tables import chain_footer, chain_table, console
 
     if as_json:
@@ -318,7 +319,7 @@ def _print_chains(chains: list[_Chain], as_json: bool, agreement: str | None = N
     for chain in chains:
         if chain.title:
             screen.print(chain.title, markup=False)
-        screen.print(chain_table(chain.result))
+        show(screen, chain_table(chain.result))
         for line in chain_footer(chain.result):
             screen.print(line, markup=False)
         told = f"Results: {chain.out}" + (f"; report: {chain.page}" if chain.page else "")

@@ -94,7 +94,9 @@ def grid_text(plan: Plan, pending: Sequence[int]) -> str:
     }
     parts = [_count(name, size) for name, size in sizes.items() if size != [1] * len(size) or name == "layer"]
     done = len(tasks) - len(pending)
-    left = "" if not done else f", of which {len(pending):,} are to be run here"
+    left = "" if not done else f", of which {len(pending):,} {'is' if len(pending) == 1 else 'are'} to be run here"
+    if not pending:
+        left += ": nothing is run"
     total = tasks.n_patches * tasks.n_prompts
     return (
         f"Grid: {' x '.join(parts)} = {tasks.n_patches:,} patches, on {_count('prompt', [tasks.n_prompts])} {total:,} "

@@ -65,6 +65,7 @@ def find(
 
             step("finding the formation block")
             formation = find_formation(loaded, batch, **given)
+        from sinklens.cli.fitting import show
         from sinklens.cli.tables import console, formation_tables
         from sinklens.formation import formation_to_json
         from sinklens.prompts import prompts_text
@@ -74,6 +75,5 @@ def find(
             data = {**formation_to_json(formation), **batch.record()}
             print(json.dumps(to_plain(data), indent=1))  # noqa: T201  (the command's output)
             return
-        for table in formation_tables(formation):
-            console().print(table)
+        show(console(), *formation_tables(formation))
         console().print(prompts_text(batch.record()), markup=False)

@@ -29,6 +29,7 @@ def models(
 
         from rich.table import Table
 
+        from sinklens.cli.fitting import show
         from sinklens.cli.tables import console
         from sinklens.models.load import list_models
         from sinklens.records.plain import to_plain
@@ -42,7 +43,7 @@ def models(
             table.add_column(name, overflow="fold")
         for item in found:
             table.add_row(*("" if value is None else str(value) for value in item.values()))
-        console().print(table)
+        show(console(), table)
         console().print("Any other model: give a Hugging Face id or a local folder to --model.")
 
 
@@ -52,6 +53,7 @@ def _capabilities(name: str, backend: Backend, as_json: bool) -> None:
 
         step(f"trying everything on {name}")
         from sinklens.analysis.capabilities import capabilities
+        from sinklens.cli.fitting import show
         from sinklens.cli.tables import capabilities_table, console
         from sinklens.models.families import FAMILIES
         from sinklens.models.load import load_model
@@ -60,4 +62,4 @@ def _capabilities(name: str, backend: Backend, as_json: bool) -> None:
         if as_json:
             print(json.dumps(asdict(found), indent=1))  # noqa: T201  (the command's output)
         else:
-            console().print(capabilities_table(found))
+            show(console(), capabilities_table(found))

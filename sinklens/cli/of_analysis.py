@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -37,6 +38,7 @@ from sinklens.cli.common import (
     SeedOption,
     budget,
     command_line,
+    errors,
     floats,
     given_formation,
     left_out,
@@ -44,8 +46,10 @@ from sinklens.cli.common import (
     progress,
     write_report,
 )
+from sinklens.cli.fitting import show
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
 from sinklens.cli.tables import console, verdict_table
+from sinklens.errors import InputError
 from sinklens.prompts import prompts_text
 from sinklens.records.files import check_out
 from sinklens.records.ranges import integers, names
@@ -66,7 +70,9 @@ FORMS = {
 
 def run_command(analysis: Analysis, args: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run an analysis as a command of its own; ends by SystemExit with the exit code."""
-    run_alone(_command(analysis), _help(analysis), args, prog)
+    with errors():
+        command = _command(analysis)
+    run_alone(command, _help(analysis), args, prog)
 
 
 def _help(analysis: Analysis) -> str:
@@ -75,8 +81,12 @@ def _help(analysis: Analysis) -> str:
 
 
 def _command(analysis: Analysis) -> Callable[..., None]:
+    bare = [name for name, default in analysis.options.items() if default is inspect.Parameter.empty]
+    if bare:
+        raise InputError(f"the option {bare[0]!r} of {analysis.name} has no default: give it one")
     run = partial(_run, analysis, out=Path(f"runs/{analysis.name}"))
-    return command_of(options_of(analysis.run, FORMS), run)
+    # What cannot be written on a command line (a function, a table) is for Python alone.
+    return command_of([option for option in options_of(analysis.run, FORMS) if option.possible], run)
 
 
 def _run(
@@ -180,7 +190,7 @@ def _print(result: AnalysisResult, out: Path, page: Path | None, as_json: bool) 
         sys.stdout.write((out / "summary.json").read_text(encoding="utf-8") + "\n")
         return
     screen = console()
-    screen.print(verdict_table(result))
+    show(screen, verdict_table(result))
     screen.print(prompts_text(result.config), markup=False)
     screen.print(f"Results: {out}" + (f"; report: {page}" if page else ""), markup=False, soft_wrap=True)
 

@@ -38,6 +38,7 @@ from sinklens.cli.common import (
     load,
 )
 from sinklens.cli.display import sweep_display
+from sinklens.cli.fitting import show
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
 from sinklens.cli.tables import console
 from sinklens.cli.tables_sweep import judged_table, overview_table, strongest_table, verified_table
@@ -160,14 +161,12 @@ def _print(result: SweepResult, execution: Execution, seconds: float) -> None:
         line = f"{len(missing):,} of {len(result.task_ids()):,} tasks are left to {whose}; results so far: {out}"
         screen.print(line, markup=False, soft_wrap=True)
         return
-    screen.print(overview_table(result))
-    screen.print(strongest_table(result))
+    show(screen, overview_table(result), strongest_table(result))
     if odd := result.n_nonfinite():
         line = f"{odd:,} rows have no value: the patched run's activations or readout were not finite there"
         screen.print(line, markup=False, soft_wrap=True)
     verified = result.verified
     if verified is not None:
-        screen.print(verified_table(verified))
-        screen.print(judged_table(result.judged()))
+        show(screen, verified_table(verified), judged_table(result.judged()))
     screen.print(prompts_text(result.config), markup=False)
     screen.print(f"{len(result):,} rows in {seconds:.1f} s. Results: {out}", markup=False, soft_wrap=True)

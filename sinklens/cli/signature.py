@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sinklens.cli.common import Command, errors, usage_errors
-from sinklens.records.ranges import Between, check_number, limits_of
+from sinklens.errors import InputError
+from sinklens.records.ranges import Between, check_number, hints_of, limits_of
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,12 @@ def options_of(
         forms: by type, how values are written.
         flags: names of options that differ from the parameters'.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
+    hints = hints_of(function)
     options = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.default is inspect.Parameter.empty:
             continue
-        given = hints[parameter.name]
+        given = hints.get(parameter.name, type(parameter.default))  # without an annotation the default says the type
         extra = typing.get_args(given) if typing.get_origin(given) is Annotated else ()
         hint, limits = limits_of(given)
         options.append(
@@ -129,13 +130,17 @@ def command_of(options: Sequence[Option], run: Callable[..., None]) -> Callable[
     """A function whose signature typer can read: ``options``, then those of ``run`` but its first parameter.
 
     ``run`` is called with the values of ``options`` by name, and with its own.
+
+    Raises:
+        InputError: an option that is called like one of ``run``'s.
     """
+    common = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
+    check_names(options, common)
 
     def command(**values: Any) -> None:
         with errors():
             run({option.name: option.value(values.pop(option.name)) for option in options}, **values)
 
-    common = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
     parameters = [
         *(option.for_typer() for option in options),
         *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in common),
@@ -143,6 +148,32 @@ def command_of(options: Sequence[Option], run: Callable[..., None]) -> Callable[
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def check_names(options: Sequence[Option], common: Sequence[inspect.Parameter]) -> None:
+    """Make sure that no option is called like one that every such command has.
+
+    Raises:
+        InputError: one is.
+    """
+    taken = {"--help", *(flag for parameter in common for flag in flags_of(parameter))}
+    parameters = {parameter.name for parameter in common}
+    for option in options:
+        if option.written in taken or option.name in parameters:
+            reserved = ", ".join(sorted(flag.removeprefix("--") for flag in taken))
+            raise InputError(
+                f"the option {option.name!r} has the name of one that every such command has: call it otherwise "
+                f"(reserved are {reserved})"
+            )
+
+
+def flags_of(parameter: inspect.Parameter) -> list[str]:
+    """What a parameter of a command is called on the command line."""
+    extra = typing.get_args(parameter.annotation) if typing.get_origin(parameter.annotation) is Annotated else ()
+    # Typer's first positional argument is a default, unless it stands in an annotation: then it is a name.
+    named = [(getattr(item, "default", ""), *(getattr(item, "param_decls", None) or ())) for item in extra]
+    given = [name for names in named for name in names if isinstance(name, str) and name.startswith("--")]
+    return given or [f"--{parameter.name.replace('_', '-')}"]
 
 
 def run_alone(command: Callable[..., None], help: str, args: Sequence[str] | None, prog: str | None) -> None:

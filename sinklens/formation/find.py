@@ -118,6 +118,7 @@ def explained(
         NoSinkError: no neuron of the block qualifies.
     """
     check_batch(model, batch)
+    formation.check_prompts(batch.n, batch.length)
     sinks = torch.tensor(formation.sink_positions, device="cpu")
     post, added = written_at(model, batch, layer, row_budget(model, batch.length, memory_budget))
     neurons = super_neurons_of(model, layer, post, sinks, neuron_z, selectivity, super_neurons)

@@ -152,6 +152,21 @@ class Formation:
             last += 1
         return last
 
+    def check_prompts(self, n: int, length: int) -> None:
+        """Make sure that it can have been found on ``n`` prompts of ``length`` tokens.
+
+        Raises:
+            InputError: it was found on others.
+        """
+        found, last = len(self.sink_positions), max(self.sink_positions, default=0)
+        if found != n:
+            told = f"the formation was found on {found} prompts, and there are {n}"
+        elif last >= length:
+            told = f"the formation has a sink at position {last}, and the prompts have {length} tokens"
+        else:
+            return
+        raise InputError(f"{told}: call find_formation on these prompts")
+
     @property
     def up_to(self) -> tuple[int, ...]:
         """The blocks up to the formation block, it included."""

@@ -174,7 +174,10 @@ def load_model(
                 if has_lost_weights(hf_model):
                     hf_model = _resolve(model, precision)[0]
         # A bridge keeps what we loaded for it; the user's object stays by itself.
-        return to_bridge(hf_model, chosen, **options, take=isinstance(model, (str, Path)))
+        loaded = to_bridge(hf_model, chosen, **options, take=isinstance(model, (str, Path)))
+        if not any(".attn." in point for point in loaded.hook_dict):
+            raise InputError(f"{type(hf_model).__name__} has no attention, and so no sink: give another model.")
+        return loaded
 
 
 def _decoder_config(model: object) -> dict[str, Any] | None:

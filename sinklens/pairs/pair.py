@@ -104,6 +104,7 @@ def make_pair(
     """
     check_batch(model, batch)
     choice.check(batch.length)
+    formation.check_prompts(batch.n, batch.length)
     if choice.is_natural:
         return natural_pair(batch, formation, seed)
     root = _root(choice, model, batch, formation, max_rows)
@@ -143,7 +144,12 @@ def induced_pair(
 
 @in_usual_state
 def natural_pair(batch: PromptBatch, formation: Formation, seed: int = 0) -> SinkPair:
-    """The sink that the data has, against ordinary positions of the same run."""
+    """The sink that the data has, against ordinary positions of the same run.
+
+    Raises:
+        InputError: the formation was found on other prompts.
+    """
+    formation.check_prompts(batch.n, batch.length)
     ordinary, reference = _ordinary(batch, formation.sink_positions, formation.sink_positions, seed)
     return SinkPair(
         kind=NATURAL,

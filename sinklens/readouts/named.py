@@ -80,7 +80,8 @@ class NamedReadout:
 
 
 ReadoutLike = str | NamedReadout | Readout | Reduce
-"""A name or what has one, a readout, or a function ``(logits [row pos d_vocab], rows) -> [row]``."""
+"""A name or what has one, a readout, or a function ``(logits [row pos d_vocab], rows) -> [row]``, of logits alone if it
+likes."""
 
 KIND = "a readout"
 """What the registry calls them."""
@@ -149,14 +150,15 @@ def read_readout(readout: ReadoutLike) -> ReadoutLike:
         return named.name if is_the_package_s(READOUTS, KIND, named.name, named) else named
     if not isinstance(readout, Readout) and not callable(readout):
         raise InputError(f"readout {readout!r} must be a name, a Readout, or a function of logits and rows")
-    if not isinstance(readout, Readout) and not _takes_two(readout):
-        raise InputError(f"the readout {readout_name(readout)!r} must be a function of two things, logits and rows")
+    if not isinstance(readout, Readout) and not (_takes(readout, 2) or _takes(readout, 1)):
+        raise InputError(f"the readout {readout_name(readout)!r} must be a function of logits, or of logits and rows")
     return readout
 
 
-def _takes_two(function: Callable[..., Any]) -> bool:
+def _takes(function: Callable[..., Any], n: int) -> bool:
+    """Whether a function can be called with so many things."""
     try:
-        inspect.signature(function).bind(None, None)
+        inspect.signature(function).bind(*[None] * n)
     except ValueError:  # some functions of C do not say what they take
         return True
     except TypeError:
@@ -178,7 +180,9 @@ def build(readout: ReadoutLike, context: Context) -> Readout:
     if named is not None:
         return named.make(named.name, context)
     if not isinstance(readout, Readout):
-        readout = Readout(readout_name(readout), LOGITS, (context.n_layers,), cast(Reduce, readout))
+        function = cast(Callable[..., Tensor], readout)
+        reduce = function if _takes(function, 2) else lambda logits, _rows: function(logits)
+        readout = Readout(readout_name(readout), LOGITS, (context.n_layers,), reduce)
     if context.offset == 0:
         return readout
     return _shifted(readout, context.offset, len(context.tokens))

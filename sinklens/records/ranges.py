@@ -40,6 +40,19 @@ def limits_of(hint: Any) -> tuple[Any, Between | None]:
     return kind, next((item for item in extra if isinstance(item, Between)), None)
 
 
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function, with what is ``Annotated``.
+
+    Raises:
+        InputError: one of them names what is not there.
+    """
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except Exception as error:  # an annotation is code of the user's
+        name, why = getattr(function, "__name__", "the function"), " ".join(str(error).split())
+        raise InputError(f"the annotations of {name} cannot be read ({why}): correct them") from error
+
+
 def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], *, limits: bool = True) -> None:
     """Make sure that arguments are what the function's annotations say, as far as these are numbers, texts, choices,
     true or false, or functions.
@@ -52,7 +65,7 @@ def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], *, 
     Raises:
         InputError: another type, a number that is not finite or out of its limits, another choice.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
+    hints = hints_of(function)
     for name, value in values.items():
         kind, between = limits_of(hints.get(name))
         kinds = set(typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,))

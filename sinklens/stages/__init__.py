@@ -27,6 +27,7 @@ from sinklens.stages.base import (
     at_formation,
     experiment_kind,
     register,
+    stages_of,
 )
 from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_dims, other_neurons, other_positions
 from sinklens.stages.down_projection import DOWN_PROJECTION
@@ -78,4 +79,5 @@ __all__ = [
     "other_positions",
     "others",
     "register",
+    "stages_of",
 ]

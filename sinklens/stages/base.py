@@ -320,7 +320,7 @@ def _prediction(edit: str, numbers: Any) -> Prediction:
     return Prediction(denoise, noise)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stage:
     """One link of the chain."""
 
@@ -341,6 +341,9 @@ class Stage:
     needs: tuple[Need, ...] = ()
     """What must hold in the model for any of its experiments."""
 
+    def __repr__(self) -> str:
+        return f"Stage({self.name!r})"  # it is a default of functions, whose help would be a page of it
+
     def check(self, setting: Setting, experiment: Experiment) -> None:
         """Make sure that the model has what the stage and one of its experiments need.
 
@@ -358,6 +361,25 @@ STAGES: dict[str, Stage] = {}
 
 KIND = "a stage"
 """What the registry calls them."""
+
+
+def stages_of(given: Stage | str | Sequence[Stage | str]) -> tuple[Stage, ...]:
+    """Stages themselves, or the names of some.
+
+    Raises:
+        InputError: there is none, an unknown name, or something else.
+    """
+    listed = [given] if isinstance(given, Stage | str) or not isinstance(given, Iterable) else list(given)
+    if not listed:
+        raise InputError("give at least one stage")
+    found = []
+    for item in listed:
+        stage = STAGES.get(item) if isinstance(item, str) else item
+        if not isinstance(stage, Stage):
+            what = repr(item) if isinstance(item, str) else f"of type {type(item).__name__}"
+            raise InputError(f"a stage must be a Stage or the name of one ({', '.join(STAGES)}), not {what}")
+        found.append(stage)
+    return tuple(found)
 
 
 def register(stage: Stage) -> Stage:

@@ -106,10 +106,7 @@ class Planner:
         """
         choices, batch, budget = self.choices, self.batch, self.execution.memory_budget
         formation = choices.formation or find_formation(self.model, batch, memory_budget=budget)
-        if len(formation.sink_positions) != batch.n:
-            raise InputError(
-                f"the formation was found on {len(formation.sink_positions)} prompts, and there are {batch.n}"
-            )
+        formation.check_prompts(batch.n, batch.length)
         answers = choices.answers
         if answers is None and any(needs_answers(readout) for readout in choices.readouts):
             answers = top_two(self.model, batch, budget)

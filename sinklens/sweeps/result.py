@@ -220,7 +220,7 @@ class SweepResult:
         Raises:
             InputError: an unknown readout or value.
         """
-        readout = self._readout(readout)
+        readout = self.readout(readout)
         wanted = {"change": ["value", "base", "anchored"]}.get(value, [value])
         if value not in ("effect", "value", "change", "base", "anchored"):
             raise InputError(f"value {value!r}: choose effect, value, change, base or anchored")
@@ -241,7 +241,12 @@ class SweepResult:
         tensor[tuple(torch.from_numpy(code) for code in codes)] = torch.from_numpy(values)
         return LabelledTensor(tensor, TENSOR_AXES, coords, value)
 
-    def _readout(self, readout: str | None) -> str:
+    def readout(self, readout: str | None = None) -> str:
+        """Name of a readout of this sweep; the only one need not be named.
+
+        Raises:
+            InputError: there is none of that name, or several and no name.
+        """
         names = _names(self.config["readouts"])
         if readout is None and len(names) == 1:
             return names[0]

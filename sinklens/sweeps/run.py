@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,6 @@ import pyarrow as pa
 
 from sinklens.edits import Edit
 from sinklens.engine.given import check_count
-from sinklens.engine.run import Progress
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.state import in_usual_state
@@ -22,6 +22,7 @@ from sinklens.pairs.ablations import EditLike
 from sinklens.pairs.choice import Target
 from sinklens.prompts import PromptBatch, check_batch
 from sinklens.readouts.named import ReadoutLike
+from sinklens.records.progress import Progress, progress_of
 from sinklens.records.ranges import SEEDS, Between, Range, check_arguments
 from sinklens.sweeps.companions import Companions
 from sinklens.sweeps.execution import Execution, Planned
@@ -125,7 +126,11 @@ def sweep(
     seed: Annotated[int, "Fixes every random draw.", SEEDS] = 0,
     memory_budget: Annotated[int | None, "Bytes that the activations of one forward pass may take."] = None,
     max_rows: Annotated[int | None, "Rows per forward pass, in place of the memory budget.", Between(1)] = None,
-    progress: Annotated[Progress | None, "Called with (rows done, rows in all), patches times prompts."] = None,
+    progress: Annotated[
+        Progress | bool | None,
+        "Called with (rows done, rows in all), patches times prompts; True or False for a line or none. By default a "
+        "line in terminals and notebooks.",
+    ] = None,
     planned: Annotated[Planned | None, "Called with the plan and the pending tasks before anything is run."] = None,
     model_spec: Annotated[
         ModelSpec | None,
@@ -138,9 +143,10 @@ def sweep(
     Every argument is explained where it stands in the signature, and is an option of ``sinklens sweep`` if it can be
     written as text. Stages, edits, directions and readouts are names (in a text with commas, or a list), or things
     themselves: a :class:`~sinklens.Stage` or :class:`~sinklens.HookSite`, an :class:`~sinklens.Edit`, a
-    :class:`~sinklens.Readout` or a function ``(logits, rows) -> [row]``. A range is ``0-29``, ``1-63:4``, ``3,5,7-9``,
-    ``all``, or a sequence of ints. An effect counts from the run that is patched: 0 is that run, 1 the other one of the
-    pair (see :mod:`sinklens.chain.result`); with companions, what they do counts too.
+    :class:`~sinklens.Readout` or a function of logits, or of logits and rows, that gives one number a row. A range is
+    ``0-29``, ``1-63:4``, ``3,5,7-9``, ``all``, or a sequence of ints. An effect counts from the run that is patched: 0
+    is that run, 1 the other one of the pair (see :mod:`sinklens.chain.result`); with companions, what they do counts
+    too.
 
     Raises:
         InputError: an argument that does not fit model and prompts; ``out`` holds another sweep or cannot be written.
@@ -152,7 +158,17 @@ def sweep(
     arguments = locals()
     # Whether numbers are within their limits is said in words of their own.
     check_arguments(sweep, arguments, limits=False)
-    return run_sweep(model, batch, Request.of(arguments), Execution.of(arguments))
+    request = Request.of(arguments)
+    with progress_of(progress, "sweep") as told:
+        arguments["progress"] = told
+        if planned is None and told is not None and told is not progress:
+            arguments["planned"] = _say_if_nothing_is_left
+        return run_sweep(model, batch, request, Execution.of(arguments))
+
+
+def _say_if_nothing_is_left(_plan: Plan, pending: Sequence[int]) -> None:
+    if not pending:
+        sys.stderr.write("nothing was run: all of this sweep that is to be run here had been finished\n")
 
 
 @in_usual_state

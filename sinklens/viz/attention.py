@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sinklens.errors import InputError, need
+from sinklens.viz.chain import check_chain
 from sinklens.viz.circuitsvis import as_text, label, safe
 from sinklens.viz.circuitsvis import views_html as attention_html
 
@@ -48,6 +49,7 @@ def attention_view(
 
 def sink_heads(result: ChainResult, most: int = 6) -> list[int]:
     """The heads that attend most to the target on the first prompt (in all runs together), in their order."""
+    check_chain(result)
     key = target_position(result)
     received = [p[0, :, key + 1 :, key].float().mean(-1) for p in result.attention.values()]
     total = torch.stack(received).sum(0)

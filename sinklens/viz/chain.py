@@ -51,11 +51,26 @@ def directions(table: pd.DataFrame) -> list[str]:
     return [name for name in QUESTIONS if len(table) and (table.direction == name).any()]
 
 
+def check_chain(result: object) -> None:
+    """Make sure of what is to be drawn.
+
+    Raises:
+        InputError: it is no chain's result.
+    """
+    if not isinstance(result, ChainResult):
+        what = type(result).__name__
+        raise InputError(f"this draws the result of run_chain, or ChainResult.load(folder), not of type {what}")
+
+
 def score_rows(result: ChainResult) -> pd.DataFrame:
     """The rows of the scores figure from top to bottom: a header for each stage, its edits, controls below their edit.
 
     Columns: row, stage, edit, control, kind (header, transplant, mechanism or control), label.
+
+    Raises:
+        InputError: it is no chain's result.
     """
+    check_chain(result)
     records: list[dict[str, Any]] = []
     for number, (stage, group) in enumerate(result.scores.groupby("stage", sort=False), start=1):
         header = f"<b>{number} {html.escape(heading(stage), quote=False)}</b>"
@@ -196,7 +211,10 @@ def onset_profile(result: ChainResult | Formation) -> pd.DataFrame:
 
 
 def _formation(result: ChainResult | Formation) -> Formation:
-    return result if isinstance(result, Formation) else result.formation
+    if isinstance(result, Formation):
+        return result
+    check_chain(result)
+    return result.formation
 
 
 def onset_figure(result: ChainResult | Formation) -> Figure:
@@ -259,8 +277,9 @@ def chain_matrix(result: ChainResult, direction: str) -> pd.DataFrame:
     """Effect of every stage's transplant (rows) on every readout (columns), in the chain's order; NaN where missing.
 
     Raises:
-        InputError: the run has no such direction.
+        InputError: the run has no such direction, or it is no chain's result.
     """
+    check_chain(result)
     chosen = result.matrix[result.matrix.direction == direction] if len(result.matrix) else result.matrix
     if chosen.empty:
         raise InputError(f"this run has no chain matrix in direction {direction!r}")

@@ -21,6 +21,7 @@ from sinklens.chain.result import ChainResult
 from sinklens.records.printable import templates
 from sinklens.records.ranges import spans
 from sinklens.records.text import effect_text, heading, number, pretty
+from sinklens.viz.chain import check_chain
 
 Effects = Mapping[str, float]
 """Effect by direction."""
@@ -60,6 +61,7 @@ class Step:
 
 def steps(result: ChainResult) -> list[Step]:
     """The stages in the chain's order, with the numbers that are drawn."""
+    check_chain(result)
     scores = result.scores.loc[result.scores.control == ""]
     stages = list(dict.fromkeys(scores.stage))
     drawn = []

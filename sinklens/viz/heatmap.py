@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from sinklens.errors import InputError
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.tensor import LabelledTensor
 from sinklens.viz import charts
@@ -34,8 +35,13 @@ def heatmap(
             (panels beside one another).
 
     Raises:
-        InputError: plotly is not installed, or the sweep has no such axes.
+        InputError: plotly is not installed, the sweep has no such axes, or it is neither table nor sweep.
     """
     if isinstance(source, pd.DataFrame):
         return charts.heatmap(source, value=value or "value", x=x or "column", y=y or "row", **options)
+    if not isinstance(source, SweepResult | LabelledTensor):
+        raise InputError(
+            f"a heatmap is of a table, a sweep, or a tensor cut from one, not of type {type(source).__name__}; of a "
+            "chain, viz.matrix_figure(result, 'denoise') and viz.scores_figure(result) draw figures"
+        )
     return sweep_heatmap(source, value=value, x=x, y=y, **options)

@@ -11,6 +11,8 @@ import numpy as np
 
 from sinklens.errors import InputError
 from sinklens.records.text import pretty
+from sinklens.sites import SITES, HookSite
+from sinklens.stages import STAGES, Stage
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.tensor import LabelledTensor
 from sinklens.viz.charts import need_plotly, styled
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 MOST_PANELS = 24
 """More than these nobody can read."""
+UNITS = {"head": "head", "kv_head": "key/value head", "d_mlp": "neuron", "d_model": "dimension"}
+"""What the units of a site are called."""
 SIGNED = ("effect", "change")
 """Values of either sign, whose colours turn at 0."""
 
@@ -48,17 +52,34 @@ def sweep_heatmap(
     """
     quantity: Any = value or "effect"
     tensor = source.to_tensor(readout, quantity) if isinstance(source, SweepResult) else source
-    if "prompt" in tensor.axes and "prompt" not in (x, y):
+    n_prompts = len(tensor.coords["prompt"]) if "prompt" in tensor.axes and "prompt" not in (x, y) else 0
+    if n_prompts:
         tensor = tensor.mean("prompt")
     y, x = _drawn(tensor, x, y)
-    tensor = _present(tensor)
+    drawn = tensor = _present(tensor)
     figure = _grid(_panels(tensor, x, y), x, y, columns)
-    figure.update_xaxes(type="category", showgrid=False, title={"text": _axis_title(x), "standoff": 4})
+    figure.update_xaxes(type="category", showgrid=False, title={"text": _axis_title(x, tensor), "standoff": 4})
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed", automargin=True)
-    figure.update_yaxes(title_text=_axis_title(y), col=1)
+    figure.update_yaxes(title_text=_axis_title(y, tensor), col=1)
     figure.update_annotations(font_size=13)
-    figure.update_layout(coloraxis=_colours(tensor.name))
+    title = html.escape(_title(drawn, readout_of(source, readout), n_prompts, x, y), quote=False)
+    figure.update_layout(coloraxis=_colours(tensor.name), title={"text": title, "font": {"size": 14}, "x": 0.01})
+    figure.update_layout(margin={"t": 30 + (figure.layout.margin.t or 40)})
     return figure
+
+
+def readout_of(source: SweepResult | LabelledTensor, readout: str | None) -> str:
+    """What was measured, where the source knows."""
+    return source.readout(readout) if isinstance(source, SweepResult) else readout or ""
+
+
+def _title(tensor: LabelledTensor, readout: str, n_prompts: int, x: str, y: str) -> str:
+    """What all panels share: readout and quantity, the places of the axes that have one alone, and prompts."""
+    shared = [axis for axis in tensor.axes if axis not in (x, y) and len(tensor.coords[axis]) == 1]
+    places = [_place(axis, tensor.coords[axis][0]) for axis in shared if tensor.coords[axis][0] is not None]
+    prompts = "" if not n_prompts else "1 prompt" if n_prompts == 1 else f"mean over {n_prompts} prompts"
+    measured = f"{pretty(readout)}: {tensor.name}" if readout else tensor.name
+    return ", ".join(part for part in (measured, *places, prompts) if part)
 
 
 def _grid(panels: dict[str, LabelledTensor], x: str, y: str, columns: int) -> Figure:
@@ -138,7 +159,7 @@ def _panels(tensor: LabelledTensor, x: str, y: str) -> dict[str, LabelledTensor]
 def _place(axis: str, place: object) -> str:
     if axis in ("stage", "edit", "direction"):
         return pretty(place)
-    return f"{axis} {'all' if place is None else place}"
+    return f"{_axis_title(axis)} {'all' if place is None else place}"
 
 
 def _cells(panel: LabelledTensor, x: str, y: str) -> list[list[float | None]]:
@@ -150,8 +171,17 @@ def _labels(coords: tuple[Any, ...]) -> list[str]:
     return ["all" if item is None else html.escape(pretty(item), quote=False) for item in coords]
 
 
-def _axis_title(axis: str) -> str:
-    return {"layer": "block"}.get(axis, pretty(axis))
+def _axis_title(axis: str, tensor: LabelledTensor | None = None) -> str:
+    """What an axis is called; units by what they are, where all stages have the same kind."""
+    if axis != "unit" or tensor is None:
+        return {"layer": "block"}.get(axis, pretty(axis))
+    sites = [place.site if isinstance(place, Stage) else place for place in map(_known, tensor.coords.get("stage", ()))]
+    names = {None if site is None else site.unit_name for site in sites}
+    return UNITS.get(names.pop() or "", "unit") if len(names) == 1 else "unit"
+
+
+def _known(name: str) -> Stage | HookSite | None:
+    return {**SITES, **STAGES}.get(name)
 
 
 def _colours(name: str) -> dict[str, Any]:

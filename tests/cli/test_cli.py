@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -154,6 +155,13 @@ def test_the_version() -> None:
     told = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
     assert told["sinklens"] == sinklens.__version__ and told["torch"] == torch.__version__
     assert told["transformer-lens"][0].isdecimal()
+
+
+def test_the_package_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["sinklens", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("sinklens", run_name="__main__")
+    assert not stopped.value.code and capsys.readouterr().out.startswith(f"sinklens {sinklens.__version__}")
 
 
 def test_the_choices_are_the_librarys() -> None:

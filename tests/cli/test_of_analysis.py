@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 
 from sinklens.cli import of_analysis
 from sinklens.prompts import from_tokens
@@ -52,8 +54,6 @@ def test_the_command_prints_the_verdict(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_options_are_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, args, message):
-    import typer
-
     try:
         code = command(tmp_path, monkeypatch, *args)
     except typer.Exit as error:
@@ -61,3 +61,52 @@ def test_bad_options_are_one_sentence_and_exit_code_2(tmp_path, monkeypatch, cap
     said = capsys.readouterr()
     assert code == 2 and said.out == "" and message in said.err and "Traceback" not in said.err
     assert not (tmp_path / "out").exists()
+
+
+def with_option(run):
+    return replace(SIMPLE, run=run)
+
+
+def block(study, *, block: int = 3): ...
+
+
+def n(study, *, n: int = 3): ...
+
+
+def layer(study, *, layer: int = 3): ...
+
+
+def json_(study, *, json: bool = False): ...
+
+
+def help_(study, *, help: int = 3): ...
+
+
+def without_default(study, *, depth: int): ...
+
+
+def unknown(study, *, depth: Nowhere = 3): ...  # noqa: F821  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        *((run, "has the name of one that every such command has") for run in (block, n, layer, json_, help_)),
+        (without_default, "the option 'depth' of simple has no default"),
+        (unknown, "the annotations of unknown cannot be read (name 'Nowhere' is not defined)"),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_sentence(capsys, run, message):
+    with pytest.raises(typer.Exit) as stopped:
+        of_analysis.run_command(with_option(run), ["--help"], "simple")
+    told = capsys.readouterr().err
+    assert stopped.value.exit_code == 2 and message in told and len(told.splitlines()) == 1
+
+
+def test_an_option_without_an_annotation_has_the_type_of_its_default(capsys):
+    def run(study, *, depth=3, table=None): ...
+
+    with pytest.raises(SystemExit) as stopped:
+        of_analysis.run_command(with_option(run), ["--help"], "simple")
+    told = capsys.readouterr().out
+    assert not stopped.value.code and "--depth" in told and "<int>" in told and "--table" not in told

@@ -33,7 +33,7 @@ def test_a_sweep(sweep: Any, here: Path) -> None:
     assert result.config["formation"]["neurons"] == [3, 7]
     before = snapshot(here)
     again = sweep(*SMALL)
-    assert again.code == 0 and "5 tasks, of which 0 are to be run here" in again.err
+    assert again.code == 0 and "5 tasks, of which 0 are to be run here: nothing is run" in again.err
     assert again.out.split("rows in")[0] == done.out.split("rows in")[0] and snapshot(here) == before
 
 

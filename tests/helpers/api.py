@@ -11,7 +11,6 @@ import pdoc.render
 from pdoc.doc import Module
 
 import sinklens
-from sinklens.stages import Stage
 
 
 def write(out: Path) -> None:
@@ -21,7 +20,6 @@ def write(out: Path) -> None:
     """
     for name in dir(sinklens):  # pdoc waits for no name that loads on first use
         setattr(sinklens, name, getattr(sinklens, name))
-    Stage.__repr__ = lambda self: f"<stage {self.name}>"  # the whole chain is a default of some functions
     names = [module.name for module in pkgutil.walk_packages(sinklens.__path__, "sinklens.")]
     modules = {name: Module.from_name(name) for name in ["sinklens", *names] if not name.endswith("__main__")}
     for name, module in modules.items():

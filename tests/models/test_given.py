@@ -372,3 +372,36 @@ def test_a_private_copy_shares_weights_and_nothing_else() -> None:
     tied = private_copy(hf, dtype=torch.bfloat16)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert given.blocks_name(hf) == "model.layers"
+
+
+def _of_another_kind() -> dict[str, Any]:
+    import transformers as hf
+
+    small: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+    }
+    heads: dict[str, Any] = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    t5 = hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    bert = hf.BertConfig(**small, num_attention_heads=4, intermediate_size=64)
+    return {
+        "an encoder with a decoder": [
+            hf.T5ForConditionalGeneration(t5),
+            hf.BartForConditionalGeneration(hf.BartConfig(vocab_size=64, **sizes, **heads)),
+        ],
+        "attends to later tokens": [hf.BertForMaskedLM(bert)],
+        "has no attention": [hf.MambaForCausalLM(hf.MambaConfig(**small, state_size=4))],
+    }
+
+
+@pytest.mark.backend
+def test_what_is_no_causal_transformer() -> None:
+    for told, models in _of_another_kind().items():
+        for model in models:
+            with pytest.raises(InputError, match=told) as error:
+                load_model(model, device="cpu")
+            assert "\n" not in str(error.value)

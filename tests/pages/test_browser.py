@@ -339,6 +339,19 @@ def test_paper_gets_everything_in_light(show, page):
     assert len(pdf) > 100_000
     shown.run("dispatchEvent(new Event('beforeprint'))")
     assert shown.run("return document.querySelectorAll('details:not([open])').length") == 0
+    # Nothing is wider than A4 between its margins: a printer would cut it, or shrink every page.
+    size = {"width": 703, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    shown.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    shown.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert shown.run("return document.documentElement.scrollWidth") <= 703
+    beyond = shown.run(
+        "return [...document.querySelectorAll('td, th, .main-svg, iframe')]"
+        ".filter((it) => it.getBoundingClientRect().right > 704).map((it) => it.outerHTML.slice(0, 200))"
+    )
+    assert beyond == []
+    assert shown.run("return [...document.querySelectorAll('.main-svg')].every((it) => it.clientHeight <= 940)")
+    shown.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    shown.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     shown.run("dispatchEvent(new Event('afterprint'))")
     assert shown.run("return document.querySelectorAll('details:not([open])').length") == folded
 

@@ -61,6 +61,12 @@ def test_in_a_line_and_as_a_table(shown: dict[str, Any], capsys: pytest.CaptureF
     assert "Study(" in told and "formation" not in told.split("Study(")[1]  # nothing was looked for
 
 
+def test_a_chain_s_table_has_intervals_and_predictions() -> None:
+    page = synthetic_result()._repr_html_()
+    for name in ("stage", "control", "predicted", "effect", "ci_low", "ci_high", "n"):
+        assert f"<th>{name}</th>" in page, name
+
+
 def test_what_a_sweep_says_of_itself(tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def mine(logits: Any, _rows: Any) -> Any:
         return logits[:, -1, 0]

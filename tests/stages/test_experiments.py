@@ -49,3 +49,21 @@ def test_a_prediction_is_by_direction() -> None:
     for nonsense in (1, "ab", (1,), (1, 2, 3), None, {"denoise": 1}):
         with pytest.raises(InputError, match="'zero': predicted is .* must be a Prediction or two numbers"):
             stages.Experiment("zero", build, nonsense)  # type: ignore[arg-type]
+
+
+def test_stages_are_given_themselves_or_by_name() -> None:
+    assert stages.stages_of("qk_locking") == stages.stages_of(stages.QK_LOCKING) == (stages.QK_LOCKING,)
+    assert stages.stages_of(["qk_locking", stages.SUPER_NEURONS]) == (stages.QK_LOCKING, stages.SUPER_NEURONS)
+    for wrong, told in (("locking", "not 'locking'"), (3, "not of type int"), ([None], "not of type NoneType")):
+        with pytest.raises(InputError, match=f"a stage must be a Stage or the name of one .*{told}"):
+            stages.stages_of(wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="give at least one stage"):
+        stages.stages_of([])
+
+
+def test_help_of_a_function_with_the_chain_as_a_default_can_be_read() -> None:
+    import inspect
+
+    import sinklens as sl
+
+    assert len(str(inspect.signature(sl.run_chain))) < 1500

@@ -187,3 +187,36 @@ def test_heatmaps_that_are_refused(result: SweepResult) -> None:
         sl.viz.heatmap(empty)
     with pytest.raises(ValueError, match="do not fit"):
         LabelledTensor(torch.zeros(2, 3), ("layer", "position"), {"layer": (0, 1), "position": (2, 3)})
+
+
+def test_a_heatmap_says_what_it_shows(tiny_llama: Any) -> None:
+    options: dict[str, Any] = {"target": TARGET, "formation": FORMATION, "positions": [TARGET]}
+    swept = sl.sweep(tiny_llama, tiny_batch(tiny_llama), stages="z", units="heads", directions="noise", **options)
+    figure: Any = sl.viz.heatmap(swept)
+    assert figure.layout.title.text == (
+        f"attention received: effect, z, position {TARGET}, transplant, noise, mean over {N} prompts"
+    )
+    assert figure.layout.xaxis.title.text == "head" and figure.layout.yaxis.title.text == "block"
+
+
+def test_a_readout_of_logits_alone(tiny_llama: Any) -> None:
+    options: dict[str, Any] = {"target": TARGET, "formation": FORMATION, "stages": "mlp_out", "layers": "1"}
+    batch = tiny_batch(tiny_llama)
+
+    def both(logits: Any, rows: Any) -> Any:
+        return logits[rows.prompts >= 0, -1, 7]
+
+    found = [
+        sl.sweep(tiny_llama, batch, readouts=each, **options).table.value.tolist()
+        for each in (both, lambda logits: logits[:, -1, 7])
+    ]
+    assert found[0] == found[1]
+    with pytest.raises(InputError, match="must be a function of logits, or of logits and rows"):
+        sl.sweep(tiny_llama, batch, readouts=lambda: 0, **options)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_finished_sweep_says_that_nothing_was_run(tiny_llama: Any, tmp_path: Path, capsys: Any) -> None:
+    options: dict[str, Any] = {"target": TARGET, "formation": FORMATION, "stages": "mlp_out", "out": tmp_path / "s"}
+    for told in (False, True):
+        sl.sweep(tiny_llama, tiny_batch(tiny_llama), **options, progress=True)
+        assert ("nothing was run" in capsys.readouterr().err) == told

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from sinklens import viz
@@ -242,3 +243,13 @@ def test_no_global_theme_is_touched():
     viz.scores_figure(made_result())
     viz.onset_figure(made_result())
     assert pio.templates.default == before
+
+
+def test_what_is_no_chain_or_no_sweep_is_one_sentence():
+    chain, table = made_result(), pd.DataFrame({"a": [1.0]})
+    with pytest.raises(InputError, match="not of type ChainResult; of a chain, viz.matrix_figure"):
+        viz.heatmap(chain)  # pyright: ignore[reportArgumentType]
+    draws = (viz.scores_figure, viz.onset_figure, viz.chain_diagram, viz.sink_heads)
+    for draw in (*draws, lambda it: viz.matrix_figure(it, "denoise")):
+        with pytest.raises(InputError, match="this draws the result of run_chain.*not of type DataFrame"):
+            draw(table)  # pyright: ignore[reportArgumentType]

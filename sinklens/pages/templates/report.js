@@ -28,7 +28,7 @@
 
   // Before printing the style sheet still answers for the screen.
   const onPaper = { "--line": "#d9dee4", "--ink": "#1b1f24", "--soft": "#59626d", "--raised": "#f6f7f9" };
-  const paperWidth = 700;
+  const paperWidth = 700, paperHeight = 940;
 
   const recoloured = (value) => {
     if (Array.isArray(value)) return value.map(recoloured);
@@ -114,10 +114,9 @@
       if (night && trace.colorscale) trace.textfont = { color: "#ffffff" };
     }
     if (small) stacked(figure);
-    placed(figure, place.clientWidth);
+    placed(figure, printing ? paperWidth : place.clientWidth);
     const layout = { ...figure.layout, template: template(), dragmode: false, autosize: true };
-    if (printing)
-      layout.width = Math.floor((paperWidth * place.clientWidth) / document.querySelector("main").clientWidth);
+    if (printing) Object.assign(layout, { width: paperWidth, height: Math.min(layout.height || 440, paperHeight) });
     const config = { responsive: true, displaylogo: false, scrollZoom: false, modeBarButtons: [["toImage"]] };
     return Plotly.react(place, figure.data, layout, config);
   };
@@ -142,6 +141,8 @@
   dark.addEventListener("change", drawAll);
   narrow.addEventListener("change", drawAll);
 
+  const frames = document.querySelectorAll("iframe");
+
   // Paper is white, has no folds to open, and is narrower than a screen.
   let folded = [];
   addEventListener("beforeprint", () => {
@@ -149,10 +150,20 @@
     folded = [...document.querySelectorAll("details:not([open])")];
     for (const fold of folded) fold.open = true;
     places.forEach(attempt);
+    for (const frame of frames) { // as wide inside as it was, so that it is as high: nothing in it is cut
+      const { offsetWidth: width, offsetHeight: height } = frame;
+      const scale = Math.min(1, paperWidth / width);
+      Object.assign(frame.style, {
+        width: width + "px", transform: `scale(${scale})`, transformOrigin: "0 0",
+        marginRight: (scale - 1) * width + "px", marginBottom: (scale - 1) * height + "px",
+      });
+    }
   });
   addEventListener("afterprint", () => {
     printing = false;
     for (const fold of folded) fold.open = false;
+    for (const frame of frames)
+      Object.assign(frame.style, { width: "", transform: "", transformOrigin: "", marginRight: "", marginBottom: "" });
     drawAll();
   });
 
