@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import sinklens as sl
 import sinklens
+import sinklens as sl
 from sinklens.analysis.discovery import list_analyses
 from sinklens.analysis.run import load_analysis, run_analysis
 from sinklens.prompts import from_tokens, natural
