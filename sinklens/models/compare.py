@@ -282,7 +282,8 @@ def check_same(model: Any, theirs: Sight, tokens: Int[Tensor, "1 pos"], *, toler
     if ours.logits.shape != theirs.logits.shape:
         shapes = " instead of ".join(str(tuple(one.logits.shape)) for one in (ours, theirs))
         raise DifferenceError(f"its logits have the shape {shapes}")
-    worst, what, place = (ours.logits - theirs.logits).abs().max().item() / theirs.logits.std().item(), "logits", -1
+    off = (ours.logits - theirs.logits).abs().max().item()
+    worst, what, place = off / _spread(theirs.logits), "logits", -1
     for layer, pattern in ours.patterns.items():
         if pattern.shape != theirs.patterns[layer].shape:
             raise DifferenceError(f"its attention in block {layer} has the shape {tuple(pattern.shape)}")
@@ -294,6 +295,15 @@ def check_same(model: Any, theirs: Sight, tokens: Int[Tensor, "1 pos"], *, toler
         if what == "logits":
             raise DifferenceError(f"its logits are {worst:.2g} standard deviations from Hugging Face's")
         raise DifferenceError(f"its attention in block {place} is up to {worst:.2g} from Hugging Face's")
+
+
+def _spread(values: torch.Tensor) -> float:
+    """What differences are measured by: the standard deviation; a share of their size, of values that are all the same.
+
+    An unembedding that is still zero, as many begin training with, gives such logits.
+    """
+    wide = values.float()
+    return max(wide.std().item(), 1e-4 * wide.abs().max().item()) or 1.0
 
 
 @torch.no_grad()
@@ -404,7 +414,7 @@ def _check_blocks(model: Any, given: Sight) -> None:
 
 def _off(ours: Tensor, theirs: Tensor) -> float:
     """Root of the mean squared difference, in standard deviations."""
-    return ((ours - theirs).square().mean().sqrt() / theirs.std()).item()
+    return (ours - theirs).square().mean().sqrt().item() / _spread(theirs)
 
 
 @torch.no_grad()

@@ -128,7 +128,7 @@ def load_model(
 
     Args:
         model: a registered name (`list_models`), a local folder, a Hugging Face id (cached copies only when
-            HF_HUB_OFFLINE is set), or a Hugging Face model object, which is left as it is. Weights must be safetensors;
+            HF_HUB_OFFLINE is set), with a revision as ``id@revision``, or a Hugging Face model object, which is left as it is. Weights must be safetensors;
             nothing is unpickled and no remote code is run.
         device: "cpu", "cuda", "cuda:1", or "auto" for CUDA where there is one, else the CPU.
         dtype: "float32", "bfloat16" or "float16", or the torch dtype.
@@ -281,26 +281,29 @@ def _check_index(index: Path, *, beside: bool = True) -> None:
             raise InputError(f"{index} points to {name!r}, which is not there; fetch or save the model again.")
 
 
-def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def _from_hub(given: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     from transformers.utils.hub import cached_file
 
-    with _others_errors(f"cannot load the model {name!r}", _what_to_give()):
-        index = cached_file(name, _INDEX, _raise_exceptions_for_missing_entries=False)
+    name, _, revision = given.partition("@")
+    revision = revision or "main"
+    with _others_errors(f"cannot load the model {given!r}", _what_to_give()):
+        index = cached_file(name, _INDEX, revision=revision, _raise_exceptions_for_missing_entries=False)
     if index:
         _check_index(Path(index), beside=False)
-    loaded = _from_pretrained(name, dtype)
+    loaded = _from_pretrained(name, dtype, revision)
     try:
-        return loaded, _tokenizer(name)
+        return loaded, _tokenizer(name, revision)
     except InputError as error:
         logger.warning("%s is used without a tokenizer: %s", name, error)
         return loaded, None
 
 
-def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def _from_pretrained(name: str, dtype: torch.dtype, revision: str = "main") -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _others_errors(f"cannot load the model {name!r}", _what_to_give()):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    given = name if revision == "main" else f"{name}@{revision}"
+    with _others_errors(f"cannot load the model {given!r}", _what_to_give()):
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         quantised = getattr(config, "quantization_config", None)
         if quantised is not None:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else None
@@ -310,7 +313,7 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
             )
         options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "eager"}
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # said in our own words below
-        both: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        both: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, **options)
     loaded, said = both
     _check_complete(name, loaded, said)
     return loaded
@@ -351,13 +354,13 @@ def _parts_of(key: str) -> Iterator[str]:
         yield key
 
 
-def _tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, revision: str = "main") -> PreTrainedTokenizerBase:
     if not isinstance(tokenizer, (str, Path)):
         return tokenizer
     from transformers import AutoTokenizer
 
     with _others_errors(f"cannot load a tokenizer from {str(tokenizer)!r}", "give another with tokenizer=."):
-        return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(tokenizer), revision=revision, trust_remote_code=False)
 
 
 def _what_to_give() -> str:
