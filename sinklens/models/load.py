@@ -128,8 +128,8 @@ def load_model(
 
     Args:
         model: a registered name (`list_models`), a local folder, a Hugging Face id (cached copies only when
-            HF_HUB_OFFLINE is set), with a revision as ``id@revision``, or a Hugging Face model object, which is left as it is. Weights must be safetensors;
-            nothing is unpickled and no remote code is run.
+            HF_HUB_OFFLINE is set), with a revision as ``id@revision``, or a Hugging Face model object, which is left as
+            it is. Weights must be safetensors; nothing is unpickled and no remote code is run.
         device: "cpu", "cuda", "cuda:1", or "auto" for CUDA where there is one, else the CPU.
         dtype: "float32", "bfloat16" or "float16", or the torch dtype.
         backend: "hooked" for a HookedTransformer, "bridge" for a TransformerBridge, or "auto" for a HookedTransformer
