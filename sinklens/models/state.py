@@ -354,7 +354,7 @@ def foreign_part(model: Model) -> str | None:
         forward = vars(module).get("forward")
         if forward is not None and not (bridge and _is_theirs(forward)):
             return f"a module with another forward ({name})"
-        plain = kind in _PLAIN or (own and (kind.__module__ == _OURS or _of_variant(model, name, module)))
+        plain = kind in _PLAIN or (own and (kind.__module__.startswith(_OURS) or _of_variant(model, name, module)))
         plain = plain or (bridge and kind.__module__.startswith(_IN_BRIDGES))
         if not _library(kind.__module__) and not plain:
             return f"a module of another kind ({name or 'the model'}: {kind.__name__})"
