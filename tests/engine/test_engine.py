@@ -46,6 +46,13 @@ def tiny(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="module")
+def anchored(tiny: Any) -> tuple[Setting, list[Patch]]:
+    """The usual pair of a model, and every patch of the chain on it."""
+    setting = setting_for(tiny)
+    return setting, [replace(trial.patch, allow_unchanged=True) for trial in _trials(setting, stages.CHAIN, 1)[0]]
+
+
+@pytest.fixture(scope="module")
 def llama() -> Any:
     return tiny_model("llama")
 
@@ -109,10 +116,9 @@ def test_every_stage_equals_one_patch_at_a_time(tiny, kind):
 
 @pytest.mark.backend
 @pytest.mark.parametrize("max_rows", [1, 3, 7, 1000])
-def test_order_and_batch_size_do_not_matter(tiny, max_rows):
-    setting = setting_for(tiny)
-    patches = [replace(trial.patch, allow_unchanged=True) for trial in _trials(setting, stages.CHAIN, 1)[0]]
-    patches = patches[:: 7 if max_rows < 10 else 1]
+def test_order_and_batch_size_do_not_matter(tiny, anchored, max_rows):
+    setting, every = anchored
+    patches = every[:: 7 if max_rows < 10 else 1]
     wanted = measured(setting)
     expected = run_patches(tiny, setting.batch, patches, wanted, runs=setting.pair.runs, max_rows=64)
     order = list(range(len(patches)))
