@@ -40,7 +40,7 @@ def unsupported(model: Model, length: int) -> str | None:
     if is_decoder(model):
         return of_decoder.unknown_part(model)
     if can_take_apart(model):
-        return of_hooked.unknown_part(model, length)
+        return of_hooked.unknown_part(model)
     if model in _DIFFERENT and _DIFFERENT[model][0] == current_structure(model):
         return _DIFFERENT[model][1]
     if (part := proof(model).why_not) is not None:
