@@ -7,22 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sinklens.engine.packed import of_hooked
 from sinklens.engine.run import run_patches
+from sinklens.models.backends import has_hooked_transformer
 from sinklens.patches import Patch
 from tests.helpers.grids import RUNS, SHRINK, N, measured, sites_of, tokens_for
 from tests.helpers.one_at_a_time import OneAtATime
 from tests.helpers.tiny import N_LAYERS
 
+pytestmark = pytest.mark.skipif(not has_hooked_transformer(), reason="this TransformerLens has no HookedTransformer")
 WINDOW = 4
 """Shorter than the prompts."""
 LIKE_GEMMA = {"attn_scores_soft_cap": 0.5, "output_logits_soft_cap": 3.0, "use_normalization_before_and_after": True}
 
 
-def _model(**options: Any) -> HookedTransformer:
+def _model(**options: Any) -> Any:
     """A random model with a window in every second block."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
     torch.manual_seed(0)
     config = HookedTransformerConfig(
         n_layers=N_LAYERS,

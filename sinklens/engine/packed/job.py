@@ -13,9 +13,8 @@ from sinklens.engine.apply import source_at
 from sinklens.engine.hooks import readouts_in
 from sinklens.engine.packed.blocks import PATTERN_BYTES, PackedPass
 from sinklens.engine.packed.heads import first_tokens, head_ends
-from sinklens.engine.packed.known import check_reading, packed_model, unsupported
+from sinklens.engine.packed.known import check_reading, packed_model, rounding_allowed, unsupported
 from sinklens.engine.packed.layout import IntArray, Layout, to_device
-from sinklens.engine.packed.noise import rounding_allowed
 from sinklens.engine.packed.points import Points, is_known, reach
 from sinklens.engine.packed.rows import Plan, Rows
 from sinklens.engine.packed.weights import PackedModel
