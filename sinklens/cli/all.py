@@ -39,6 +39,7 @@ from sinklens.cli.common import (
     fail,
     given_events,
     load,
+    results_line,
     write_report,
 )
 from sinklens.records.ranges import names
@@ -137,13 +138,16 @@ def run_everything(
         options: dict[str, Any] = {"target": target, "only": only, "config": {"command": command_line()}}
         options |= {"begins": display.begins, "ends": display.ends}
         if kind is None:
-            result = run_all(study, out, **options)
-            display.step("writing the report")
-            runs, several = [_Run("", result, study.batch, write_report(out))], None
+            runs, several = [_Run("", run_all(study, out, **options), study.batch)], None
         else:
             several = _several(study, sizes, display.step)
             runs = _run_several(study, several, out, display, options)
     _print_all(runs, as_json, several)
+    sys.stdout.flush()
+    if kind is None:
+        write_report(out)  # which nobody has to wait for to see the result
+    if not as_json:
+        _print_folders(runs)
     failed = [f"{run.name}/{part}".lstrip("/") for run in runs for part in run.result.failed]
     if failed:
         parts = "1 part" if len(failed) == 1 else f"{len(failed)} parts"
@@ -153,12 +157,11 @@ def run_everything(
 
 @dataclass(frozen=True)
 class _Run:
-    """A run of everything, and its report."""
+    """A run of everything."""
 
     name: str
     result: Any
     batch: Any
-    page: Path | None
 
 
 def _several(study: Any, sizes: tuple[int, int] | None, step: Callable[[str], None]) -> Any:
@@ -185,7 +188,8 @@ def _run_several(study: Any, several: Any, out: Path, display: _Display, options
 
     def finished(name: str, result: Any) -> None:
         display.step("writing the report")
-        runs.append(_Run(name, result, several.studies[name].batch, write_report(out / name)))
+        runs.append(_Run(name, result, several.studies[name].batch))
+        write_report(out / name)
 
     run_several(study, several, out, starts=starts, finished=finished, **options)
     write_report(out)
@@ -201,7 +205,7 @@ def _print_all(runs: list[_Run], as_json: bool, several: Any) -> None:
     for run in runs:
         if several is not None:
             typer.echo(several.titles[run.name])
-        _print(run.result, run.batch, run.page)
+        _print(run.result, run.batch)
     if several is not None:
         _print_agreement(runs, several.over)
 
@@ -230,7 +234,7 @@ def _print_agreement(runs: list[_Run], over: str) -> None:
     )
 
 
-def _print(result: Any, batch: Any, page: Path | None) -> None:
+def _print(result: Any, batch: Any) -> None:
     from sinklens.cli.fitting import show
     from sinklens.cli.tables import console, verdicts_table
     from sinklens.prompts import prompts_text
@@ -238,7 +242,16 @@ def _print(result: Any, batch: Any, page: Path | None) -> None:
     screen = console()
     show(screen, verdicts_table(result))
     screen.print(prompts_text(batch.record()), markup=False)
-    screen.print(f"Results: {result.folder}" + (f"; report: {page}" if page else ""), markup=False, soft_wrap=True)
+
+
+def _print_folders(runs: list[_Run]) -> None:
+    """Where every run and its page are."""
+    from sinklens.cli.tables import console
+
+    for run in runs:
+        page = run.result.folder / "report.html"
+        line = results_line(run.result.folder, page if page.exists() else None)
+        console().print(line, markup=False, soft_wrap=True)
 
 
 class _Display:

@@ -44,6 +44,7 @@ from sinklens.cli.common import (
     left_out,
     load,
     progress,
+    results_line,
     targets_of,
     write_report,
 )
@@ -153,6 +154,7 @@ def chain(
                 run = _all_events if which == ALL else _one_event
                 chains, told = run(loaded, batch, given, options, out, force, step), None
         _print_chains(chains, as_json, told)
+        _report(chains, out, as_json)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,6 @@ class _Chain:
     title: str
     result: Any
     out: Path
-    page: Path | None
 
 
 def _one_event(
@@ -178,8 +179,7 @@ def _one_event(
     result = run_chain(model, batch, formation=formation, **options)
     result.config["command"] = command_line()
     result.save(out, force=force)
-    step("writing the report")
-    return [_Chain("", result, out, write_report(out))]
+    return [_Chain("", result, out)]
 
 
 def _all_events(
@@ -224,7 +224,7 @@ def _all_events(
         study = Study.of(model, batch, formation, seed=options["seed"])
         write_record(folder, study, parts, {"command": command_line()})
     titles = {f"event-{event.number}": f"Event {event}, explained by block {event.layer}" for event in formation.steps}
-    return _reported(results, out, step, titles)
+    return _chains(results, out, titles)
 
 
 def _several_targets(
@@ -253,7 +253,7 @@ def _several_targets(
         parts = {f"target-{target}": Part(f"target-{target}", "done") for target in targets}
         write_record(folder, study, parts, {"command": command_line()})
     named = {f"target-{target}": result for target, result in results.items()}
-    chains = _reported(named, out, step, {f"target-{target}": f"Target {target}" for target in targets})
+    chains = _chains(named, out, {f"target-{target}": f"Target {target}" for target in targets})
     return chains, agreement_text(table, over)
 
 
@@ -295,16 +295,12 @@ def _several_sets(
         begins=lambda name, _number, of: step(f"scoring the chain on {name} of {of}"),
     )
     left_out(suite)
-    return _reported(results, out, step, {name: name for name in results}), agree
+    return _chains(results, out, {name: name for name in results}), agree
 
 
-def _reported(
-    results: Mapping[str, Any], out: Path, step: Callable[[str], None], titles: Mapping[str, str]
-) -> list[_Chain]:
-    """A report of the folder and one of each chain in it, by the names of their folders."""
-    step("writing the reports")
-    write_report(out)
-    return [_Chain(titles[name], result, out / name, write_report(out / name)) for name, result in results.items()]
+def _chains(results: Mapping[str, Any], out: Path, titles: Mapping[str, str]) -> list[_Chain]:
+    """The chains of a folder, by the names of their own folders in it."""
+    return [_Chain(titles[name], result, out / name) for name, result in results.items()]
 
 
 def _print_chains(chains: list[_Chain], as_json: bool, agreement: str | None = None) -> None:
@@ -322,7 +318,19 @@ def _print_chains(chains: list[_Chain], as_json: bool, agreement: str | None = N
         show(screen, chain_table(chain.result))
         for line in chain_footer(chain.result):
             screen.print(line, markup=False)
-        told = f"Results: {chain.out}" + (f"; report: {chain.page}" if chain.page else "")
-        screen.print(told, markup=False, soft_wrap=True)
     if agreement is not None:
         screen.print(agreement, markup=False, soft_wrap=True)
+
+
+def _report(chains: list[_Chain], out: Path, as_json: bool) -> None:
+    """Write the pages, which nobody has to wait for to see the result: of the folder, and of every chain in it."""
+    from sinklens.cli.tables import console
+
+    sys.stdout.flush()
+    with progress() as (step, _):
+        step("writing the report")
+        folders = dict.fromkeys([out, *(chain.out for chain in chains)])
+        pages = {folder: write_report(folder) for folder in folders}
+    if not as_json:
+        for chain in chains:
+            console().print(results_line(chain.out, pages[chain.out]), markup=False, soft_wrap=True)

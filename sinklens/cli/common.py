@@ -370,6 +370,11 @@ def write_report(out: Path) -> Path | None:
         return None
 
 
+def results_line(out: Path, page: Path | None) -> str:
+    """Where results and their page are."""
+    return f"Results: {out}" + (f"; report: {page}" if page else "")
+
+
 def left_out(suite: SuiteResult) -> None:
     """Name the sets of prompts that could not be scored; ends the command with the first's reason when none could."""
     lost = [part for part in suite.parts.values() if part.status != "done"]

@@ -44,6 +44,7 @@ from sinklens.cli.common import (
     left_out,
     load,
     progress,
+    results_line,
     write_report,
 )
 from sinklens.cli.fitting import show
@@ -138,9 +139,8 @@ def _run(
         result = run_analysis(analysis, study, **options)
         result.config["command"] = command_line()
         result.save(out, force=force)
-        step("writing the report")
-        page = write_report(out)
-    _print(result, out, page, as_json)
+    _print(result, out, as_json)
+    _report([out], as_json)
 
 
 def _several_sets(
@@ -174,25 +174,36 @@ def _several_sets(
         fresh=fresh,
     )
     left_out(suite)
-    write_report(out)
     if as_json:
         texts = [(out / name / "summary.json").read_text(encoding="utf-8") for name in results]
         sys.stdout.write(f"[{','.join(texts)}]\n")
-        return
-    for name, result in results.items():
-        console().print(name, markup=False)
-        _print(result, out / name, write_report(out / name), as_json=False)
-    console().print(agree, markup=False, soft_wrap=True)
+    else:
+        for name, result in results.items():
+            console().print(name, markup=False)
+            _print(result, out / name, as_json=False)
+        console().print(agree, markup=False, soft_wrap=True)
+    write_report(out)
+    _report([out / name for name in results], as_json)
 
 
-def _print(result: AnalysisResult, out: Path, page: Path | None, as_json: bool) -> None:
+def _print(result: AnalysisResult, out: Path, as_json: bool) -> None:
     if as_json:
         sys.stdout.write((out / "summary.json").read_text(encoding="utf-8") + "\n")
         return
     screen = console()
     show(screen, verdict_table(result))
     screen.print(prompts_text(result.config), markup=False)
-    screen.print(f"Results: {out}" + (f"; report: {page}" if page else ""), markup=False, soft_wrap=True)
+
+
+def _report(folders: Sequence[Path], as_json: bool) -> None:
+    """Write the page of every folder, which nobody has to wait for to see the result."""
+    sys.stdout.flush()
+    for folder in folders:
+        with progress() as (step, _):
+            step("writing the report")
+            page = write_report(folder)
+        if not as_json:
+            console().print(results_line(folder, page), markup=False, soft_wrap=True)
 
 
 def main(analysis: Analysis) -> None:

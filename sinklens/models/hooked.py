@@ -119,6 +119,8 @@ class AttentionWeights:
     """Scores are divided by this."""
     rotary: Rotary | None
     """Rotary embeddings; None where positions enter in another way."""
+    window: int | None
+    """How many tokens a query sees, itself included, in a block with local attention; None for all before it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +193,7 @@ def attention_weights(model: Model, layer: int, length: int) -> AttentionWeights
         k_norm=changed_by(model, layer, "keys") or getattr(attn, "k_norm", None),
         scale=float(attn.attn_scale),
         rotary=rotary,
+        window=int(cfg.window_size) if getattr(attn, "attn_type", "global") == "local" else None,
     )
 
 

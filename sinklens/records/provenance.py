@@ -19,6 +19,12 @@ from sinklens.records.callables import is_library
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that make the numbers."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Read once: what is imported does not change, and to read it takes longer than a small sweep."""
     names = ("sinklens", "torch", "transformer-lens", "transformers", "numpy", "scipy", "scikit-learn", "pandas")
     known = {"python": platform.python_version()}
     for name in names:

@@ -225,3 +225,11 @@ def test_events_that_cannot_be_meant(chain: Run, arguments: list[str], parts: li
 def test_an_event_that_is_not_there() -> None:
     for command in (["find"], ["chain", "--target", "5", "--length", "16"], ["analyse", "onset"]):
         refused(invoke(*command, "--event", "7"), "there is no event 7", "1 (block 0), 2 (block 2)")
+
+
+@pytest.mark.usefixtures("planted")
+def test_the_result_is_printed_before_the_page_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = "(the page is written)"
+    monkeypatch.setattr("sinklens.cli.chain.write_report", lambda _: print(page))  # noqa: T201
+    out = chain("--event", "1", "--out", "run").out
+    assert out.index("super_neurons") < out.index(page) < out.index("Results: run")

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from sinklens import edits, readouts, sites
 from sinklens.engine.packed import packed_model
+from sinklens.engine.packed import proof as proof_of
 from sinklens.engine.packed.noise import differs
+from sinklens.engine.packed.of_bridge import BridgedModel
 from sinklens.engine.packed.weights import PackedBlock, PackedModel
 from sinklens.engine.run import PatchRunner
 from sinklens.models.load import load_model
@@ -21,6 +23,8 @@ from sinklens.patches import Patch
 from tests.helpers.tiny import tiny_hf, tiny_tokens
 
 LENGTH = 40
+SHARP = [("bfloat16", 0, 8.0), ("float16", 0, 8.0)]
+"""Bridges whose rounding is larger than it ordinarily is."""
 
 
 def sharp(family: str, dtype: str, seed: int, times: float, backend: Any = "auto") -> Any:
@@ -147,3 +151,38 @@ def test_float32_is_held_to_its_own_tolerance(monkeypatch: pytest.MonkeyPatch) -
     wanted = [readouts.attention_received("received", (2, 3), (5,), 2)]
     runner = PatchRunner(model, tiny_tokens(2, LENGTH), wanted, once=True)
     assert runner.run([Patch(sites.Z, (1,), (5,), edits.Constant())]).stats.path == "model"
+
+
+def is_found(model: Any, change: Callable[[PackedBlock], PackedBlock], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the proof of a bridge finds a wrong part: it refuses it, or runs that MLP as the bridge does."""
+    take_apart = BridgedModel.take_apart
+
+    def planted(self: BridgedModel, layer: int) -> PackedBlock:
+        block = take_apart(self, layer)
+        run_whole = change is other_activation and block.mlp_parts is None  # by the bridge, rightly
+        return change(block) if layer == 2 and not run_whole else block
+
+    monkeypatch.setattr(BridgedModel, "take_apart", planted)
+    found = proof_of.prove(model)
+    monkeypatch.undo()
+    return found.why_not is not None or 2 in found.whole
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(("dtype", "seed", "times"), SHARP)
+def test_the_proof_of_a_sharp_bridge_knows_its_noise(
+    dtype: str, seed: int, times: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sharp("llama", dtype, seed, times, "bridge")
+    found = proof_of.prove(model)
+    assert found.why_not is None and not found.whole and "blocks.2.hook_resid_post" in found.proven
+    monkeypatch.setattr(proof_of, "trial", lambda *_: ("nothing is let pass", set()))
+    assert proof_of.prove(model).why_not is not None, "not sharp: this tests nothing"
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("name", list(WRONG))
+def test_the_proof_of_a_bridge_in_16_bits_finds_a_wrong_part(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for times in (1.0, 2.0):
+        model = sharp("llama", "bfloat16", 0, times, "bridge")
+        assert is_found(model, WRONG[name], monkeypatch), times

@@ -13,8 +13,14 @@ TransformerLens. The first batch of every runner is checked against the model's 
 """
 
 from sinklens.engine.packed.job import PackedJob, places_of, unknown_place, unpackable
-from sinklens.engine.packed.known import TOLERANCE, DifferentModelError, check_reading, found_different, packed_model
-from sinklens.engine.packed.noise import rounding_allowed
+from sinklens.engine.packed.known import (
+    TOLERANCE,
+    DifferentModelError,
+    check_reading,
+    found_different,
+    packed_model,
+    rounding_allowed,
+)
 from sinklens.engine.packed.points import wants_whole_pattern
 from sinklens.engine.packed.proof import difference
 from sinklens.engine.packed.weights import PackedModel

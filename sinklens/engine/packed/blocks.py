@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -23,17 +25,25 @@ COPIES = 4
 class PackedPass:
     """One batch of rows through the blocks, with edits and readouts on the way."""
 
-    def __init__(self, model: PackedModel, layout: Layout, points: Points, pattern_bytes: int = PATTERN_BYTES) -> None:
+    def __init__(
+        self,
+        model: PackedModel,
+        layout: Layout,
+        points: Points,
+        pattern_bytes: int = PATTERN_BYTES,
+        begun: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         self.model, self.layout, self.points, self.pattern_bytes = model, layout, points, pattern_bytes
+        self._begun = begun or {}  # packed tokens that enter a block with another residual stream than their run's
         self._n_rows = 0  # under way
         self._pieces: dict[tuple[int, torch.device], list[Piece]] = {}
 
     def run(
-        self, first: int, last: int, x: Float[Tensor, "token d_model"] | None = None
+        self, first: int, last: int, x: Float[Tensor, "token d_model"] | None = None, *, to_end: bool = False
     ) -> Float[Tensor, "token d_model"]:
         """Blocks ``first`` to ``last``, no further than anything is read; gives the last residual that was computed.
 
-        ``x`` is what enters the first block, where it was not captured.
+        ``x`` is what enters the first block, where it was not captured; ``to_end`` goes on to the end of the last.
         """
         n_layers, points = self.points.n_layers, self.points
         logits = points.asked(LOGITS.template, n_layers)
@@ -43,7 +53,7 @@ class PackedPass:
                 device = self.model.block(layer).device
                 self.layout, x = self.layout.on(device), x.to(device)
                 x = self._joined(x, layer)
-                stop = len(SITES) if layer < last or logits else points.last(layer)
+                stop = len(SITES) if layer < last or logits or to_end else points.last(layer)
                 x = self._block(x, layer, stop)
             if logits:
                 points.logits(x, self.model.logits)
@@ -55,6 +65,9 @@ class PackedPass:
         if new == old:
             return x
         coming = self.points.captured(RESID_PRE, layer).flatten(0, 1)[self.layout.origin[old:new]]
+        if layer in self._begun:
+            tokens, begun = self._begun[layer]
+            coming[tokens.to(coming.device) - old] = begun.to(coming)
         return torch.cat([x, coming]) if old else coming
 
     def one_block(self, x: Float[Tensor, "token d_model"], layer: int) -> Float[Tensor, "token d_model"]:
@@ -230,13 +243,13 @@ class PackedPass:
         self, weights: PackedBlock, products: Float[Tensor, "token head key"], position: Int[Tensor, " token"]
     ) -> Float[Tensor, "token head key"]:
         """Scores of queries at some positions, from their products with all keys."""
-        scores = products / weights.scale
+        scores = products.div_(weights.scale)  # they are nobody else's: a copy would cost as much as the arithmetic
         scores = weights.cap * torch.tanh(scores / weights.cap) if weights.cap > 0 else scores
         if weights.seen is None:
             unseen = torch.arange(self.layout.length, device=position.device) > position[:, None]
         else:
             unseen = ~weights.seen[position]
-        return scores.masked_fill(unseen[:, None], weights.masked)
+        return scores.masked_fill_(unseen[:, None], weights.masked)
 
     def _queries(self, x: Float[Tensor, "token head rest"]) -> Float[Tensor, "row pos head rest"]:
         """Packed queries in their places; what stands before them does not matter."""
@@ -266,7 +279,8 @@ class PackedPass:
 
     def _repeated(self, x: Float[Tensor, "row pos kv_head d_head"]) -> Tensor:
         n = self.model.n_heads // x.shape[2]
-        return x if n == 1 else x.repeat_interleave(n, dim=2)
+        # A copy of an expanded view is several times faster on a CPU than repeat_interleave.
+        return x if n == 1 else x.unsqueeze(3).expand(-1, -1, -1, n, -1).flatten(2, 3)
 
     def _mlp(self, weights: PackedBlock, h: Tensor, layer: int) -> Tensor:
         visit, mlp = self.points.visit, weights.mlp_parts
@@ -279,11 +293,16 @@ class PackedPass:
             else:
                 pre = visit("blocks.{layer}.mlp.hook_pre", layer, mlp.gate(h))
                 linear = visit("blocks.{layer}.mlp.hook_pre_linear", layer, mlp.up(h))
-                post = mlp.act(pre) * linear
+                post = _times(mlp.act(pre), linear)
                 post = post if mlp.offset is None else post + mlp.offset
             out = mlp.down(visit("blocks.{layer}.mlp.hook_post", layer, post))
         out = self._added(weights, out if weights.ln2_post is None else weights.ln2_post(out))
         return visit("blocks.{layer}.hook_mlp_out", layer, out)
+
+
+def _times(x: Tensor, other: Tensor) -> Tensor:
+    """Their product, in the memory of the first where it fits there."""
+    return x.mul_(other) if x.dtype == other.dtype else x * other
 
 
 def fused(weights: PackedBlock) -> bool:

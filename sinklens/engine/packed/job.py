@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from sinklens.engine.apply import source_at
 from sinklens.engine.hooks import readouts_in
 from sinklens.engine.packed.blocks import PATTERN_BYTES, PackedPass
-from sinklens.engine.packed.known import check_reading, packed_model, unsupported
-from sinklens.engine.packed.layout import Layout, to_device
-from sinklens.engine.packed.noise import rounding_allowed
+from sinklens.engine.packed.heads import first_tokens, head_ends
+from sinklens.engine.packed.known import check_reading, packed_model, rounding_allowed, unsupported
+from sinklens.engine.packed.layout import IntArray, Layout, to_device
 from sinklens.engine.packed.points import Points, is_known, reach
 from sinklens.engine.packed.rows import Plan, Rows
 from sinklens.engine.packed.weights import PackedModel
@@ -56,6 +57,20 @@ def unknown_place(model: Model, length: int, places: Collection[tuple[HookSite, 
     return next((why for why in lacking if why is not None), None)
 
 
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """Heads of rows (see :mod:`sinklens.engine.packed.heads`), which go through one block before the whole rows do."""
+
+    layer: int
+    """That block."""
+    of: IntArray
+    """Which rows of the batch they are of."""
+    rows: Rows
+    """They themselves, as rows."""
+    points: Points
+    """All that happens to them in that block."""
+
+
 class PackedJob:
     """All rows of a list of patches; see :class:`sinklens.engine.plain.PlainJob` for the interface."""
 
@@ -75,7 +90,8 @@ class PackedJob:
         (n_prompts, length), self.n_layers = tokens.shape, model_shape(packed.model).n_layers
         self.last = max((layer for readout in readouts for layer in readout.layers), default=-1)
         stops = reach(readouts, n_prompts, length).numpy()
-        self.plan = Plan(patches, runs, n_prompts, stops, self.last, device)
+        ends = head_ends(readouts, n_prompts, length, min(self.last, self.n_layers - 1))
+        self.plan = Plan(patches, runs, n_prompts, stops, self.last, device, ends)
         self.rows, self.length, self.stops = self.plan.rows, length, stops
         self.parts = self.plan.parts
         self.changed = torch.zeros(len(self.parts), dtype=torch.int32, device=device)
@@ -107,13 +123,17 @@ class PackedJob:
             DifferentModelError: when it is not.
         """
         rows = self.rows[begin:end]
-        tries = self._tries(int(rows.entries[0])) if self.unchecked else rows[:0]
+        tries = self._tries(int(rows.firsts.min())) if self.unchecked else rows[:0]
         batch = tries.followed_by(rows)
-        points = self._points(batch)
-        first = int(batch.entries.min())
-        x = PackedPass(self.packed, points.layout, points, self.pattern_bytes).run(first, self.last)
+        heads, points, begun = self._heads(batch), self._points(batch, self.last), {}
+        for head in heads:
+            part = PackedPass(self.packed, head.points.layout, head.points, self.pattern_bytes)
+            tokens = first_tokens(points.layout.offsets[head.of], batch.heads[head.of])
+            begun[head.layer + 1] = (tokens, part.run(head.layer, head.layer, to_end=True))
+        whole = PackedPass(self.packed, points.layout, points, self.pattern_bytes, begun)
+        x = whole.run(int(batch.entries.min()), self.last)
         self._note_finite(x, points.layout, rows, len(tries))
-        readings = {readout.name: self._reading(readout, points, batch) for readout in self.readouts}
+        readings = {readout.name: self._reading(readout, points, batch, heads) for readout in self.readouts}
         if self.unchecked:
             self._check(tries, readings)
             self.unchecked = False
@@ -127,7 +147,17 @@ class PackedJob:
         runs = np.repeat(np.arange(len(self.plan.names), dtype=np.int64), len(starts))
         zeros = np.zeros_like(runs)
         begins = np.array(starts * len(self.plan.names), dtype=np.int64)
-        return Rows(zeros - 1, zeros, runs * self.plan.n_prompts, begins, zeros + self.stops[0], zeros + entry)
+        contexts, stops = runs * self.plan.n_prompts, zeros + self.stops[0]
+        return Rows(zeros - 1, zeros, contexts, begins, stops, zeros + entry, zeros)
+
+    def _heads(self, batch: Rows) -> list[Heads]:
+        """The heads of a batch's rows, by the block that they are edited in."""
+        found = []
+        for layer in (np.unique(batch.entries[batch.heads > 0]) - 1).tolist():
+            of = ((batch.heads > 0) & (batch.entries == layer + 1)).nonzero()[0]
+            rows = batch[of].cut_to_heads()
+            found.append(Heads(layer, of, rows, self._points(rows, layer)))
+        return found
 
     def _check(self, tries: Rows, readings: dict[str, Tensor]) -> None:
         with rounding_allowed(self.packed, self.tokens[:1]):
@@ -135,13 +165,14 @@ class PackedJob:
                 expected, found = readout.combine(self._before(readout, tries)), readings[readout.name][: len(tries)]
                 check_reading(readout, found, expected, self.packed.dtype)
 
-    def _points(self, rows: Rows) -> Points:
-        """All that happens in a pass over ``rows``."""
+    def _points(self, rows: Rows, last: int) -> Points:
+        """All that happens in a pass over ``rows`` that ends with the block ``last``."""
         layout = rows.layout(self.length, self.device)
+        readouts = readouts_in(self.readouts, int(rows.entries.min()))
         return Points(
             layout,
-            self.plan.ops(rows, layout, min(self.last, self.n_layers - 1)),
-            readouts_in(self.readouts, int(rows.entries.min())),
+            self.plan.ops(rows, layout, min(last, self.n_layers - 1)),
+            [(readout, layer) for readout, layer in readouts if layer <= last],
             captured=lambda site, layer: self.store.joined(self.plan.names, site, layer),
             source_of=lambda op, site, layer: source_at(self.store.gather, op, site, layer),
             changed=self.changed,
@@ -160,7 +191,7 @@ class PackedJob:
             == 0
         )
 
-    def _reading(self, readout: Readout, points: Points, rows: Rows) -> Tensor:
+    def _reading(self, readout: Readout, points: Points, rows: Rows, heads: Sequence[Heads] = ()) -> Tensor:
         """A readout of every row."""
         stack = self._before(readout, rows)
         for i, layer in enumerate(readout.layers):
@@ -171,6 +202,11 @@ class PackedJob:
             if isinstance(readout, PositionReadout):
                 value = value + self._prefix(readout, layer, rows[slice(0, n)])
             stack[i, :n] = value
+        for head in heads:
+            if (value := head.points.readings.get((readout.name, head.layer))) is not None:
+                assert isinstance(readout, PositionReadout)  # any other wants whole prompts
+                value = value.to(self.device) + self._prefix(readout, head.layer, head.rows)
+                stack[readout.layers.index(head.layer), to_device(head.of, self.device)] = value
         return checked_combined(readout, stack)
 
     def _before(self, readout: Readout, rows: Rows) -> Tensor:
@@ -188,7 +224,7 @@ class PackedJob:
         return before[contexts, starts]
 
     def _run_wants(self) -> Iterable[Want]:
-        entries = sorted({int(entry) for entry in np.unique(self.rows.entries)})
+        entries = sorted({*np.unique(self.rows.entries).tolist(), *np.unique(self.rows.firsts).tolist()})
         if not entries:
             return
         for run in self.plan.names:

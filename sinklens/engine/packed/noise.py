@@ -8,8 +8,7 @@ first two are from the third is what the dtype does there; the model's own activ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -18,10 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens.engine.packed.blocks import PackedPass
-from sinklens.engine.packed.known import DifferentModelError
 from sinklens.engine.packed.layout import Layout
 from sinklens.engine.packed.points import SCORES
-from sinklens.engine.packed.proof import Watch, as_tokens
+from sinklens.engine.packed.watch import Watch, as_tokens
 from sinklens.engine.packed.weights import Norm, PackedBlock, PackedModel
 from sinklens.engine.packed.whole import whole_rows
 from sinklens.models.identities import activations
@@ -77,22 +75,6 @@ def _through(function: Any, dtype: torch.dtype) -> Any:
     return None if function is None else lambda x: function(x.to(dtype)).float()
 
 
-@contextmanager
-def rounding_allowed(packed: PackedModel, tokens: Int[Tensor, "row pos"]) -> Iterator[None]:
-    """A comparison inside may fail by what rounding makes: in 16 bits these prompts are then tried block by block.
-
-    Raises:
-        DifferentModelError: it has failed, and not by rounding.
-    """
-    try:
-        yield
-    except DifferentModelError as error:
-        if packed.dtype.itemsize > 2:
-            raise
-        if (why := differs(packed.model, packed, tokens)) is not None:
-            raise DifferentModelError(f"{error}; {why}") from error
-
-
 @torch.no_grad()
 def differs(model: Model, packed: PackedModel, tokens: Int[Tensor, "row pos"]) -> str | None:
     """Where the packed pass is another than the model's on some prompts; None where only rounding parts them."""
@@ -101,20 +83,37 @@ def differs(model: Model, packed: PackedModel, tokens: Int[Tensor, "row pos"]) -
     layout = whole_rows(torch.arange(len(tokens), device=tokens.device), tokens.shape[1])
     for layer in range(packed.n_layers):
         acts = {name: act for (block, name), act in held.items() if block == layer}
-        x = acts.pop("hook_resid_pre").flatten(0, 1)
-        true = _of_block(Exact(packed), layout, layer, x, explicit=True)
-        rounded = [_of_block(packed, layout, layer, x, explicit) for explicit in (False, True)]
-        for name, theirs in acts.items():
-            if name not in true or f"blocks.{{layer}}.{name}" == SCORES:
-                continue  # some bridges show other scores than those that they take the softmax of
-            exact, shown = as_tokens(true[name], theirs, name)
-            ours = [as_tokens(each[name], theirs, name)[0] for each in rounded if name in each]
-            noise = torch.stack([_spread(each, exact, OF_NOISE) for each in ours]).amax(0)
-            off = _spread(shown, exact, QUANTILES)
-            if not (off <= TIMES * noise + ROUNDINGS * torch.finfo(packed.dtype).eps).all():
-                there, made = float(off[-1]), float(noise[-1])
-                return f"blocks.{layer}.{name} is off by {there:.2g} of its size, and rounding makes {made:.2g}"
+        if (why := trial(packed, layout, layer, acts)[0]) is not None:
+            return why
     return None
+
+
+def trial(packed: PackedModel, layout: Layout, layer: int, acts: Mapping[str, Tensor]) -> tuple[str | None, set[str]]:
+    """The first hook point of a block at which more than rounding parts the packed pass from the model (None without
+    any), and those at which nothing more does.
+
+    Args:
+        packed: the model taken apart.
+        layout: whole prompts.
+        layer: the block.
+        acts: what the model has there, ``[prompt, pos, ...]`` by the names of the block's hook points.
+    """
+    x, same = acts["hook_resid_pre"].flatten(0, 1), set[str]()
+    true = _of_block(Exact(packed), layout, layer, x, explicit=True)
+    rounded = [_of_block(packed, layout, layer, x, explicit) for explicit in (False, True)]
+    for name, theirs in acts.items():
+        if name not in true or name == "hook_resid_pre":
+            continue
+        exact, shown = as_tokens(true[name], theirs, name)
+        ours = [as_tokens(each[name], theirs, name)[0] for each in rounded if name in each]
+        noise = torch.stack([_spread(each, exact, OF_NOISE) for each in ours]).amax(0)
+        off = _spread(shown, exact, QUANTILES)
+        if (off <= TIMES * noise + ROUNDINGS * torch.finfo(packed.dtype).eps).all():
+            same.add(f"blocks.{layer}.{name}")
+        elif f"blocks.{{layer}}.{name}" != SCORES:  # some bridges show others than those they take the softmax of
+            there, made = float(off[-1]), float(noise[-1])
+            return f"blocks.{layer}.{name} is off by {there:.2g} of its size, and rounding makes {made:.2g}", same
+    return None, same | {f"blocks.{layer}.hook_resid_pre"}
 
 
 def _of_block(packed: PackedModel, layout: Layout, layer: int, x: Tensor, explicit: bool) -> Mapping[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinklens.engine.packed.weights import Norm, PackedBlock, PackedModel
@@ -16,6 +16,7 @@ from sinklens.models.hooked import (
     has_option,
     mlp_weights,
     norms,
+    norms_behind,
     options,
     unembedding,
 )
@@ -35,6 +36,7 @@ _STANDS_ON = (
     "neurons_write",
     "mlp_adds",
 )
+_WITHOUT_NORMS_BEHIND = ("heads_write", "neurons_write")
 # Options of TransformerLens that change the computation in a way that the packed pass does not have.
 _OPTIONS = (
     "attn_only",
@@ -44,7 +46,6 @@ _OPTIONS = (
     "use_attn_result",
     "load_in_4bit",
     "ungroup_grouped_query_attention",
-    "use_normalization_before_and_after",
     "use_attention_sinks",
     "use_logn_attn",
     "use_dynamic_ntk_rope",
@@ -53,12 +54,16 @@ _OPTIONS = (
 )
 
 
-def unknown_part(model: Model, length: int) -> str | None:
-    """What the packed pass does not know about a HookedTransformer at this prompt length; None when it can run it."""
+def unknown_part(model: Model) -> str | None:
+    """What the packed pass does not know about a HookedTransformer; None when it can run it."""
     if (name := next((name for name in _OPTIONS if has_option(model, name)), None)) is not None:
         return name
     measured = identities(model)
-    if (failing := next((name for name in _STANDS_ON if not measured.holds(name)), None)) is not None:
+    # With a norm behind attention and MLP what they write is not yet what is added.
+    needed = [
+        name for name in _STANDS_ON if name not in _WITHOUT_NORMS_BEHIND or norms_behind(model, 0) == (None, None)
+    ]
+    if (failing := next((name for name in needed if not measured.holds(name)), None)) is not None:
         return f"a model without {IDENTITIES[failing].formula}"
     has = options(model)
     if has.attention_dir != "causal" or has.positions not in ("rotary", "standard"):
@@ -67,10 +72,6 @@ def unknown_part(model: Model, length: int) -> str | None:
         return f"normalization {has.norm} with activation {has.act_fn}"
     if has.qk_norm and has.positions != "rotary":
         return "norms of queries and keys without rotary positions"
-    if has.scores_cap > 0:
-        return "a soft cap on attention scores"
-    if has.window is not None and has.window < length:
-        return f"a sliding window of {has.window} tokens"
     return None
 
 
@@ -90,11 +91,14 @@ class HookedModel(PackedModel):
         """See :meth:`PackedModel.take_apart`."""
         attn, mlp = attention_weights(self.model, layer, self.length), mlp_weights(self.model, layer)
         ln1, ln2 = (norm_of(self.options, norm) for norm in norms(self.model, layer))
+        ln1_post, ln2_post = (norm_of(self.options, norm) for norm in norms_behind(self.model, layer))
         gated = mlp.W_gate is not None
         b_in = _bias(mlp.b_in)
         return PackedBlock(
             ln1=ln1,
             ln2=ln2,
+            ln1_post=ln1_post,
+            ln2_post=ln2_post,
             qkv=(
                 Linear(
                     torch.cat([_columns(attn.W_Q), _columns(attn.W_K), _columns(attn.W_V)], -1),
@@ -114,6 +118,8 @@ class HookedModel(PackedModel):
             k_norm=_head_norm(attn.k_norm),
             scale=attn.scale,
             rotary=_at_positions(attn.rotary, self.length),
+            cap=self.options.scores_cap,
+            seen=None if attn.window is None else _seen(attn.window, self.length, attn.W_O.device),
         )
 
     def logits(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_vocab"]:
@@ -136,6 +142,13 @@ def norm_of(has: Options, norm: NormWeights | None) -> Norm | None:
     if norm is None:
         return None
     return Norm("rms" if has.norm.startswith("RMS") else "layer", has.norm_eps, norm.w, norm.b, has.dtype)
+
+
+def _seen(window: int, length: int, device: torch.device) -> Bool[Tensor, "pos pos"] | None:
+    """The keys that each query sees through a window; None where prompts are no longer than it."""
+    position = torch.arange(length, device=device)
+    before = position[:, None] - position
+    return None if window >= length else (before >= 0) & (before < window)
 
 
 def _columns(W: Float[Tensor, "head d_model d_head"]) -> Float[Tensor, "d_model columns"]:

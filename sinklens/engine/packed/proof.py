@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from sinklens.engine.packed.blocks import PackedPass
+from sinklens.engine.packed.layout import Layout
+from sinklens.engine.packed.noise import trial
 from sinklens.engine.packed.of_bridge import BridgedModel
-from sinklens.engine.packed.points import PATTERN, SCORES
+from sinklens.engine.packed.points import SCORES
+from sinklens.engine.packed.watch import Watch, as_tokens
 from sinklens.engine.packed.whole import whole_rows
 from sinklens.models.identities import activations, error_of, identities, probe_tokens
 from sinklens.models.parts import UnknownPartError
@@ -50,14 +53,18 @@ def proof(model: Model) -> Proof:
     """The proof, made when it is first asked for and again after anything of the model has changed."""
     structure = current_structure(model)
     if model not in _PROVEN or _PROVEN[model][0] != structure:
-        try:
-            found = _prove(model)
-        except UnknownPartError as error:
-            found = Proof(str(error))
-        except _ODD_CALL as error:
-            found = Proof(f"a part that is called in another way ({' '.join(str(error).split())[:200]})")
-        _PROVEN[model] = (structure, found)
+        _PROVEN[model] = (structure, prove(model))
     return _PROVEN[model][1]
+
+
+def prove(model: Model) -> Proof:
+    """The proof, made anew."""
+    try:
+        return _prove(model)
+    except UnknownPartError as error:
+        return Proof(str(error))
+    except _ODD_CALL as error:
+        return Proof(f"a part that is called in another way ({' '.join(str(error).split())[:200]})")
 
 
 @torch.no_grad()
@@ -119,6 +126,17 @@ def _differs(packed: BridgedModel, layer: int, acts: Mapping[str, Tensor]) -> tu
     if not packed.parallel and "hook_resid_mid" not in acts:
         return f"no residual stream in the middle of block {layer}", same
     layout = whole_rows(torch.arange(len(x), device=x.device), x.shape[1])
+    found = _compared(packed, layout, layer, acts)
+    if found[0] is not None and packed.dtype.itemsize <= 2:
+        return trial(packed, layout, layer, acts)  # which knows what rounding does to this block
+    return found
+
+
+def _compared(
+    packed: BridgedModel, layout: Layout, layer: int, acts: Mapping[str, Tensor]
+) -> tuple[str | None, set[str]]:
+    """:func:`_differs` by what rounding ordinarily makes."""
+    x, same = acts["hook_resid_pre"], set[str]()
     for watch in (Watch(packed.n_layers, explicit=False), Watch(packed.n_layers, explicit=True)):
         PackedPass(packed, layout, watch).one_block(x.flatten(0, 1).to(packed.dtype), layer)  # type: ignore[arg-type]
         for name, found in watch.seen.items():
@@ -131,42 +149,3 @@ def _differs(packed: BridgedModel, layer: int, acts: Mapping[str, Tensor]) -> tu
                 return f"blocks.{layer}.{name}, which would be off by {error:.2g} of its size", same
             same.add(f"blocks.{layer}.{name}")
     return None, same
-
-
-def as_tokens(mine: Tensor, theirs: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Both as ``[token, ...]``; scores that are masked are not compared, but have to be the same ones."""
-    if f"blocks.{{layer}}.{name}" not in (SCORES, PATTERN):
-        return mine, theirs.flatten(0, 1)
-    theirs = theirs.transpose(1, 2).flatten(0, 1)
-    masked = mine <= torch.finfo(torch.float16).min
-    same = torch.equal(masked, theirs <= torch.finfo(torch.float16).min)
-    return mine.masked_fill(masked, 0), theirs.masked_fill(masked, 0 if same else torch.nan)
-
-
-class Watch:
-    """All points of a block, looked at."""
-
-    def __init__(self, n_layers: int, explicit: bool) -> None:
-        self.n_layers, self.explicit = n_layers, explicit
-        self.seen: dict[str, Tensor] = {}
-
-    def asked(self, template: str, layer: int) -> bool:  # noqa: ARG002
-        """Whether the pass has to come by a point even if that takes longer."""
-        return self.explicit
-
-    def queries(self, layer: int, q: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Look at the pattern as a whole, or not at all."""
-        return None if self.explicit else torch.empty(0, dtype=torch.long, device=q.device)
-
-    def edits_attention(self, layer: int) -> bool:  # noqa: ARG002
-        """Nothing is edited."""
-        return False
-
-    def visit_queries(self, template: str, layer: int, act: Tensor, piece: object) -> Tensor:  # noqa: ARG002
-        """Nothing is looked at in pieces."""
-        return act
-
-    def visit(self, template: str, layer: int, act: Tensor) -> Tensor:  # noqa: ARG002
-        """Keep what is there."""
-        self.seen[template.removeprefix("blocks.{layer}.")] = act.float().clone()
-        return act

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from sinklens.engine.apply import Op
+from sinklens.engine.packed.heads import can_begin_alone, edited_until
 from sinklens.engine.packed.layout import IntArray, Layout, to_device
 from sinklens.engine.places import PlaceGroup, group_of, group_parts, pairs_of, parts_of
 from sinklens.patches import Patch, Runs
@@ -29,13 +30,25 @@ class Rows:
     stops: IntArray
     """One past the last position that matters."""
     entries: IntArray
-    """Block that is edited first."""
+    """Block in which the whole row is under way first."""
+    heads: IntArray
+    """How many of its first tokens go through the block before by themselves: only these are edited there, and what the
+    others are behind it cannot move (see :mod:`sinklens.engine.packed.heads`)."""
 
     def __len__(self) -> int:
         return len(self.patches)
 
+    @property
+    def firsts(self) -> IntArray:
+        """Block in which anything is computed first."""
+        return self.entries - (self.heads > 0)
+
     def __getitem__(self, chosen: slice | IntArray) -> Rows:
         return Rows(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+    def cut_to_heads(self) -> Rows:
+        """The heads alone, in the block that they are edited in."""
+        return replace(self, stops=self.starts + self.heads, entries=self.entries - 1, heads=np.zeros_like(self.heads))
 
     def followed_by(self, other: Rows) -> Rows:
         """These rows and then the others."""
@@ -59,7 +72,14 @@ class Plan:
     """All rows of a list of patches, and the edits of any batch of them."""
 
     def __init__(
-        self, patches: Sequence[Patch], runs: Runs, n_prompts: int, reach: IntArray, last: int, device: torch.device
+        self,
+        patches: Sequence[Patch],
+        runs: Runs,
+        n_prompts: int,
+        reach: IntArray,
+        last: int,
+        device: torch.device,
+        head_ends: Callable[[int], IntArray] | None = None,
     ) -> None:
         self.n_prompts, self.device = n_prompts, device
         self.names = list(dict.fromkeys(patch.run for patch in patches))
@@ -72,6 +92,8 @@ class Plan:
         """The same in groups that are edited together."""
         self._reach, self._last, self._n = reach, last, len(patches)
         self.rows = self._rows(patches)
+        if head_ends is not None:
+            self.rows = self._with_heads(patches, runs, head_ends)
 
     def _rows(self, patches: Sequence[Patch]) -> Rows:
         first = np.full((self._n, self.n_prompts), np.iinfo(np.int64).max)
@@ -85,8 +107,30 @@ class Plan:
         order = np.argsort(entry[patch], kind="stable")
         patch, prompt = patch[order], prompt[order]
         return Rows(
-            patch, prompt, run[patch] * self.n_prompts + prompt, first[patch, prompt], self._reach[prompt], entry[patch]
+            patch,
+            prompt,
+            run[patch] * self.n_prompts + prompt,
+            first[patch, prompt],
+            self._reach[prompt],
+            entry[patch],
+            np.zeros_like(patch),
         )
+
+    def _with_heads(self, patches: Sequence[Patch], runs: Runs, head_ends: Callable[[int], IntArray]) -> Rows:
+        """The rows, with their heads, in the order of the blocks in which they are under way as a whole."""
+        rows = self.rows
+        ends = edited_until(self.groups, patches, self.n_prompts)[rows.patches, rows.prompts]
+        may = np.array([can_begin_alone(patch, runs) for patch in patches], dtype=bool)[rows.patches]
+        read = np.zeros_like(ends)
+        for entry in np.unique(rows.entries):
+            here = rows.entries == entry
+            read[here] = head_ends(int(entry))[rows.prompts[here]]
+        ends = np.minimum(np.maximum(ends, read), rows.stops)
+        # A head that is most of its row saves little.
+        alone = may & (2 * (ends - rows.starts) <= rows.stops - rows.starts)
+        heads = np.where(alone, ends - rows.starts, 0)
+        rows = replace(rows, heads=heads, entries=rows.entries + alone)
+        return rows[np.argsort(rows.entries, kind="stable")]
 
     def acting(self) -> torch.Tensor:
         """``[intervention]`` boolean: whether each is applied at all, where anything is read behind it."""
@@ -124,9 +168,12 @@ class Plan:
         tokens = layout.tokens_of(row[of], positions)
         table = to_device(np.stack([tokens, prompt[of], positions, owners, sources]), self.device)
         units = None if pairs.units is None else to_device(pairs.units.numpy()[inside], self.device)
-        like = group.like
-        return [
-            Op(
+        like, entries = group.like, layout.entries[row[of]]
+        ops = []
+        for layer in like.layers:
+            if layer > last or not (under_way := entries <= layer).any():
+                continue
+            op = Op(
                 like.site,
                 layer,
                 like.edit,
@@ -138,9 +185,11 @@ class Plan:
                 source_run=like.source.run if like.source else None,
                 source_positions=table[4],
             )
-            for layer in like.layers
-            if layer <= last
-        ]
+            if not under_way.all():  # of the others the head was edited there
+                mine = to_device(under_way, self.device)
+                op = op.only(mine, table[0][mine])
+            ops.append(op)
+        return ops
 
     def _root(self, root: Patch, mine: IntArray, rows: Rows, layout: Layout, last: int) -> list[Op]:
         group = group_of(root)
