@@ -40,7 +40,7 @@ SIZES: dict[str, Size] = {
     "60m": Size(768, 10, 8, 1536, 2048, 50432, False, 512, 4e-4, 0.1),
     "150m": Size(768, 12, 12, 3072, 1024, 50257, True, 512, 6e-4, 0.1),
 }
-"""``toy`` is for bigram-backcopy on a CPU, and grows a sink there; ``tiny`` has 1.2M parameters (2.4 MB as bfloat16);
+"""``toy`` is for bigram-backcopy on a CPU; ``tiny`` has 1.2M parameters (2.4 MB as bfloat16);
 ``34m`` 33.7M; ``60m`` is that of Gu et al. (59M without embeddings); ``150m`` has 152M, as arXiv 2605.06611 says of its
 model, the shape of which it does not say."""
 
