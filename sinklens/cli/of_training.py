@@ -74,7 +74,9 @@ def _run(
         return
     screen = console()
     screen.print(_table(trained))
-    screen.print(f"{seconds_text(time.monotonic() - began)}; each folder opens with sl.load_model", markup=False)
+    took = seconds_text(time.monotonic() - began)
+    told = f"{took}; every arm is a folder in {options['out']}, which sl.load_model opens"
+    screen.print(told, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -105,6 +107,7 @@ def _row(one: Trained) -> dict[str, Any]:
     rate = _last(one, "sink_rate", position=0)
     share = _last(one, "share", position=0)
     return {
+        "arm": one.folder.name,
         "folder": str(one.folder),
         "steps": int(one.loss.step.max()),
         "held_out_loss": one.held_out(),
@@ -116,7 +119,7 @@ def _row(one: Trained) -> dict[str, Any]:
 
 def _table(trained: Sequence[Trained]) -> Table:
     heads: list[tuple[str, str, Callable[[Any], str]]] = [
-        ("folder", "arm", str),
+        ("arm", "arm", str),
         ("steps", "steps", str),
         ("held_out_loss", "held-out loss", lambda value: number(value, 4)),
         ("sink_rate_first", "sink rate, first token", lambda value: f"{100 * value:.1f}%"),

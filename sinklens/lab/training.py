@@ -127,6 +127,7 @@ def _config(settings: Settings, data: Data, name: str) -> DecoderConfig:
         d_mlp=size.d_mlp,
         d_vocab=data.n_vocab,
         n_ctx=settings.n_ctx,
+        tied=size.tied,
         variant=settings.variant,
         variant_options=settings.options,
         model_name=name,

@@ -12,9 +12,7 @@ import pandas as pd
 from sinklens.lab import Trained, train
 from sinklens.lab.sizes import SIZES, Size
 
-SIZES["mini"] = Size(
-    d_model=16, n_layers=2, n_heads=2, d_mlp=32, n_ctx=16, vocab=300, batch=8, lr=1e-2, weight_decay=0.1
-)
+SIZES["mini"] = Size(16, 2, 2, 32, n_ctx=16, vocab=300, tied=True, batch=8, lr=1e-2, weight_decay=0.1)
 OPTIONS: dict[str, Any] = {"size": "mini", "steps": 12, "device": "cpu", "checkpoint_every": 4, "watch_points": 4}
 
 

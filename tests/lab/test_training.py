@@ -214,10 +214,9 @@ def test_written_numbers_and_variants():
     assert read_variant("head_rmsnorm:eps=1e-6") == ("head_rmsnorm", {"eps": 1e-6})
 
 
-def test_sizes_are_what_they_say():
-    tiny = SIZES["tiny"]
-    config = sl.models.decoder.DecoderConfig(
-        d_model=tiny.d_model, n_layers=tiny.n_layers, n_heads=tiny.n_heads, d_mlp=tiny.d_mlp, d_vocab=tiny.vocab
-    )
-    parameters = sum(weight.numel() for weight in sl.models.decoder.Decoder(config).parameters())
-    assert 1e6 < parameters < 1.25e6  # 2.5 MB as bfloat16
+@pytest.mark.parametrize(("name", "least", "most"), [("tiny", 1e6, 1.25e6), ("34m", 33.5e6, 34.5e6)])
+def test_sizes_are_what_they_say(name, least, most):
+    size = SIZES[name]
+    block = 4 * size.d_model**2 + 3 * size.d_model * size.d_mlp + 2 * size.d_model
+    ends = (1 if size.tied else 2) * size.vocab * size.d_model + size.d_model
+    assert least < size.n_layers * block + ends < most
