@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import sinklens
 import sinklens as sl
 from sinklens.analysis.discovery import list_analyses
 from sinklens.analysis.run import load_analysis, run_analysis
@@ -169,7 +168,7 @@ def test_your_own_question_runs(tiny_llama, capsys):
     first, *others = blocks(page.read_text(encoding="utf-8"), "python")
     assert "sl.load_model" in first and "find_formation" in first and len(others) >= 5
     batch = from_tokens(tiny_llama, tiny_tokens(3, 12))
-    names: dict[str, Any] = {"sl": sinklens, "model": tiny_llama, "batch": batch}
+    names: dict[str, Any] = {"sl": sl, "model": tiny_llama, "batch": batch}
     names["formation"] = replace(FORMATION, sink_positions=(0, 0, 0))
     for block in others:
         exec(block, names)

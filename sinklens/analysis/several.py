@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sinklens.analysis.base import Analysis
 from sinklens.analysis.replicate import all_agreement, sets_of
 from sinklens.analysis.suite import Part, SuiteResult, Told, Watch, check_folder, run_all, write_record
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
@@ -124,6 +125,7 @@ def run_several(
     *,
     target: int = 10,
     only: Sequence[str] = (),
+    analyses: Sequence[Analysis | str | Path] = (),
     config: Mapping[str, Any] | None = None,
     starts: Callable[[str], None] = lambda _name: None,
     finished: Callable[[str, SuiteResult], None] = lambda _name, _result: None,
@@ -138,6 +140,7 @@ def run_several(
         out: the folder that theirs are in.
         target: position that the chains make a sink.
         only: names of the parts to run (all by default).
+        analyses: further ones, as :func:`sinklens.run_all` takes them.
         config: what else to record, such as the command line.
         starts: called with a run's name when it begins.
         finished: called with a run's name when it is done.
@@ -166,7 +169,8 @@ def run_several(
     record()  # first of all: what has it can be taken up
     for name, each in several.studies.items():
         starts(name)
-        results[name] = run_all(each, out / name, target=target, only=only, config=config, begins=begins, ends=ends)
+        told_all = {"target": target, "only": only, "analyses": analyses, "config": config}
+        results[name] = run_all(each, out / name, **told_all, begins=begins, ends=ends)
         record()
         finished(name, results[name])
     all_agreement(out, results, several.over)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from sinklens.pairs import PairChoice
 from sinklens.records.files import FULL, cannot_write, check_out, holds_something, remove_leftovers, write_json
 from sinklens.records.plain import check_kinds, to_plain
 from sinklens.records.provenance import package_digest
+from sinklens.records.ranges import shown
 from sinklens.study import Study
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,7 @@ def run_all(
     *,
     target: int = 10,
     only: Sequence[str] = (),
+    analyses: Sequence[Analysis | str | Path] = (),
     config: Mapping[str, Any] | None = None,
     begins: Watch = lambda _name, _number, _of: None,
     ends: Told = lambda _part: None,
@@ -94,6 +97,7 @@ def run_all(
         out: the folder; one that an earlier run left is taken up again.
         target: position that the chain makes a sink.
         only: names of the parts to run (all by default).
+        analyses: further ones, themselves or ``.py`` files that have one; they run after the package's.
         config: what else to record, such as the command line.
         begins: called when a part begins.
         ends: called when a part ends.
@@ -105,16 +109,17 @@ def run_all(
         WriteError: there is no room; what was finished is kept, and taken up when there is.
     """
     out = Path(out)
-    analyses = {name: load_analysis(name) for name in list_analyses()}
-    names = [FORMATION, CHAIN, *analyses]
+    own = {name: load_analysis(name) for name in list_analyses()}
+    known = own | further(analyses, [FORMATION, CHAIN, *own])
+    names = [FORMATION, CHAIN, *known]
     unknown = [name for name in only if name not in names]
     if unknown:
         raise InputError(f"there is no part {', '.join(unknown)}: the parts are {', '.join(names)}")
     chosen = [name for name in names if not only or name in only]
     _check(study, target)
     earlier = earlier_parts(out)
-    keys = {name: _key(study, target, analyses.get(name)) for name in chosen}
-    suite = _Suite(study, out, target, analyses)
+    keys = {name: _key(study, target, known.get(name)) for name in chosen}
+    suite = _Suite(study, out, target, known)
     # What is there stays on record until it is done again: a run that is interrupted has lost nothing.
     parts = {name: part for name, part in earlier.items() if name in names}
     write_record(out, study, parts, config or {})  # first of all: what has it can be taken up
@@ -127,6 +132,25 @@ def run_all(
     listed = {name: parts[name] for name in names if name in parts}
     write_record(out, study, listed, config or {}, judged_parts(out, parts))
     return SuiteResult(out, listed)
+
+
+def further(analyses: Sequence[Analysis | str | Path], taken: Sequence[str]) -> dict[str, Analysis]:
+    """Analyses of the user's by name.
+
+    Raises:
+        InputError: a file that has none, something else, or a name that another part has.
+    """
+    found: dict[str, Analysis] = {}
+    for item in [analyses] if isinstance(analyses, Analysis | str | Path) else analyses:
+        analysis = item if isinstance(item, Analysis) else load_analysis(item)
+        name = analysis.name
+        if name in taken or name in found or not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+            raise InputError(
+                f"an analysis called {shown(name)} cannot be run beside the others: give it a name of letters, digits "
+                "and _ that no other part has"
+            )
+        found[name] = analysis
+    return found
 
 
 def judged_parts(out: Path, parts: Mapping[str, Part]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +42,7 @@ from sinklens.cli.common import (
     results_line,
     write_report,
 )
-from sinklens.records.ranges import names
+from sinklens.records.ranges import names, shown
 
 
 def everything(
@@ -57,6 +57,9 @@ def everything(
     super_neurons: NeuronsOption = None,
     outlier_dims: DimsOption = None,
     only: Annotated[str | None, typer.Option(help="Only these parts, such as `formation,onset`.")] = None,
+    with_: Annotated[
+        list[Path] | None, typer.Option("--with", help="A .py file with an analysis of yours; may be given again.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.float32,
     backend: BackendOption = Backend.auto,
@@ -79,6 +82,7 @@ def everything(
         if which == ALL and replicate is not None:
             fail("give --event all or --replicate, one of the two")
         chosen = () if only is None else names("--only", only)
+        analyses = _own(with_ or [])
         allowed = budget(memory_budget)
         run_everything(
             lambda step: load(
@@ -97,6 +101,7 @@ def everything(
             out,
             target=target,
             only=chosen,
+            analyses=analyses,
             seed=seed,
             memory_budget=allowed,
             given=given,
@@ -106,12 +111,28 @@ def everything(
         )
 
 
+def _own(files: list[Path]) -> list[Any]:
+    """The analyses in the user's files, read before anything is loaded."""
+    if not files:
+        return []
+    from sinklens.analysis.discovery import list_analyses
+    from sinklens.analysis.run import load_analysis
+    from sinklens.analysis.suite import CHAIN, FORMATION, further
+
+    wrong = [str(file) for file in files if file.suffix != ".py"]
+    if wrong:
+        fail(f"--with {shown(wrong[0])} must be a .py file with an analysis")
+    analyses = [load_analysis(file) for file in files]
+    return list(further(analyses, [FORMATION, CHAIN, *list_analyses()]).values())
+
+
 def run_everything(
     load: Callable[[Callable[[str], None]], tuple[Any, Any]],
     out: Path,
     *,
     target: int,
     only: tuple[str, ...],
+    analyses: Sequence[Any] = (),
     seed: int,
     memory_budget: int | None,
     given: dict[str, Any],
@@ -135,7 +156,12 @@ def run_everything(
         from sinklens.study import Study
 
         study = Study(model, batch, seed, memory_budget, given, display.rows)
-        options: dict[str, Any] = {"target": target, "only": only, "config": {"command": command_line()}}
+        options: dict[str, Any] = {
+            "target": target,
+            "only": only,
+            "analyses": analyses,
+            "config": {"command": command_line()},
+        }
         options |= {"begins": display.begins, "ends": display.ends}
         if kind is None:
             runs, several = [_Run("", run_all(study, out, **options), study.batch)], None

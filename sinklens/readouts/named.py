@@ -79,7 +79,7 @@ class NamedReadout:
     """What it is, in a line."""
 
 
-ReadoutLike = str | NamedReadout | Readout | Reduce
+ReadoutLike = str | NamedReadout | Readout | Reduce | Callable[[Tensor], Tensor]
 """A name or what has one, a readout, or a function ``(logits [row pos d_vocab], rows) -> [row]``, of logits alone if it
 likes."""
 

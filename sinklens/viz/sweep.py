@@ -64,7 +64,7 @@ def sweep_heatmap(
     figure.update_annotations(font_size=13)
     title = html.escape(_title(drawn, readout_of(source, readout), n_prompts, x, y), quote=False)
     figure.update_layout(coloraxis=_colours(tensor.name), title={"text": title, "font": {"size": 14}, "x": 0.01})
-    figure.update_layout(margin={"t": 30 + (figure.layout.margin.t or 40)})
+    figure.update_layout(margin={"t": 80})  # room for it above the panels' own titles
     return figure
 
 

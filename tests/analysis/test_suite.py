@@ -24,6 +24,7 @@ from sinklens.prompts import from_tokens
 from sinklens.records import files
 from sinklens.statistics import Estimate
 from sinklens.study import Study
+from tests.helpers.analyses import SIMPLE
 from tests.helpers.tiny import tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.slow
@@ -373,3 +374,19 @@ def test_a_model_with_hooks_is_refused_before_any_work(tmp_path, calls):
 def test_a_record_holds_no_more_than_a_part_takes():
     part = Part("first", "done", "", 1.0, {"seed": 0})
     assert Part("first", **{"status": "done", "reason": "", "seconds": 1.0, "key": {"seed": 0}}) == part
+
+
+def test_analyses_of_the_user_s_run_beside_the_others(tmp_path, calls):
+    mine = calls.analysis("mine")
+    file = tmp_path / "theirs.py"
+    file.write_text("from tests.helpers.analyses import SIMPLE as ANALYSIS\n")
+    calls.monkeypatch.setattr(suite, "load_analysis", lambda it: SIMPLE if it == file else calls.analysis(it))
+    given: dict[str, Any] = {"target": 5, "only": ("first", "mine", "simple"), "analyses": [mine, file]}
+    found = run_all(study(), tmp_path / "all", **given)
+    assert {name: part.status for name, part in found.parts.items()} == dict.fromkeys(given["only"], "done")
+    assert all((tmp_path / "all" / name / "summary.json").is_file() for name in given["only"])
+    assert all(part.reused for part in run_all(study(), tmp_path / "all", **given).parts.values())
+    for wrong in (calls.analysis("first"), calls.analysis("chain"), calls.analysis("../up"), [mine, mine]):
+        with pytest.raises(InputError, match="cannot be run beside the others"):
+            run_all(study(), tmp_path / "other", target=5, analyses=wrong)
+    assert not (tmp_path / "other").exists()

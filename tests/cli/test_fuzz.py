@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shlex
 from collections.abc import Iterator
 from enum import StrEnum
