@@ -104,7 +104,8 @@ class Curves:
     def cut(self, step: int) -> None:
         """Forget what was written down after ``step``, and of step 0 too if it is the beginning."""
         self._losses = [row for row in self._losses if row[0] <= step]
-        self._watched = [table[table.step <= step] for table in self._watched if step]
+        watched: list[Any] = self._watched
+        self._watched = [table[table.step <= step] for table in watched if step]
 
     def add_loss(self, step: int, tokens: int, loss: float, lr: float, seconds: float) -> None:
         """One step."""

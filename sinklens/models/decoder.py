@@ -54,7 +54,7 @@ class Decoder(HookedRootModule):
         self.cfg, self.tokenizer = cfg, tokenizer
         self.embed, self.hook_embed = Embed(cfg), HookPoint()
         self.token = nn.Parameter(torch.empty(cfg.d_model)) if variant_kind(cfg.variant).sink_token else None
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.blocks: Any = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
         self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
         self.unembed = Unembed(cfg, self.embed)
         initialise(self, seed)
@@ -104,7 +104,7 @@ class Decoder(HookedRootModule):
         return self
 
     def stepped(self) -> None:
-        """To be called behind every step of training; see :meth:`Variant.stepped`."""
+        """To be called behind every step of training; see :meth:`sinklens.Variant.stepped`."""
         for block in self.blocks:
             block.attn.variant.stepped()  # type: ignore[union-attr, operator]
 

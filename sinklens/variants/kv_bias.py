@@ -30,5 +30,5 @@ class KVBias(KBias):
         self.v = nn.Parameter(torch.zeros_like(self.k))
 
     def slot(self, q: Float[Tensor, "*batch head d_head"]) -> Slot:
-        """See :meth:`Variant.slot`."""
+        """See :meth:`KBias.slot`."""
         return Slot(super().slot(q).logit, self.by_head(self.v))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,8 @@ def test_a_correlation_is_spearman_s() -> None:
     module = EMERGENCE.run.__globals__
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 4, (6, 5)).astype(float), rng.normal(size=(6, 5))
-    expected = [stats.spearmanr(a[:, i], b[:, i]).statistic for i in range(5)]
+    spearman: Any = stats.spearmanr
+    expected = [spearman(a[:, i], b[:, i]).statistic for i in range(5)]
     assert module["together"](a, b) == pytest.approx(expected)
     assert module["together"](np.ones((6, 1)), b[:, :1]) == [0]
 

@@ -18,7 +18,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "k_bias shared": ("k_bias", {"shared": True}),
 }
 """Every variant, some with other options than usual, by what a test is called."""
-SIZES = {"d_model": 32, "n_layers": 4, "n_heads": 4, "d_head": 8, "d_mlp": 40, "d_vocab": 50, "n_ctx": 16}
+SIZES: dict[str, Any] = {
+    "d_model": 32,
+    "n_layers": 4,
+    "n_heads": 4,
+    "d_head": 8,
+    "d_mlp": 40,
+    "d_vocab": 50,
+    "n_ctx": 16,
+}
 
 
 def grouped(case: str) -> int | None:
@@ -26,7 +34,7 @@ def grouped(case: str) -> int | None:
     return None if CASES[case][0] == "differential" else 2
 
 
-def made_decoder(case: str = "softmax", *, seed: int = 0, **sizes: Any) -> Decoder:
+def made_decoder(case: str = "softmax", *, seed: int = 0, **sizes: Any) -> Any:
     """A decoder in evaluation mode whose own parameters, and those of its variant, are far from where they start."""
     variant, options = CASES[case]
     fields = {**SIZES, "n_key_value_heads": grouped(case), "variant": variant, "variant_options": options, **sizes}
@@ -40,6 +48,6 @@ def made_decoder(case: str = "softmax", *, seed: int = 0, **sizes: Any) -> Decod
 
 
 @cache
-def kept_decoder(case: str) -> Decoder:
+def kept_decoder(case: str) -> Any:
     """One that is made once; tests leave it as it is."""
     return made_decoder(case)

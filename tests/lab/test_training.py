@@ -15,6 +15,7 @@ from sinklens.lab import SIZES, BigramBackcopy, Settings
 from sinklens.lab.arms import read_tokens
 from sinklens.lab.settings import read_variant
 from sinklens.lab.watch import row_loss
+from sinklens.models.decoder import Decoder
 from tests.helpers.lab import curve, interrupted_at, trained
 
 
@@ -61,7 +62,7 @@ def test_only_the_latest_checkpoint_has_what_to_go_on_from(run):
 
 def test_losses_are_those_of_a_loop_by_hand(run):
     """The same in plain torch, from the data's description to the update."""
-    model = sl.models.decoder.Decoder(sl.load_model(run.folder).cfg, seed=0).train()
+    model = Decoder(sl.load_model(run.folder).cfg, seed=0).train()
     task = BigramBackcopy(16)
     decay, keep = [], []
     for weight in model.parameters():

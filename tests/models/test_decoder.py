@@ -58,9 +58,8 @@ def as_llama(model: Decoder) -> LlamaForCausalLM:
         rms_norm_eps=cfg.eps,
         rope_parameters={"rope_type": "default", "rope_theta": cfg.rotary_base},
         tie_word_embeddings=cfg.tied,
-        attn_implementation="eager",
     )
-    own = {"model.embed_tokens.weight": model.embed.W_E, "model.norm.weight": model.ln_final.w}
+    own: dict[str, Any] = {"model.embed_tokens.weight": model.embed.W_E, "model.norm.weight": model.ln_final.w}
     if not cfg.tied:
         own["lm_head.weight"] = model.unembed.W_U.T
     for layer, block in enumerate(model.blocks):
@@ -75,6 +74,7 @@ def as_llama(model: Decoder) -> LlamaForCausalLM:
         own[f"{at}input_layernorm.weight"] = block.ln1.w
         own[f"{at}post_attention_layernorm.weight"] = block.ln2.w
     llama = LlamaForCausalLM(config).eval()
+    llama.set_attn_implementation("eager")
     missing = llama.load_state_dict(own, strict=False).missing_keys
     assert [name for name in missing if name != "lm_head.weight"] == []
     return llama

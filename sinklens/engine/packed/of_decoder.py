@@ -30,7 +30,7 @@ class DecoderModel(HookedModel):
     """A decoder taken apart: a HookedTransformer, and what its variant does."""
 
     def take_apart(self, layer: int) -> PackedBlock:
-        """See :meth:`PackedModel.take_apart`."""
+        """See :meth:`HookedModel.take_apart`."""
         variant = variant_of(self.model, layer)
         assert variant is not None
         block = super().take_apart(layer)

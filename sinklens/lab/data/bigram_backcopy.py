@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from functools import cached_property
 from importlib import resources
 from typing import Any, Literal
 
@@ -92,7 +91,7 @@ class BigramBackcopy:
         """BOS and the symbols."""
         return len(SYMBOLS) + 1
 
-    @cached_property
+    @property
     def optimum(self) -> float:
         """The entropy of the next token, mean over the positions of a row, in nats.
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from sinklens.errors import InputError
 
@@ -92,6 +93,7 @@ def of_dataset(name: str, most_tokens: int | None) -> tuple[str, Callable[[], It
 
     def texts() -> Iterator[str]:
         given = 0
+        row: Any
         for row in found:
             if limit is not None and given > limit:
                 return
