@@ -25,6 +25,7 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens import metrics, sites
+from sinklens.models.view import device_of, dtype_of
 
 CLAIM = "Attention to the first token and the norm of its residual stream emerge together in training."
 CAPTION = (
@@ -49,10 +50,10 @@ def run(
         raise sl.NotApplicableError(
             f"{len(names)} checkpoints were named, and their order says nothing below {FEWEST}: name them with --models"
         )
-    weight = next(study.model.parameters())  # type: ignore[attr-defined]
+    device, dtype = device_of(study.model), dtype_of(study.model)
     seen = []
     for name in names:
-        model = sl.load_model(name, device=weight.device, dtype=weight.dtype)
+        model = sl.load_model(name, device=device, dtype=dtype)
         seen.append(measured(sl.Study(model, sl.prompts.from_tokens(model, study.batch.tokens)), threshold))
     curves = {name: np.stack([found[name].numpy() for found in seen]) for name in seen[0]}
     first, other = (together(curves[f"{who} attention"], curves[f"{who} norm"]) for who in ("first", "other"))
@@ -69,9 +70,8 @@ def run(
         conditions=[sl.analysis.above(share, 0.5), sl.analysis.above(share, control)],
     )
     steps = [step_of(name, number) for number, name in enumerate(names)]
-    return sl.Findings(
-        sl.analysis.verdict_of(CLAIM, [part]), table(names, steps, curves), CAPTION, onsets(steps, curves)
-    )
+    verdict = sl.analysis.verdict_of(CLAIM, [part])
+    return sl.Findings(verdict, table(names, steps, curves), CAPTION, onsets(steps, curves))
 
 
 Measures = dict[str, Float[Tensor, " prompt"]]

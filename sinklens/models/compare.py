@@ -229,7 +229,8 @@ def look(hf_model: PreTrainedModel, tokens: Int[Tensor, "1 pos"], *, states: boo
     attentions = getattr(output, "attentions", None) or ()
     shown = {layer: one[0].float().cpu() for layer, one in enumerate(attentions) if isinstance(one, Tensor)}
     patterns: dict[int, Tensor] = {layer: one for layer, one in shown.items() if one.ndim == 3}
-    if any(bool(one.triu(1).any()) for one in patterns.values() if one.shape[-1] == one.shape[-2]):
+    # Weights that are not finite make patterns of NaN everywhere, which is another fault.
+    if any(bool((one.triu(1) > 0).any()) for one in patterns.values() if one.shape[-1] == one.shape[-2]):
         raise InputError(f"{type(hf_model).__name__} attends to later tokens too; sinklens needs a causal model.")
     kept: tuple[Tensor, ...] = tuple(one[0].cpu() for one in output.hidden_states or ()) if states else ()
     return Sight(logits[0].float().cpu(), patterns, kept)

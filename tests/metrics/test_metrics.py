@@ -289,6 +289,11 @@ def test_top_energy_share_is_the_energy_share_of_the_largest() -> None:
         assert_close(metrics.top_energy_share(x, k), metrics.energy_share(x, largest[:k]))
 
 
+def test_top_1_over_the_median_by_hand() -> None:
+    assert_close(metrics.top1_over_median(t([4, -1, 2], [-9, 3, 3])), t(2, 3))
+    assert metrics.top1_over_median(t(0, 0, 3)).isinf()
+
+
 def test_excess_kurtosis_by_hand() -> None:
     # Two equal halves: m4 = m2^2. One of d: 1 / (p (1 - p)) - 6 with p = 1 / d.
     x = t([1, -1, 1, -1], [0, -8, 0, 0])
@@ -577,6 +582,7 @@ VECTORS: dict[str, Callable[[Tensor], Tensor]] = {
     "relative_to_later": lambda x: metrics.relative_to_later(x[0]),
     "relative_deviation": lambda x: metrics.relative_deviation(x[0], x[0, 0].float(), x[0, 0, 0].float()),
     "robust_z": metrics.robust_z,
+    "top1_over_median": metrics.top1_over_median,
     "top_energy_share": lambda x: metrics.top_energy_share(x, 2),
     "vector_norm": metrics.vector_norm,
 }
@@ -585,6 +591,7 @@ PATTERNS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention_entropy": metrics.attention_entropy,
     "attention_received": metrics.attention_received,
     "effective_values": metrics.effective_values,
+    "normalised_rows": lambda x: metrics.normalised_rows(x)[0],
     "received_at_lengths": lambda x: metrics.received_at_lengths(x, [1, 3]),
     "sink_rate": metrics.sink_rate,
 }

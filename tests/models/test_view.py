@@ -45,6 +45,8 @@ OUTSIDE = sorted(
     for folder in ("sinklens", "analyses")
     for path in (ROOT / folder).rglob("*.py")
     if not path.is_relative_to(ROOT / "sinklens" / "models")
+    # The lab trains decoders that are ours: it makes them, moves them and takes their parameters.
+    and not path.is_relative_to(ROOT / "sinklens" / "lab")
 )
 
 PROTOCOL = {"hooks", "run_with_hooks", "run_with_cache"}
