@@ -49,7 +49,8 @@ def test_any_grid_equals_one_patch_at_a_time(family: str, drawn: list[tuple], ma
         for prompt in range(N):
             for readout, expected in zip(wanted, slow(patch, prompt), strict=True):
                 found = float(result.values[readout.name][index, prompt])
-                assert found == pytest.approx(expected, abs=1e-5, rel=2e-5), (readout.name, patch.describe(), prompt)
+                # A readout may be the small difference of logits of 20, each with a rounding of its own.
+                assert found == pytest.approx(expected, abs=2e-5, rel=2e-5), (readout.name, patch.describe(), prompt)
 
 
 @pytest.mark.parametrize("family", slow_but("llama", "gpt2", of=FAMILIES))
