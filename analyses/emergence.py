@@ -128,7 +128,7 @@ def expanded(models: tuple[str, ...]) -> list[str]:
     """The checkpoints that are meant."""
     found: list[str] = []
     for name in models:
-        own = sl.lab.checkpoints(Path(name)) if Path(name, "checkpoints").is_dir() else {}
+        own = sl.lab.checkpoints(Path(name))
         found += map(str, own.values()) if own else [name]
     return found
 

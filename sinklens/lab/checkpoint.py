@@ -25,8 +25,6 @@ FOLDER = "checkpoints"
 """Where they are in a run's folder."""
 OPTIMISER, STATE = "optimiser.safetensors", "state.json"
 """Files beside the model."""
-BUFFERS = "buffers/"
-"""What stands in front of what a variant remembers without training it."""
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
@@ -48,8 +46,7 @@ def write_checkpoint(run: Path, model: Decoder, optimiser: Optimiser, step: int,
         with replaced(path) as folder:
             folder.mkdir()
             save_decoder(model, folder)
-            kept = {f"{BUFFERS}{name}": value for name, value in _buffers(model).items()}
-            save_file({**optimiser.state(), **kept}, folder / OPTIMISER)
+            save_file(optimiser.state(), folder / OPTIMISER)
             write_json(folder / STATE, {"step": step, **state})
     for earlier, folder in checkpoints(run).items():
         if earlier < step:
@@ -68,10 +65,8 @@ def restore(run: Path, model: Decoder, optimiser: Optimiser) -> dict[str, Any] |
     folder = ready[max(ready)]
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        weights, kept = load_file(folder / WEIGHTS), load_file(folder / OPTIMISER)
-        buffers = {name.removeprefix(BUFFERS): value for name, value in kept.items() if name.startswith(BUFFERS)}
-        model.load_state_dict({**weights, **buffers}, strict=False)
-        optimiser.restore({name: value for name, value in kept.items() if not name.startswith(BUFFERS)})
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        optimiser.restore(load_file(folder / OPTIMISER))
     except Exception as error:  # whatever is wrong with such files comes up as anything
         told = " ".join(str(error).split())[:200]
         raise InputError(f"the checkpoint {folder} is damaged ({told}): train again with another --out.") from error
@@ -89,9 +84,3 @@ def write_final(run: Path, model: Decoder) -> None:
                 os.replace(path, run / path.name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _buffers(model: Decoder) -> dict[str, Any]:
-    """What is kept from step to step and is no parameter."""
-    own = dict(model.named_parameters())
-    return {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items() if name not in own}

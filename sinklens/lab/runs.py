@@ -13,7 +13,7 @@ import pandas as pd
 from sinklens.analysis.base import AnalysisResult
 from sinklens.chain.result import ChainResult
 from sinklens.errors import InputError
-from sinklens.lab.record import RECORD, WATCH
+from sinklens.lab.record import RECORD, WATCH, read_record
 from sinklens.lab.settings import variant_text
 
 
@@ -76,7 +76,7 @@ def _run(folder: Path) -> Run | None:
     if not (folder / RECORD).is_file():
         return Run(folder.resolve().name, folder.resolve().name, None, results) if results else None
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_record(folder)
         watched = pd.read_parquet(folder / WATCH) if (folder / WATCH).is_file() else None
         settings, data = dict(record["settings"]), json.dumps(record["data"], sort_keys=True)
         name, arm = folder.resolve().name, variant_text(str(settings["variant"]), dict(settings["options"]))

@@ -175,13 +175,14 @@ def initialise(model: Decoder, seed: int, sd: float = 0.02) -> None:
 def save_decoder(model: Decoder, folder: Path) -> None:
     """Write config, weights and tokenizer into ``folder``, which is there.
 
-    What of it may be read by others: ``model.safetensors``, by the names of the parameters.
+    What of it may be read by others: ``model.safetensors``, by the names of the parameters, and of what else a variant
+    keeps (its persistent buffers).
     """
     from safetensors.torch import save_file
 
     from sinklens.records.files import write_json
 
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
     write_json(folder / "config.json", {"architectures": [ARCHITECTURE], **model.cfg.saved()})
     save_file(weights, folder / WEIGHTS)
     if model.tokenizer is not None:
@@ -213,11 +214,11 @@ def load_decoder(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> De
     try:
         model = Decoder(_config_of(config))
         weights = load_file(folder / WEIGHTS)
-        own = dict(model.named_parameters())
+        own = model.state_dict()
         if set(own) != set(weights) or any(own[name].shape != weights[name].shape for name in own):
             name = min(set(own) ^ set(weights), default="one of another shape")
             raise InputError(f"{folder / WEIGHTS} does not fit its config.json ({name}); save the model again.")
-        model.load_state_dict(weights, strict=False)
+        model.load_state_dict(weights)
     except InputError:
         raise
     except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:

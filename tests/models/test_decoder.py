@@ -25,7 +25,7 @@ from sinklens.models.identities import identities, is_unnormalised
 from sinklens.models.load import load_model
 from sinklens.models.state import foreign_part
 from sinklens.models.view import backend_name, check_model, prepends_bos
-from sinklens.variants import REGISTRY, Softmax, variant_kind
+from sinklens.variants import REGISTRY, Softmax, register_variant, variant_kind
 from tests.helpers.decoders import SIZES, kept_decoder, made_decoder
 from tests.helpers.grids import SHRINK
 from tests.helpers.tiny import save_tiny, tiny_model
@@ -309,6 +309,29 @@ def test_a_variant_of_one_s_own_is_a_model_like_any_other(template: Any, tmp_pat
     REGISTRY.pop(template.name)
     with pytest.raises(InputError, match="_variant_template.py, which calls register_variant"):
         load_model(folder, device="cpu")
+
+
+def test_what_a_variant_keeps_beside_its_parameters_is_saved(tmp_path: Path) -> None:
+    class Counted(Softmax):
+        name = "counted"
+
+        def __init__(self, sizes: Any) -> None:
+            super().__init__(sizes)
+            self.register_buffer("sharper", torch.ones(()))
+
+        def queries(self, q: torch.Tensor) -> torch.Tensor:
+            return q * self.sharper
+
+    register_variant(Counted)
+    try:
+        model = Decoder(DecoderConfig(**SIZES, variant="counted")).eval()
+        for block in model.blocks:
+            block.attn.variant.sharper.fill_(40.0)
+        again = load_model(saved(model, tmp_path / "model"), device="cpu")
+        with torch.no_grad():
+            assert torch.equal(again(TOKENS), model(TOKENS))
+    finally:
+        REGISTRY.pop("counted")
 
 
 def test_other_code_under_its_name_is_another_model(template: Any, tmp_path: Path) -> None:
