@@ -314,6 +314,7 @@ def test_a_variant_of_one_s_own_is_a_model_like_any_other(template: Any, tmp_pat
 def test_what_a_variant_keeps_beside_its_parameters_is_saved(tmp_path: Path) -> None:
     class Counted(Softmax):
         name = "counted"
+        sharper: torch.Tensor
 
         def __init__(self, sizes: Any) -> None:
             super().__init__(sizes)
