@@ -153,33 +153,39 @@ class _Run:
     def loop(self, done: int, every: int, watched: tuple[int, ...]) -> None:
         """Steps ``done + 1`` to the last."""
         settings, total = self.settings, self.settings.steps
-        module = self.processes.wrapped(compiled(self.model, settings, self.data) if settings.compile else self.model)
+        module = self.processes.wrapped(self._compiled() if settings.compile else self.model)
         pending: list[tuple[int, Tensor]] = []
-        began, spent = time.perf_counter(), self.seconds
         with Stopping(self.processes) as stopping:
             if done == 0:
                 self._watch(0)
+            began, spent = time.perf_counter(), self.seconds
             for step in range(done + 1, total + 1):
                 pending.append((step, self._step(module, step)))
                 stop = stopping.asked(step)
                 looks = step % CHECK == 0 or step % every == 0 or step in watched or step == total or stop
                 if not looks:
                     continue
+                losses = self.processes.mean(torch.stack([loss for _, loss in pending])).tolist()  # waits for a GPU
                 self.seconds = spent + time.perf_counter() - began
-                self._take(pending)
+                self._take([step for step, _ in pending], losses)
+                pending.clear()
                 if step in watched:
                     self._watch(step)
-                    began, spent = time.perf_counter(), self.seconds
                 if step % every == 0 or step == total or stop:
                     self._checkpoint(step)
+                began, spent = time.perf_counter(), self.seconds
                 if stop:
                     raise KeyboardInterrupt(f"stopped at step {step} of {total} of {self.folder}")
+
+    def _compiled(self) -> nn.Module:
+        rows = self.settings.batch // self.processes.count // self.settings.accumulate
+        return compiled(self.model, self.settings, self.data, rows)
 
     def _step(self, module: nn.Module, step: int) -> Tensor:
         """One update; the loss before it, of this process's rows."""
         settings, processes = self.settings, self.processes
         first, own = processes.rows((step - 1) * settings.batch, settings.batch)
-        rows = torch.from_numpy(self.data.rows(settings.seed, first, own)).to(processes.device, non_blocking=True)
+        rows = _sent(torch.from_numpy(self.data.rows(settings.seed, first, own)), processes.device)
         self.model.train()
         parts = rows.chunk(settings.accumulate)
         losses = []
@@ -195,25 +201,22 @@ class _Run:
         self.model.stepped()
         return torch.stack(losses).sum()
 
-    def _take(self, pending: list[tuple[int, Tensor]]) -> None:
+    def _take(self, steps: list[int], losses: list[float]) -> None:
         """Write down the losses of the last steps.
 
         Raises:
             InputError: one is not finite.
         """
         settings = self.settings
-        values = self.processes.mean(torch.stack([loss for _, loss in pending])).tolist()
-        for (step, _), loss in zip(pending, values, strict=True):
+        for step, loss in zip(steps, losses, strict=True):
             if not loss < float("inf"):
                 raise InputError(
                     f"the loss is {loss} at step {step} (learning rate {settings.lr_at(step):.2g}): take a smaller lr "
                     f"or a longer warmup; the checkpoints in {self.folder} are kept."
                 )
             self.curves.add_loss(step, step * settings.tokens_a_step, loss, settings.lr_at(step), self.seconds)
-        step = pending[-1][0]
-        pace = step * settings.tokens_a_step / max(self.seconds, 1e-9)
-        self.report(f"{self.folder.name}: loss {values[-1]:.3f}, {pace:,.0f} tokens/s", step, settings.steps)
-        pending.clear()
+        pace = steps[-1] * settings.tokens_a_step / max(self.seconds, 1e-9)
+        self.report(f"{self.folder.name}: loss {losses[-1]:.3f}, {pace:,.0f} tokens/s", steps[-1], settings.steps)
 
     def _watch(self, step: int) -> None:
         """Measure, in the first process."""
@@ -229,3 +232,8 @@ class _Run:
             self.curves.write()
             state: dict[str, Any] = {"seconds": self.seconds, "tokens": step * self.settings.tokens_a_step}
             write_checkpoint(self.folder, self.model, self.optimiser, step, state)
+
+
+def _sent(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows on a device; a GPU goes on meanwhile."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
