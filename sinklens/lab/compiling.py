@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from sinklens.errors import InputError
 from sinklens.lab.data import Data
@@ -19,6 +21,18 @@ STEPS, TOLERANCE, NOISE = 20, 1e-3, 4.0
 does: of how far apart they are when the same batch is computed in two halves."""
 
 
+class LossOf(nn.Module):
+    """From rows to the mean loss of a model on them, in nats."""
+
+    def __init__(self, model: Decoder, loss: Callable[[Tensor, Tensor], Tensor] = row_loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, rows: Int[Tensor, "row token"]) -> Float[Tensor, ""]:
+        """The loss of the tokens behind the first."""
+        return self.loss(self.model(rows[:, :-1]), rows)
+
+
 def by_blocks(model: Decoder) -> Decoder:
     """The same model, with the same weights, whose blocks run compiled.
 
@@ -30,8 +44,9 @@ def by_blocks(model: Decoder) -> Decoder:
     return other
 
 
-def compiled(model: Decoder, settings: Settings, data: Data, rows: int) -> nn.Module:
-    """A compiled model with the weights of ``model``; its first steps on batches of ``rows`` are tried on copies.
+def compiled(model: Decoder, settings: Settings, data: Data, rows: int) -> LossOf:
+    """The compiled loss of a model with the weights of ``model``; the first steps on batches of ``rows`` are tried on
+    copies.
 
     Raises:
         InputError: it cannot be compiled, or its first steps are not those of the model itself.
@@ -50,7 +65,11 @@ def compiled(model: Decoder, settings: Settings, data: Data, rows: int) -> nn.Mo
             f"compiled, the model learns something else (losses {apart:.2g} apart, rounding {noise:.2g}): leave "
             "compile out."
         )
-    return by_blocks(model)
+    return _compiled(model)
+
+
+def _compiled(model: Decoder) -> LossOf:
+    return LossOf(by_blocks(model), torch.compile(row_loss))
 
 
 def _apart(one: list[float], other: list[float]) -> float:
@@ -61,7 +80,7 @@ def _losses(
     twin: Decoder, settings: Settings, data: Data, rows: int, *, parts: int = 1, compile_it: bool = False
 ) -> list[float]:
     """Losses of the first steps, as they are trained, with a batch of ``rows`` in ``parts``."""
-    optimiser, module = Optimiser(twin.train(), settings), by_blocks(twin) if compile_it else twin
+    optimiser, loss_of = Optimiser(twin.train(), settings), _compiled(twin) if compile_it else LossOf(twin)
     device = next(twin.parameters()).device
     losses = []
     for step in range(min(STEPS, settings.steps)):
@@ -69,7 +88,7 @@ def _losses(
         total = 0.0
         for part in batch.chunk(parts):
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-                loss = row_loss(module(part[:, :-1]), part) * (len(part) / rows)
+                loss = loss_of(part) * (len(part) / rows)
             loss.backward()
             total += float(loss.detach())
         if settings.clip:

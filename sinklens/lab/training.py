@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sinklens.errors import InputError
 from sinklens.lab.checkpoint import checkpoints, restore, write_checkpoint, write_final
-from sinklens.lab.compiling import compiled
+from sinklens.lab.compiling import LossOf, compiled
 from sinklens.lab.data import Data
 from sinklens.lab.optimiser import Optimiser
 from sinklens.lab.processes import Processes
@@ -32,7 +32,7 @@ from sinklens.lab.record import Curves, begin, finish, is_finished
 from sinklens.lab.settings import Settings, arm_name
 from sinklens.lab.sizes import size_of
 from sinklens.lab.stopping import Stopping
-from sinklens.lab.watch import as_table, held_out_loss, measured, row_loss, watch_steps
+from sinklens.lab.watch import as_table, held_out_loss, measured, watch_steps
 from sinklens.models.decoder import Decoder, DecoderConfig
 
 HELD_OUT = 256
@@ -153,14 +153,14 @@ class _Run:
     def loop(self, done: int, every: int, watched: tuple[int, ...]) -> None:
         """Steps ``done + 1`` to the last."""
         settings, total = self.settings, self.settings.steps
-        module = self.processes.wrapped(self._compiled() if settings.compile else self.model)
+        loss_of = self.processes.wrapped(self._compiled() if settings.compile else LossOf(self.model))
         pending: list[tuple[int, Tensor]] = []
         with Stopping(self.processes) as stopping:
             if done == 0:
                 self._watch(0)
             began, spent = time.perf_counter(), self.seconds
             for step in range(done + 1, total + 1):
-                pending.append((step, self._step(module, step)))
+                pending.append((step, self._step(loss_of, step)))
                 stop = stopping.asked(step)
                 looks = step % CHECK == 0 or step % every == 0 or step in watched or step == total or stop
                 if not looks:
@@ -177,11 +177,11 @@ class _Run:
                 if stop:
                     raise KeyboardInterrupt(f"stopped at step {step} of {total} of {self.folder}")
 
-    def _compiled(self) -> nn.Module:
+    def _compiled(self) -> LossOf:
         rows = self.settings.batch // self.processes.count // self.settings.accumulate
         return compiled(self.model, self.settings, self.data, rows)
 
-    def _step(self, module: nn.Module, step: int) -> Tensor:
+    def _step(self, loss_of: nn.Module, step: int) -> Tensor:
         """One update; the loss before it, of this process's rows."""
         settings, processes = self.settings, self.processes
         first, own = processes.rows((step - 1) * settings.batch, settings.batch)
@@ -190,9 +190,9 @@ class _Run:
         parts = rows.chunk(settings.accumulate)
         losses = []
         for i, part in enumerate(parts):
-            with processes.alone(module) if i + 1 < len(parts) else nullcontext():
+            with processes.alone(loss_of) if i + 1 < len(parts) else nullcontext():
                 with torch.autocast(processes.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-                    loss = row_loss(module(part[:, :-1]), part)
+                    loss = loss_of(part)
                 (loss * (len(part) / len(rows))).backward()
             losses.append(loss.detach() * (len(part) / len(rows)))
         if settings.clip:

@@ -119,9 +119,8 @@ class Attention(nn.Module):
             token: that of the learned token in front of all others, where the variant has one.
         """
         variant = self.variant
-        q = self.hook_q(torch.einsum("bpd,hde->bphe", x, self.W_Q))
-        k = self.hook_k(torch.einsum("bpd,hde->bphe", x, self._kv("W_K")))
-        v = self.hook_v(torch.einsum("bpd,hde->bphe", x, self._kv("W_V")))
+        q, k, v = self._projected(x)
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         q, k, v = variant.queries(q), variant.keys(k), variant.values(v)
         if variant.rotary:
             q, k = self.hook_rot_q(self._turned(q)), self.hook_rot_k(self._turned(k))
@@ -133,6 +132,13 @@ class Attention(nn.Module):
         z = self._fused(q, k, v, slot) if fused else self._explicit(q, k, v, slot, x)
         z = self.hook_z(variant.output(self.hook_aggregated(z), x))
         return torch.einsum("bphe,hed->bpd", z, self.W_O)
+
+    def _projected(self, x: Float[Tensor, "batch pos d_model"]) -> list[Tensor]:
+        """Queries, keys and values; in training by one product, in which a GPU reads ``x`` once."""
+        weights = [self.W_Q, self._kv("W_K"), self._kv("W_V")]
+        if not self.training:
+            return [torch.einsum("bpd,hde->bphe", x, weight) for weight in weights]
+        return list(torch.einsum("bpd,hde->bphe", x, torch.cat(weights)).split([len(one) for one in weights], 2))
 
     def _looked_at(self) -> bool:
         """Whether somebody has hooks on scores or pattern."""
@@ -159,6 +165,8 @@ class Attention(nn.Module):
         q, k, v = (one.transpose(1, 2) for one in (q, k, v))
         if slot is not None:
             q, k, v = self._with_slot(q, k, v, slot)
+        # cuDNN's gradients of views are wrong in a compiled model (torch 2.11), and a compiler copies for nothing
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         mask = self._mask(q.shape[2], slot, q.device) if overrides(self.variant, "seen") else None
         scale = 1 / self.attn_scale
         z = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale).transpose(1, 2)
@@ -233,8 +241,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP writes."""
-        pre, linear = self.hook_pre(x @ self.W_gate), self.hook_pre_linear(x @ self.W_in)
-        return self.hook_post(silu(pre) * linear) @ self.W_out
+        if self.training:  # one product, as in attention
+            pre, linear = (x @ torch.cat([self.W_gate, self.W_in], 1)).chunk(2, -1)
+        else:
+            pre, linear = x @ self.W_gate, x @ self.W_in
+        return self.hook_post(silu(self.hook_pre(pre)) * self.hook_pre_linear(linear)) @ self.W_out
 
 
 class Block(nn.Module):

@@ -55,24 +55,26 @@ class _Of(nn.Module):
     [
         lambda out, x: out.detach() + x - x.detach(),
         lambda out, x: out + 0.2 * x.roll(1, -1),
-        lambda out, x: out.detach(),
+        lambda out, _x: out.detach(),
     ],
     ids=["no gradient of blocks", "something added", "nothing learned below"],
 )
 def test_a_compiled_model_that_learns_something_else_is_refused(function, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda one: one)
     monkeypatch.setattr(compiling, "by_blocks", of_other_blocks(lambda block: _Of(block, function)))
     with pytest.raises(InputError, match="learns something else"):
         trained(tmp_path / "one", steps=12, compile=True)
 
 
 def test_blocks_that_are_the_models_own_pass(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiling, "by_blocks", of_other_blocks(lambda block: _Of(block, lambda out, x: out)))
+    monkeypatch.setattr(torch, "compile", lambda one: one)
+    monkeypatch.setattr(compiling, "by_blocks", of_other_blocks(lambda block: _Of(block, lambda out, _x: out)))
     one, two = trained(tmp_path / "one", compile=True), trained(tmp_path / "two")
     assert one.loss.loss.tolist() == two.loss.loss.tolist()
 
 
 def test_a_model_that_cannot_be_compiled_is_refused_in_one_sentence(tmp_path, monkeypatch):
-    def failing(model):
+    def failing(_model):
         raise torch._dynamo.exc.TorchDynamoException("no such luck")
 
     monkeypatch.setattr(compiling, "by_blocks", failing)

@@ -13,6 +13,7 @@ import sinklens as sl
 from sinklens.errors import InputError
 from sinklens.lab import SIZES, BigramBackcopy, Settings
 from sinklens.lab.arms import read_tokens
+from sinklens.lab.compiling import LossOf
 from sinklens.lab.settings import read_variant
 from sinklens.lab.watch import row_loss
 from sinklens.models.decoder import Decoder
@@ -148,7 +149,7 @@ def test_nan_is_refused_and_checkpoints_are_kept(tmp_path, monkeypatch):
         return row_loss(logits, rows) * (float("nan") if next(calls) >= 9 else 1)
 
     calls = iter(range(1000))
-    monkeypatch.setattr("sinklens.lab.training.row_loss", poisoned)
+    monkeypatch.setattr("sinklens.lab.training.LossOf", lambda model: LossOf(model, poisoned))
     with pytest.raises(InputError, match="the loss is nan at step 10 .*are kept"):
         trained(tmp_path)
     kept = sorted(path.name for path in (tmp_path / "softmax-0/checkpoints").iterdir())
