@@ -42,6 +42,7 @@ from sinklens.cli.common import (
     results_line,
     write_report,
 )
+from sinklens.cli.words import in_own_words
 from sinklens.records.ranges import names, shown
 
 
@@ -199,7 +200,7 @@ def _several(study: Any, sizes: tuple[int, int] | None, step: Callable[[str], No
     step("looking for the formation events")
     several = of_events(study)
     for name, reason in several.left_out.items():
-        typer.echo(f"sinklens: note: {name} is left out: {reason}", err=True)
+        typer.echo(f"sinklens: note: {name} is left out: {in_own_words(reason)}", err=True)
     return several
 
 
@@ -303,7 +304,7 @@ class _Display:
 
     def ends(self, part: Any) -> None:
         told = "unchanged, kept" if part.reused else f"{part.status}, {part.seconds:.1f} s"
-        text = f"{self.place} {part.name}: {told}" + (f" ({part.reason})" if part.reason else "")
+        text = f"{self.place} {part.name}: {told}" + (f" ({in_own_words(part.reason)})" if part.reason else "")
         if self.terminal:
             self.bar.console.print(text, markup=False, highlight=False)
         else:

@@ -48,6 +48,7 @@ from sinklens.cli.common import (
     targets_of,
     write_report,
 )
+from sinklens.cli.words import in_own_words
 from sinklens.records.ranges import MOST_REPEATS, integers
 
 
@@ -215,7 +216,7 @@ def _all_events(
             errors.append(error)
             measurable = not isinstance(error, (NoSinkError, NotApplicableError))
             parts[name] = Part(name, "failed" if measurable else "not measurable", str(error))
-            typer.echo(f"sinklens: note: event {event} is left out: {error}", err=True)
+            typer.echo(f"sinklens: note: event {event} is left out: {in_own_words(str(error))}", err=True)
     if not results:
         raise errors[0]
     with atomic_folder(out, force=force) as folder:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from sinklens.cli.words import in_own_words, words_of
 from sinklens.records.ranges import MOST_REPEATS, SEEDS, integers, shown
 
 if TYPE_CHECKING:
@@ -45,11 +46,18 @@ class Commands(typer.core.TyperGroup):
 
 
 class Command(typer.core.TyperCommand):
-    """A command to which one may say ``--bos`` for ``--bos always``, and ``--no-bos`` for ``--bos never``."""
+    """A command to which one may say ``--bos`` for ``--bos always``, and ``--no-bos`` for ``--bos never``; what goes
+    wrong in it is told in its own words.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments."""
         return super().parse_args(ctx, spelt_out(args))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with words_of(self.params):
+            return super().invoke(ctx)
 
 
 def spelt_out(args: list[str]) -> list[str]:
@@ -285,7 +293,7 @@ def errors() -> Iterator[None]:
         with _remarks():
             yield
     except InputError as error:
-        fail(str(error))
+        fail(in_own_words(str(error)))
     except BrokenPipeError:
         raise  # the reader of the output has gone
     except OSError as error:  # a full disk under the output, most of all
@@ -293,7 +301,7 @@ def errors() -> Iterator[None]:
     except MemoryError:
         fail("there is not enough memory for this: ask for fewer or shorter prompts, or for less at once")
     except EngineError as error:
-        typer.echo(f"sinklens: {error}", err=True)
+        typer.echo(f"sinklens: {in_own_words(str(error))}", err=True)
         raise typer.Exit(1) from None
 
 
@@ -310,7 +318,7 @@ def _remarks() -> Iterator[None]:
     def say(message: str) -> None:
         if message not in said:  # once, wherever it comes from
             said.add(message)
-            typer.echo(f"sinklens: note: {message}", err=True)
+            typer.echo(f"sinklens: note: {in_own_words(message)}", err=True)
 
     def ours(message: Any, category: Any, filename: str, *rest: Any) -> None:
         if filename.startswith(here):
@@ -364,9 +372,9 @@ def write_report(out: Path) -> Path | None:
 
         return report(out)
     except WriteError as error:
-        fail(f"{error}; the numbers are saved in {out}: sinklens report {out} writes the page")
+        fail(f"{in_own_words(str(error))}; the numbers are saved in {out}: sinklens report {out} writes the page")
     except InputError as error:  # plotly or circuitsvis is missing, or of another version: the numbers are saved
-        typer.echo(f"no report.html: {error}", err=True)
+        typer.echo(f"no report.html: {in_own_words(str(error))}", err=True)
         return None
 
 
@@ -379,9 +387,9 @@ def left_out(suite: SuiteResult) -> None:
     """Name the sets of prompts that could not be scored; ends the command with the first's reason when none could."""
     lost = [part for part in suite.parts.values() if part.status != "done"]
     for part in lost:
-        typer.echo(f"sinklens: note: {part.name} is left out: {part.reason}", err=True)
+        typer.echo(f"sinklens: note: {part.name} is left out: {in_own_words(part.reason)}", err=True)
     if len(lost) == len(suite.parts):
-        fail(lost[0].reason)
+        fail(in_own_words(lost[0].reason))
 
 
 TOO_FEW = "the chain compares variances over prompts, so it needs at least 2 of them, and {}"

@@ -179,7 +179,7 @@ def _capture(model, passing, tokens, runs, wanted, readouts, stop_at, store, max
             run = chunk[int((~program.finite).nonzero()[0])][0]
             raise InputError(
                 f"the model's activations are not finite by block {stop_at - 1} (run {run!r}): "
-                "check the weights, or use --dtype float32"
+                "check the weights, or use dtype='float32'"
             )
         for key, act in part.items():
             store.parts[key].append(act)

@@ -37,7 +37,7 @@ def validate(
     check_ids(model, tokens)
     shape, (n_prompts, length) = model_shape(model), tokens.shape
     if device_of(model).type == "mps":
-        raise InputError("PyTorch's MPS backend gives silently wrong results here: use --device cpu or cuda")
+        raise InputError("PyTorch's MPS backend gives silently wrong results here: use device='cpu' or device='cuda'")
     if length > shape.n_ctx:
         raise InputError(f"prompts of {length} tokens are longer than the model's context of {shape.n_ctx}")
     names = [readout.name for readout in readouts]
