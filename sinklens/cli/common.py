@@ -113,6 +113,13 @@ PromptsOption = Annotated[
         "every object of a .jsonl file, whose text may have several lines."
     ),
 ]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompts from a Hugging Face data set in place of --prompts: NAME[:CONFIG][@SPLIT], such as wikitext, or "
+        "a folder on this machine. Needs sinklens[datasets]."
+    ),
+]
 CountOption = Annotated[int, typer.Option("--n", help="Number of prompts.")]
 BosOption = Annotated[
     Bos,
@@ -222,6 +229,7 @@ def load(
     length: int,
     bos: Bos,
     seed: int,
+    dataset: str | None = None,
     devices: int = 1,
     sets: int | None = None,
 ) -> tuple[Model, PromptBatch]:
@@ -229,6 +237,8 @@ def load(
     # os.path and not Path: it says no to a name that is too long instead of raising.
     if prompts not in ("passages", "random") and not os.path.exists(os.path.expanduser(prompts)):
         fail(f"--prompts {shown(prompts, 80)!r} is neither passages nor random nor a file that exists: check the path")
+    if dataset is not None and prompts != "passages":
+        fail(f"give --prompts {shown(prompts, 80)} or --dataset {shown(dataset, 80)}, not both")
     step("loading torch and the model")
     from sinklens import prompts as make
     from sinklens.models.load import load_model
@@ -237,6 +247,8 @@ def load(
     loaded = load_model(model, device=device, dtype=dtype.value, backend=backend.value, devices=devices)
     _check_weights(loaded)
     leading, several = bos.value, n * (sets or 1)
+    if dataset is not None:
+        return loaded, _of_dataset(loaded, dataset, several, sets is not None, length=length, prepend_bos=leading)
     if prompts == "passages":
         number = several if sets is None else min(several, N_PASSAGES)
         return loaded, make.natural(loaded, n=number, length=length, prepend_bos=leading)
@@ -246,6 +258,17 @@ def load(
     if sets is not None and batch.is_grouped:  # no text may be in two sets, so more of them may be needed
         batch = make.from_file(loaded, prompts, length=length, prepend_bos=leading)
     return loaded, batch
+
+
+def _of_dataset(model: Model, dataset: str, n: int, in_sets: bool, **options: Any) -> PromptBatch:
+    from sinklens import prompts as make
+    from sinklens.prompts.datasets import from_words
+
+    name, config, split = from_words(dataset)
+    batch = make.from_dataset(model, name, config, split=split, n=n, **options)
+    if in_sets and batch.is_grouped:  # no text may be in two sets, so more of them may be needed
+        batch = make.from_dataset(model, name, config, split=split, n=None, **options)
+    return batch
 
 
 def _check_weights(model: Model) -> None:

@@ -66,7 +66,7 @@ def test_commands_say_what_one_can_type(chain: Run, here: Path, tiny_folder: Pat
     on_tiny += ["--block", "1", "--super-neurons", "3,7", "--outlier-dims", "1"]
     refused(invoke("analyse", "onset", *on_tiny, "--lengths", "99"), "use longer prompts (--length)")
     refused(invoke("sweep", *on_tiny, "--min-gap", "-1"), "--min-gap -1.0 must be a finite number, 0 or more")
-    refused(invoke("sweep", *on_tiny, "--ray-address", "x"), "--ray-address 'x' must be HOST:PORT")
+    refused(invoke("sweep", *on_tiny, "--ray-address", "x"), "--ray-address is for engine ray")
 
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
