@@ -72,14 +72,14 @@ def test_commands_take_a_data_set(tiny_folder: Path, tmp_path: Path, monkeypatch
     datasets.Dataset.from_dict({"text": LINES}).save_to_disk(tmp_path / "saved")
     options = f"--model {tiny_folder} --length 8 --n 2 --device cpu --block 1 --super-neurons 3".split()
     options += ["--outlier-dims", "1"]
-    place = "--dataset saved --stages resid_pre --layers 1 --positions 4 --target 4".split()
+    place = ["--dataset", "saved", "--stages", "resid_pre", "--layers", "1", "--positions", "4", "--target", "4"]
     found = invoke("sweep", *options, *place)
     assert found.code == 0 and "dataset:saved[all]" in found.out, found.err
     refused(
         invoke("find", *options, "--dataset", "saved", "--prompts", "random"), "--prompts random or --dataset saved"
     )
     refused(invoke("find", *options, "--dataset", "no/such"), "'no/such' could not be loaded", "check its name")
-    for command in ("chain", "all", "analyse onset"):
+    for command in ("chain --target 4", "all --target 4", "analyse onset"):
         refused(invoke(*command.split(), *options, "--dataset", "no/such"), "'no/such' could not be loaded")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     refused(invoke("find", *options, "--dataset", "saved"), "pip install 'sinklens[datasets]'")
