@@ -210,6 +210,16 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all.
+
+    Raises:
+        WriteError: the place cannot be written.
+    """
+    with writing(path, "choose another place"), _parents(path), replaced(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:
     """Write what JSON can hold (see :func:`sinklens.records.plain.to_plain`) as a whole or not at all.
 
