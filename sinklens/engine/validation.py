@@ -55,7 +55,10 @@ def validate(
     for run, roots in runs.items():
         for root in roots:
             if root.source is not None:
-                raise InputError(f"root patches cannot have a source run, but one in {run!r} has: {root.describe()}")
+                raise InputError(
+                    f"root patches cannot have a source run, but one in {run!r} has: "
+                    f"{root.describe()}; give its values with the edit PerPosition"
+                )
             _validate_patch(root, shape, n_prompts, length)
     seen: set[tuple] = set()  # a sweep repeats few places in thousands of patches
     for patch in patches:

@@ -19,7 +19,7 @@ PICTURES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 
 
 def save(figure: Figure, path: str | Path, *, width: int = 1000, height: int | None = None, scale: float = 2) -> Path:
-    """Write a figure as ``.html`` (with plotly's script in it), or as ``.png``, ``.svg``, ``.pdf``, ``.jpg``, ``.webp``.
+    """Write a figure as ``.html`` (with plotly's script in it), ``.png``, ``.svg``, ``.pdf``, ``.jpg``, ``.webp``.
 
     Args:
         figure: plotly's.
@@ -36,9 +36,7 @@ def save(figure: Figure, path: str | Path, *, width: int = 1000, height: int | N
     path, given = Path(path), figure
     if not hasattr(given, "to_plotly_json"):
         what = type(given).__name__
-        raise InputError(
-            f"a figure of plotly's is saved, not of type {what}: views of CircuitsVis are attention_html's"
-        )
+        raise InputError(f"a plotly figure is saved, not of type {what}: attention_html writes views of CircuitsVis")
     ending = path.suffix.lower()
     if ending == ".html":
         write_text(path, figure.to_html(include_plotlyjs=True))

@@ -28,7 +28,7 @@ def test_a_page_works_offline(figure: Any, tmp_path: Path) -> None:
 def test_a_picture_is_what_kaleido_gives(figure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 
-    def to_image(self: Any, **options: Any) -> bytes:
+    def to_image(_: Any, **options: Any) -> bytes:
         seen.append(options)
         return b"picture"
 
