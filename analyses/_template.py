@@ -5,7 +5,7 @@
 It asks one question about one place: does the *gate* of the super neurons, before its nonlinearity, already carry the
 sink? A stage says where the effect should pass (site, blocks, units), which experiments test that, and one number that
 says how far it has gone. Pairs, directions, packing, draws, intervals and identity checks come from sinklens, and so do
-the command line's options, the saved table, the figure and the verdict.
+the command line's options, the saved table, the figure and the verdict. `_from_scratch.py` is no stage.
 """
 
 from __future__ import annotations

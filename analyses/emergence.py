@@ -48,7 +48,7 @@ def run(
     names = expanded(models)
     if len(names) < FEWEST:
         raise sl.NotApplicableError(
-            f"{len(names)} checkpoints were named, and their order says nothing below {FEWEST}: name them with --models"
+            f"{len(names)} checkpoints were named, and their order says nothing below {FEWEST}: name more (models=)"
         )
     device, dtype = device_of(study.model), dtype_of(study.model)
     seen = []

@@ -87,7 +87,9 @@ def run(
         for edit in ("none", *kinds):
             rows = natural[natural.edit == edit]
             numbers[f"{column} of the natural sink, {edit}"] = estimate(rows, column, study.seed, study.groups)
-    caption = f"What each edit removes of the sink's attention (means with 95% intervals).{note}{left_out}{without}"
+    rotated = f", of {DENSE} super neurons over {rotations} rotations" if DENSE in kinds else ""
+    caption = f"What each edit removes of the sink's attention: means with 95% intervals over prompts{rotated}."
+    caption += note + left_out + without
     return sl.Findings(verdict, table, caption, numbers)
 
 
@@ -255,7 +257,7 @@ def estimate(rows: Any, column: str, seed: int, groups: Sequence[str] | None = N
     rotated = set(rows.edit) == {DENSE} and set(rows.neurons) == {SUPER}
     means = rows.groupby("draw" if rotated else "prompt")[column].mean()
     texts = None if rotated or groups is None else [groups[prompt] for prompt in means.index]
-    return sl.statistics.mean_estimate(means.tolist(), seed, texts)
+    return sl.statistics.mean_estimate(means.tolist(), seed, texts, over="rotations" if rotated else "prompts")
 
 
 def draw(findings: sl.Findings):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +35,9 @@ N_RESAMPLES = 2000
 N_REFITS = 400
 """Bootstrap resamples for a statistic that has to be computed anew for each."""
 
+PROMPTS, DRAWS = "prompts", "draws"
+"""What an interval is over, where that is nothing else."""
+
 Values = Sequence[float] | np.ndarray | Tensor
 
 
@@ -49,9 +52,11 @@ class Estimate:
     high: float = np.nan
     """Upper end."""
     n: int = 1
-    """How many prompts (or draws, for a null) it is made of."""
+    """How many of ``over`` it is made of."""
     n_groups: int | None = None
     """How many texts these prompts are passages of, where several are of one; None where each is a text of its own."""
+    over: str = PROMPTS
+    """What ``n`` counts and the interval is over: prompts; draws, for a null; or whatever else was drawn again."""
 
     def above(self, limit: float) -> bool:
         """Whether the whole interval lies above ``limit``; False where there is no interval."""
@@ -195,16 +200,17 @@ def n_groups_of(groups: Sequence[object] | np.ndarray | None) -> int | None:
     return None if found == len(groups) else found
 
 
-def mean_estimate(values: Values, seed: int, groups: Sequence[object] | None = None) -> Estimate:
+def mean_estimate(values: Values, seed: int, groups: Sequence[object] | None = None, over: str = PROMPTS) -> Estimate:
     """Mean over prompts of one number for each, with its bootstrap interval; values that are not finite are left out
-    and not counted. ``groups`` are the texts that the prompts are of.
+    and not counted. ``groups`` are the texts that the prompts are of; ``over`` says what the numbers are of where that
+    is not prompts.
     """
     array = _flat(values)
     there = np.isfinite(array)
     kept = None if groups is None else _checked(groups, len(array))[there]
     finite = array[there]
     low, high = bootstrap_interval(finite, seed, groups=None if kept is None else kept.tolist())
-    return Estimate(float(finite.mean()) if len(finite) else np.nan, low, high, len(finite), n_groups_of(kept))
+    return Estimate(float(finite.mean()) if len(finite) else np.nan, low, high, len(finite), n_groups_of(kept), over)
 
 
 def drawn_estimate(
@@ -317,9 +323,9 @@ def null_estimate(draws: Values) -> Estimate:
     """Mean of a statistic's draws under a null, with the range that holds 95% of them."""
     finite = _finite(draws)
     if not len(finite):
-        return Estimate(np.nan, n=0)
+        return Estimate(np.nan, n=0, over=DRAWS)
     low, high = np.quantile(finite, [0.025, 0.975])
-    return Estimate(float(finite.mean()), float(low), float(high), len(finite))
+    return Estimate(float(finite.mean()), float(low), float(high), len(finite), over=DRAWS)
 
 
 def permutation_p(observed: float, draws: Values, alternative: str = "greater") -> float:
@@ -352,10 +358,20 @@ def _finite(values: Values) -> np.ndarray:
     return array[np.isfinite(array)]
 
 
-def estimate_text(estimate: Estimate) -> str:
-    """``0.52 [0.48, 0.55], n = 16``, and how many texts these are of where that is fewer."""
+def interval_text(estimate: Estimate) -> str:
+    """``0.52 [0.48, 0.55]``, and over what the interval is where that is neither prompts nor a null's draws."""
     text = number(estimate.value)
-    if math.isfinite(estimate.low) and math.isfinite(estimate.high):
-        text += f" [{number(estimate.low)}, {number(estimate.high)}]"
+    if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
+        return text
+    over = "" if estimate.over in (PROMPTS, DRAWS) else f" over {estimate.n} {estimate.over}"
+    return f"{text} [{number(estimate.low)}, {number(estimate.high)}]{over}"
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """``0.52 [0.48, 0.55], n = 16``, what these are where they are no prompts, and of how many texts where these are
+    fewer.
+    """
+    value = interval_text(replace(estimate, over=PROMPTS))
+    counted = "" if estimate.over == PROMPTS else f" {estimate.over}"
     texts = "" if estimate.n_groups is None else f" of {estimate.n_groups} texts"
-    return f"{text}, n = {estimate.n}{texts}"
+    return f"{value}, n = {estimate.n}{counted}{texts}"

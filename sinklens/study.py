@@ -393,7 +393,7 @@ class Study:
         full = self.batch.length
         found = tuple(sorted(set(lengths or (max(2, full // 4), max(2, full // 2), full))))
         if found[0] < 2 or found[-1] > full:
-            raise InputError(f"lengths {found} must be in 2..{full}: use longer prompts with --length")
+            raise InputError(f"lengths {found} must be in 2..{full}: use longer prompts (length=)")
         return found
 
     def measure(self, readouts: Sequence[Readout], patches: Sequence[Patch] = ()) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from sinklens.statistics import (
     drawn_interval,
     estimate_text,
     generator,
+    interval_text,
     mean_estimate,
     null_estimate,
     permutation_p,
@@ -172,6 +173,16 @@ def test_prompts_that_share_a_text_are_drawn_together() -> None:
     assert grouped.high - grouped.low > 1.2 * (independent.high - independent.low)
     assert estimate_text(grouped).endswith("n = 24 of 12 texts")
     assert estimate_text(independent).endswith("n = 24")
+
+
+def test_what_an_interval_is_over_is_said_where_it_is_no_prompts():
+    """Ten rotations of eight prompts are no ten prompts."""
+    turned = mean_estimate([0.1, 0.2, 0.6], 0, over="rotations")
+    assert estimate_text(turned).endswith("], n = 3 rotations")
+    assert interval_text(turned).startswith("0.3") and interval_text(turned).endswith("] over 3 rotations")
+    null = null_estimate(np.arange(11.0))
+    assert estimate_text(null).endswith("n = 11 draws") and interval_text(null) == "5 [0.250, 9.75]"
+    assert interval_text(mean_estimate([0.5], 0, over="rotations")) == "0.500"
 
 
 def test_groups_of_one_change_nothing() -> None:

@@ -28,7 +28,7 @@ from sinklens.records.files import atomic_folder, write_json
 from sinklens.records.plain import check_kinds
 from sinklens.records.summaries import html, summary
 from sinklens.records.text import join, number
-from sinklens.statistics import Estimate
+from sinklens.statistics import PROMPTS, Estimate
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -304,7 +304,9 @@ def _number(value: float | None) -> float:
 def _estimate(data: Mapping[str, Any]) -> Estimate:
     check_kinds({"n": (data["n"], int)})
     value, low, high = (_number(data[name]) for name in ("value", "low", "high"))
-    return Estimate(value, low, high, data["n"], data.get("n_groups"))
+    over = data.get("over", PROMPTS)  # nothing said so once
+    check_kinds({"over": (over, str)})
+    return Estimate(value, low, high, data["n"], data.get("n_groups"), over)
 
 
 def _either(value: Mapping[str, Any] | float | None) -> Estimate | float:

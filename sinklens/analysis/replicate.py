@@ -176,7 +176,7 @@ def replicate_into(
     studies = sets_of(study, sets, n)
     earlier = earlier_parts(out)
     if earlier and not set(earlier) <= set(set_names(len(earlier))):
-        raise InputError(f"{out} holds a run that is not of several sets of prompts: choose another --out")
+        raise InputError(f"{out} holds a run that is not of several sets of prompts: choose another folder (out=)")
     earlier = {} if fresh else earlier
     made, parts = _Sets(studies, out, run, load), dict[str, Part]()
     record = {"sets": sets, **(config or {})}

@@ -284,7 +284,7 @@ def check_folder(out: Path, record: str = "run.json", run: str = "an earlier run
     if out.is_dir():
         remove_leftovers(out)
         if holds_something(out) and not (out / record).is_file():
-            raise InputError(f"{out} is not the folder of {run}: choose another --out")
+            raise InputError(f"{out} is not the folder of {run}: choose another folder (out=)")
 
 
 def earlier_parts(out: Path) -> dict[str, Part]:
@@ -298,7 +298,9 @@ def earlier_parts(out: Path) -> dict[str, Part]:
         return {name: _read_part(name, part) for name, part in data["parts"].items()}
     except Exception as error:  # a file may hold anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{record} is damaged ({reason}): remove the folder, or choose another --out") from error
+        raise InputError(
+            f"{record} is damaged ({reason}): remove the folder, or choose another folder (out=)"
+        ) from error
 
 
 def _read_part(name: str, data: Mapping[str, Any]) -> Part:

@@ -167,8 +167,8 @@ def attention(model: Model, layer: int, trace: Trace, readouts: list[str]) -> At
 def _cannot(model: Model) -> str:
     return (
         f"the attention of {model_id(model)} cannot be recomputed from its queries and keys, which estimates of "
-        'patched queries and keys need: leave these sites out, or run them exactly (a sweep\'s method="exact", '
-        "--method exact); sl.attribution's own functions can do without it (qk_fix=False), less exactly"
+        'patched queries and keys need: leave these sites out, or run them exactly (a sweep\'s method="exact"); '
+        "sl.attribution's own functions can do without it (qk_fix=False), less exactly"
     )
 
 

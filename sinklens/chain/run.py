@@ -13,7 +13,6 @@ an induced pair, and every stage's transplant must move its own readout by exact
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -149,8 +148,6 @@ def score_chain(
     own = {} if scores_only else _own_readouts(setting, scored, skipped)
     readouts = [*_metric(setting, named), *own.values()]
     result = study.runner(readouts, pair.runs).run([trial.patch for trial in trials], study.progress)
-
-    _say_if_slow(result)
     gap = scoring.Gap(named.name, named.is_share, min_gap)
     effects = scoring.effects(trials, result, pair, gap)
     scoring.check_pair(effects, result, pair, gap)
@@ -173,14 +170,6 @@ def score_chain(
         tokens=[list(batch.labels[0])],
         **(first_prompt(setting) if views else {}),
     )
-
-
-def _say_if_slow(result: PatchResult) -> None:
-    """Python shows a warning of the same words once."""
-    if result.stats.path == "model" and result.stats.reason:
-        warnings.warn(
-            f"patches run through TransformerLens, several times more slowly: {result.stats.reason}", stacklevel=3
-        )
 
 
 def _check(

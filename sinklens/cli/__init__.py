@@ -61,13 +61,13 @@ late: dict[str, Any] = {
 app.command(cls=Command)(chain.chain)
 app.command(**late)(sweep.sweep)
 app.command(**late)(train.train)
-app.command()(gather.gather)
+app.command(cls=Command)(gather.gather)
 app.command(cls=Command)(find.find)
 app.command(**late)(analyse.analyse)
 app.command(name="all", cls=Command)(all_.everything)
-app.command()(report.report)
-app.command()(compare.compare)
-app.command()(models.models)
+app.command(cls=Command)(report.report)
+app.command(cls=Command)(compare.compare)
+app.command(cls=Command)(models.models)
 
 
 def main() -> None:

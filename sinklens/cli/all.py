@@ -20,6 +20,7 @@ from sinklens.cli.common import (
     Bos,
     BosOption,
     CountOption,
+    DatasetOption,
     DeviceOption,
     DimsOption,
     Dtype,
@@ -42,6 +43,7 @@ from sinklens.cli.common import (
     results_line,
     write_report,
 )
+from sinklens.cli.words import in_own_words
 from sinklens.records.ranges import names, shown
 
 
@@ -51,6 +53,7 @@ def everything(
     length: LengthOption = 64,
     n: CountOption = 32,
     prompts: PromptsOption = "passages",
+    dataset: DatasetOption = None,
     bos: BosOption = Bos.auto,
     block: BlockOption = None,
     event: EventsOption = None,
@@ -92,6 +95,7 @@ def everything(
                 dtype=dtype,
                 backend=backend,
                 prompts=prompts,
+                dataset=dataset,
                 n=n,
                 length=length,
                 bos=bos,
@@ -199,7 +203,7 @@ def _several(study: Any, sizes: tuple[int, int] | None, step: Callable[[str], No
     step("looking for the formation events")
     several = of_events(study)
     for name, reason in several.left_out.items():
-        typer.echo(f"sinklens: note: {name} is left out: {reason}", err=True)
+        typer.echo(f"sinklens: note: {name} is left out: {in_own_words(reason)}", err=True)
     return several
 
 
@@ -303,7 +307,7 @@ class _Display:
 
     def ends(self, part: Any) -> None:
         told = "unchanged, kept" if part.reused else f"{part.status}, {part.seconds:.1f} s"
-        text = f"{self.place} {part.name}: {told}" + (f" ({part.reason})" if part.reason else "")
+        text = f"{self.place} {part.name}: {told}" + (f" ({in_own_words(part.reason)})" if part.reason else "")
         if self.terminal:
             self.bar.console.print(text, markup=False, highlight=False)
         else:

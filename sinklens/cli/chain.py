@@ -21,6 +21,7 @@ from sinklens.cli.common import (
     Bos,
     BosOption,
     CountOption,
+    DatasetOption,
     DeviceOption,
     DimsOption,
     Dtype,
@@ -48,6 +49,7 @@ from sinklens.cli.common import (
     targets_of,
     write_report,
 )
+from sinklens.cli.words import in_own_words
 from sinklens.records.ranges import MOST_REPEATS, integers
 
 
@@ -71,6 +73,7 @@ def chain(
     length: LengthOption = 64,
     n: CountOption = 16,
     prompts: PromptsOption = "passages",
+    dataset: DatasetOption = None,
     bos: BosOption = Bos.auto,
     block: BlockOption = None,
     event: EventsOption = None,
@@ -122,6 +125,7 @@ def chain(
                 dtype=dtype,
                 backend=backend,
                 prompts=prompts,
+                dataset=dataset,
                 n=n,
                 length=length,
                 bos=bos,
@@ -215,7 +219,7 @@ def _all_events(
             errors.append(error)
             measurable = not isinstance(error, (NoSinkError, NotApplicableError))
             parts[name] = Part(name, "failed" if measurable else "not measurable", str(error))
-            typer.echo(f"sinklens: note: event {event} is left out: {error}", err=True)
+            typer.echo(f"sinklens: note: event {event} is left out: {in_own_words(str(error))}", err=True)
     if not results:
         raise errors[0]
     with atomic_folder(out, force=force) as folder:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from sinklens.cli.words import in_own_words, words_of
 from sinklens.records.ranges import MOST_REPEATS, SEEDS, integers, shown
 
 if TYPE_CHECKING:
@@ -45,11 +46,18 @@ class Commands(typer.core.TyperGroup):
 
 
 class Command(typer.core.TyperCommand):
-    """A command to which one may say ``--bos`` for ``--bos always``, and ``--no-bos`` for ``--bos never``."""
+    """A command to which one may say ``--bos`` for ``--bos always``, and ``--no-bos`` for ``--bos never``; what goes
+    wrong in it is told in its own words.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments."""
         return super().parse_args(ctx, spelt_out(args))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with words_of(self.params):
+            return super().invoke(ctx)
 
 
 def spelt_out(args: list[str]) -> list[str]:
@@ -103,6 +111,13 @@ PromptsOption = Annotated[
     typer.Option(
         help="`passages` (in the package), `random` (random tokens), or a file: every line is a prompt of its own, or "
         "every object of a .jsonl file, whose text may have several lines."
+    ),
+]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompts from a Hugging Face data set in place of --prompts: NAME[:CONFIG][@SPLIT], such as wikitext, or "
+        "a folder on this machine. Needs sinklens[datasets]."
     ),
 ]
 CountOption = Annotated[int, typer.Option("--n", help="Number of prompts.")]
@@ -214,6 +229,7 @@ def load(
     length: int,
     bos: Bos,
     seed: int,
+    dataset: str | None = None,
     devices: int = 1,
     sets: int | None = None,
 ) -> tuple[Model, PromptBatch]:
@@ -221,6 +237,8 @@ def load(
     # os.path and not Path: it says no to a name that is too long instead of raising.
     if prompts not in ("passages", "random") and not os.path.exists(os.path.expanduser(prompts)):
         fail(f"--prompts {shown(prompts, 80)!r} is neither passages nor random nor a file that exists: check the path")
+    if dataset is not None and prompts != "passages":
+        fail(f"give --prompts {shown(prompts, 80)} or --dataset {shown(dataset, 80)}, not both")
     step("loading torch and the model")
     from sinklens import prompts as make
     from sinklens.models.load import load_model
@@ -229,6 +247,8 @@ def load(
     loaded = load_model(model, device=device, dtype=dtype.value, backend=backend.value, devices=devices)
     _check_weights(loaded)
     leading, several = bos.value, n * (sets or 1)
+    if dataset is not None:
+        return loaded, _of_dataset(loaded, dataset, several, sets is not None, length=length, prepend_bos=leading)
     if prompts == "passages":
         number = several if sets is None else min(several, N_PASSAGES)
         return loaded, make.natural(loaded, n=number, length=length, prepend_bos=leading)
@@ -238,6 +258,17 @@ def load(
     if sets is not None and batch.is_grouped:  # no text may be in two sets, so more of them may be needed
         batch = make.from_file(loaded, prompts, length=length, prepend_bos=leading)
     return loaded, batch
+
+
+def _of_dataset(model: Model, dataset: str, n: int, in_sets: bool, **options: Any) -> PromptBatch:
+    from sinklens import prompts as make
+    from sinklens.prompts.datasets import from_words
+
+    name, config, split = from_words(dataset)
+    batch = make.from_dataset(model, name, config, split=split, n=n, **options)
+    if in_sets and batch.is_grouped:  # no text may be in two sets, so more of them may be needed
+        batch = make.from_dataset(model, name, config, split=split, n=None, **options)
+    return batch
 
 
 def _check_weights(model: Model) -> None:
@@ -285,7 +316,7 @@ def errors() -> Iterator[None]:
         with _remarks():
             yield
     except InputError as error:
-        fail(str(error))
+        fail(in_own_words(str(error)))
     except BrokenPipeError:
         raise  # the reader of the output has gone
     except OSError as error:  # a full disk under the output, most of all
@@ -293,7 +324,7 @@ def errors() -> Iterator[None]:
     except MemoryError:
         fail("there is not enough memory for this: ask for fewer or shorter prompts, or for less at once")
     except EngineError as error:
-        typer.echo(f"sinklens: {error}", err=True)
+        typer.echo(f"sinklens: {in_own_words(str(error))}", err=True)
         raise typer.Exit(1) from None
 
 
@@ -310,7 +341,7 @@ def _remarks() -> Iterator[None]:
     def say(message: str) -> None:
         if message not in said:  # once, wherever it comes from
             said.add(message)
-            typer.echo(f"sinklens: note: {message}", err=True)
+            typer.echo(f"sinklens: note: {in_own_words(message)}", err=True)
 
     def ours(message: Any, category: Any, filename: str, *rest: Any) -> None:
         if filename.startswith(here):
@@ -364,9 +395,9 @@ def write_report(out: Path) -> Path | None:
 
         return report(out)
     except WriteError as error:
-        fail(f"{error}; the numbers are saved in {out}: sinklens report {out} writes the page")
+        fail(f"{in_own_words(str(error))}; the numbers are saved in {out}: sinklens report {out} writes the page")
     except InputError as error:  # plotly or circuitsvis is missing, or of another version: the numbers are saved
-        typer.echo(f"no report.html: {error}", err=True)
+        typer.echo(f"no report.html: {in_own_words(str(error))}", err=True)
         return None
 
 
@@ -379,9 +410,9 @@ def left_out(suite: SuiteResult) -> None:
     """Name the sets of prompts that could not be scored; ends the command with the first's reason when none could."""
     lost = [part for part in suite.parts.values() if part.status != "done"]
     for part in lost:
-        typer.echo(f"sinklens: note: {part.name} is left out: {part.reason}", err=True)
+        typer.echo(f"sinklens: note: {part.name} is left out: {in_own_words(part.reason)}", err=True)
     if len(lost) == len(suite.parts):
-        fail(lost[0].reason)
+        fail(in_own_words(lost[0].reason))
 
 
 TOO_FEW = "the chain compares variances over prompts, so it needs at least 2 of them, and {}"

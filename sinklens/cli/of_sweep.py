@@ -21,6 +21,7 @@ from sinklens.cli.common import (
     Bos,
     BosOption,
     CountOption,
+    DatasetOption,
     DeviceOption,
     DimsOption,
     Dtype,
@@ -95,6 +96,7 @@ def _run(
     length: LengthOption = 64,
     n: CountOption = 8,
     prompts: PromptsOption = "passages",
+    dataset: DatasetOption = None,
     bos: BosOption = Bos.auto,
     block: BlockOption = None,
     event: EventOption = None,
@@ -121,7 +123,7 @@ def _run(
     request.check_length(length)
     prepare(execution)
     where = {"model": model, "device": device, "devices": devices, "dtype": dtype, "backend": backend}
-    where |= {"prompts": prompts, "n": n, "length": length, "bos": bos, "seed": request.seed}
+    where |= {"prompts": prompts, "dataset": dataset, "n": n, "length": length, "bos": bos, "seed": request.seed}
     began = time.monotonic()
     result = _sweep(request, execution, where, given)
     if as_json:

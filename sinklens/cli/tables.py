@@ -18,12 +18,13 @@ from sinklens.analysis.capabilities import Capabilities
 from sinklens.analysis.suite import SuiteResult, judged_parts
 from sinklens.chain.parts import Part
 from sinklens.chain.result import METRIC, ChainResult
+from sinklens.cli.words import in_own_words
 from sinklens.formation import Formation
 from sinklens.pairs.choice import is_natural
 from sinklens.prompts import prompts_text
 from sinklens.records.ranges import spans
 from sinklens.records.text import number, pretty
-from sinklens.statistics import Estimate, estimate_text
+from sinklens.statistics import Estimate, estimate_text, interval_text
 
 
 def console(stderr: bool = False) -> Console:
@@ -178,7 +179,7 @@ def verdict_table(result: AnalysisResult) -> Table:
     table.add_column(overflow="fold")
     rows = [("claim", verdict.claim), ("verdict", verdict.outcome.upper())]
     if verdict.reason:
-        rows.append(("why", verdict.reason))
+        rows.append(("why", in_own_words(verdict.reason)))
     for part in verdict.parts or [verdict]:
         rows += _part_rows(part, alone=len(verdict.parts) < 2)
     for name, value in result.findings.numbers.items():
@@ -194,7 +195,7 @@ def _part_rows(part: Part | Verdict, *, alone: bool) -> list[tuple[str, str]]:
     if isinstance(part, Part) and not alone:
         rows.append((f"{part.about}: {part.name}", f"{part.outcome.upper()}. {part.sentence}"))
     if isinstance(part, Part) and part.reason and part.outcome != "holds":
-        rows.append(("why", part.reason))
+        rows.append(("why", in_own_words(part.reason)))
     if part.estimate is not None:
         detail = f" ({part.detail})" if isinstance(part, Part) and part.detail else ""
         rows.append((part.statistic, estimate_text(part.estimate) + detail))
@@ -219,10 +220,10 @@ def verdicts_table(result: SuiteResult) -> Table:
         if name in ("formation", "chain"):
             continue
         if part.status == "failed":
-            table.add_row(name, "failed", "", "", "", escape(part.reason))
+            table.add_row(name, "failed", "", "", "", escape(in_own_words(part.reason)))
             continue
         verdict = AnalysisResult.load(result.folder / name).findings.verdict
-        claim = escape(verdict.claim + (f" ({verdict.reason})" if verdict.reason else ""))
+        claim = escape(verdict.claim + (f" ({in_own_words(verdict.reason)})" if verdict.reason else ""))
         parts = {item.name: _numbers(item, corrected.get((name, item.name))) for item in verdict.parts}
         only = next(iter(parts.values())) if len(parts) == 1 else _numbers(verdict) if not parts else ("", "", "")
         table.add_row(name, verdict.outcome, *only, claim)
@@ -266,4 +267,4 @@ def capabilities_table(found: Capabilities) -> Table:
 
 
 def _short(estimate: Estimate | None) -> str:
-    return "" if estimate is None else estimate_text(estimate).partition(", n =")[0]
+    return "" if estimate is None else interval_text(estimate)

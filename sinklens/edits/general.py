@@ -89,6 +89,21 @@ class PerPrompt(Edit):
 
 
 @dataclass(frozen=True, eq=False)
+class PerPosition(Edit):
+    """Replace the activation with a value of each prompt's and position's own: what another run has there, say."""
+
+    name: str = "per_position"
+    values: Mapping[int, Float[Tensor, "prompt pos unit *rest"]] = field(default_factory=dict)
+    """Per block, the new value of every unit for every prompt and position, of which those of the patch are taken."""
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        full = self.values[at.layer].to(x)
+        own = full[at.prompts.to(x.device), at.positions.to(x.device)]
+        return own if at.units is None else own[torch.arange(len(own), device=own.device)[:, None], at.units]
+
+
+@dataclass(frozen=True, eq=False)
 class Rescale(Edit):
     """Rescale the deviation from a mean: ``mean + scale * (x - mean)``.
 

@@ -9,7 +9,6 @@ first prompt of every run is run through TransformerLens besides: what differs t
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +33,7 @@ from sinklens.engine.packed import (
     rounding_allowed,
     unknown_place,
 )
+from sinklens.engine.slow import say_slow
 from sinklens.engine.store import ActivationStore, Want
 from sinklens.engine.trust import read
 from sinklens.engine.validation import check_edits
@@ -46,8 +46,6 @@ from sinklens.patches import Runs
 from sinklens.prompts import check_ids
 from sinklens.readouts.base import PositionReadout, Readout, Rows
 from sinklens.sites import RESID_POST, HookSite
-
-logger = logging.getLogger(__name__)
 
 Passing = Callable[..., Mapping[tuple[str, int], Tensor]]
 """``(tokens, program, stop_at=) -> readings``: a forward pass over whole prompts."""
@@ -109,7 +107,7 @@ def _packed(model, tokens, runs, wanted, readouts, stop_at) -> PackedModel | Non
             _check_packed(model, packed, tokens[:1], runs, readouts, stop_at)
     except DifferentModelError as error:
         why = f"the fast pass differs on this model ({error})"
-        logger.warning("runs are captured through TransformerLens: %s", why)
+        say_slow(model, why)
         found_different(model, why)
         if any(site == packed.keys_site for site, _ in places):
             raise  # who wants what hooks do not see goes on without it
@@ -179,7 +177,7 @@ def _capture(model, passing, tokens, runs, wanted, readouts, stop_at, store, max
             run = chunk[int((~program.finite).nonzero()[0])][0]
             raise InputError(
                 f"the model's activations are not finite by block {stop_at - 1} (run {run!r}): "
-                "check the weights, or use --dtype float32"
+                "check the weights, or use dtype='float32'"
             )
         for key, act in part.items():
             store.parts[key].append(act)

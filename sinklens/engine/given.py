@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sinklens.edits import Constant, Edit, PerPrompt, Rescale
+from sinklens.edits import Constant, Edit, PerPosition, PerPrompt, Rescale
 from sinklens.errors import InputError
 from sinklens.models.view import ModelShape
 from sinklens.patches import Patch, Runs
@@ -77,7 +77,7 @@ def check_own_values(patches: Sequence[Patch], runs: Runs, n_prompts: int) -> No
 
 def check_count(edit: Edit, n_prompts: int) -> None:
     """:func:`check_own_values` of one edit."""
-    if not isinstance(edit, PerPrompt):
+    if not isinstance(edit, PerPrompt | PerPosition):
         return
     for layer, values in edit.values.items():
         if isinstance(values, Tensor) and values.ndim and len(values) != n_prompts:
@@ -94,7 +94,7 @@ def check_values(patch: Patch, shape: ModelShape, n_prompts: int, length: int) -
     """
     edit = patch.edit
     table = edit.mean if isinstance(edit, Rescale) else getattr(edit, "values", None)
-    if not isinstance(edit, Constant | PerPrompt | Rescale) or table is None:
+    if not isinstance(edit, Constant | PerPrompt | PerPosition | Rescale) or table is None:
         return
     sizes = {"head": shape.n_heads, "kv_head": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
     sizes |= {"query": length, "key": length}
@@ -107,10 +107,14 @@ def check_values(patch: Patch, shape: ModelShape, n_prompts: int, length: int) -
         values: object = table[layer]
         if not isinstance(values, torch.Tensor):
             raise InputError(f"{where} needs values that are tensors, not of type {type(values).__name__}")
-        own = isinstance(edit, PerPrompt) or (isinstance(edit, Rescale) and values.ndim > len(wanted))
+        own = isinstance(edit, PerPrompt | PerPosition) or (isinstance(edit, Rescale) and values.ndim > len(wanted))
         found = list(values.shape[1:] if own else values.shape)
         if own and (not values.ndim or len(values) < n_prompts):
             raise InputError(f"{where} needs a value for each of {n_prompts} prompts, but got {tuple(values.shape)}")
+        if isinstance(edit, PerPosition):
+            if not found or found[0] != length:
+                raise InputError(f"{where} needs a value for each of {length} positions, but got {tuple(values.shape)}")
+            found = found[1:]
         fits = len(found) <= len(wanted) and all(
             mine in (1, size) or size is None for mine, size in zip(found[::-1], wanted[::-1], strict=False)
         )

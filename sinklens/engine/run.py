@@ -14,7 +14,6 @@ moved by it (the forward pass is causal in depth and in position), so its value 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from sinklens.engine.packed import (
 )
 from sinklens.engine.plain import PlainJob, plain_wants
 from sinklens.engine.residual import as_written
+from sinklens.engine.slow import say_slow
 from sinklens.engine.store import ActivationStore, Want
 from sinklens.engine.trust import checked_combined
 from sinklens.engine.validation import validate
@@ -57,8 +57,6 @@ from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.records.summaries import ROWS, html, some, summary
 from sinklens.sites import LOGITS
-
-logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """``(rows done, rows in all)``, called after every forward pass."""
@@ -269,6 +267,7 @@ class PatchRunner:
                 job, captured = None, 0
             if job is None:
                 stats.path, stats.reason, stats.n_forwards = "model", self._unpacked, 0
+                say_slow(self.model, self._unpacked)
                 job = self._plain_job(patches)
                 self._batches(job, stats, progress)
             stats.n_forwards += self._captured([]).n_forwards - captured
@@ -280,7 +279,6 @@ class PatchRunner:
     def _give_up_packing(self, error: DifferentModelError) -> None:
         """Do without the packed pass, which has not this model's numbers: the runs may have been captured with it."""
         self._unpacked = f"the fast pass differs on this model ({error})"
-        logger.warning("patches run through TransformerLens: %s", self._unpacked)
         found_different(self.model, self._unpacked)
         self._packed, self._store, self._checked = None, None, True
 

@@ -37,7 +37,7 @@ def validate(
     check_ids(model, tokens)
     shape, (n_prompts, length) = model_shape(model), tokens.shape
     if device_of(model).type == "mps":
-        raise InputError("PyTorch's MPS backend gives silently wrong results here: use --device cpu or cuda")
+        raise InputError("PyTorch's MPS backend gives silently wrong results here: use device='cpu' or device='cuda'")
     if length > shape.n_ctx:
         raise InputError(f"prompts of {length} tokens are longer than the model's context of {shape.n_ctx}")
     names = [readout.name for readout in readouts]
@@ -55,7 +55,10 @@ def validate(
     for run, roots in runs.items():
         for root in roots:
             if root.source is not None:
-                raise InputError(f"root patches cannot have a source run, but one in {run!r} has: {root.describe()}")
+                raise InputError(
+                    f"root patches cannot have a source run, but one in {run!r} has: "
+                    f"{root.describe()}; give its values with the edit PerPosition"
+                )
             _validate_patch(root, shape, n_prompts, length)
     seen: set[tuple] = set()  # a sweep repeats few places in thousands of patches
     for patch in patches:

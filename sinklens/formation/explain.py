@@ -54,7 +54,7 @@ def super_neurons_of(model, layer, post, sinks, neuron_z, selectivity, given) ->
             raise NoSinkError(
                 f"no super neuron in block {layer}: neuron {best} has the largest weight norms (robust z "
                 f"{joint[best]:.1f}, {neuron_z} asked) and activation {sink[best]:.2f} on the sink token against "
-                f"{ordinary[best]:.2f} on others; name neurons yourself with super_neurons"
+                f"{ordinary[best]:.2f} on others; name neurons yourself (super_neurons=)"
             )
         given = chosen.nonzero().flatten().tolist()
     found = [

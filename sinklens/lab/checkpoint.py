@@ -69,7 +69,9 @@ def restore(run: Path, model: Decoder, optimiser: Optimiser) -> dict[str, Any] |
         optimiser.restore(load_file(folder / OPTIMISER))
     except Exception as error:  # whatever is wrong with such files comes up as anything
         told = " ".join(str(error).split())[:200]
-        raise InputError(f"the checkpoint {folder} is damaged ({told}): train again with another --out.") from error
+        raise InputError(
+            f"the checkpoint {folder} is damaged ({told}): train again in another folder (out=)."
+        ) from error
     return state
 
 

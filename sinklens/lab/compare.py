@@ -141,7 +141,7 @@ def _curves(trained: Sequence[Run]) -> pd.DataFrame:
         if run.data != trained[0].data:
             raise InputError(
                 f"{trained[0].name} and {run.name} were trained and watched on different data, so their numbers do not "
-                "compare: compare runs of the same --data, tokenizer and length."
+                "compare: compare runs of the same data, tokenizer and length."
             )
     found: list[Any] = [run.watched for run in trained]
     tables = [table.assign(run=run.name, arm=run.arm, seed=run.seed) for table, run in zip(found, trained, strict=True)]

@@ -49,7 +49,7 @@ def begin(
         remove_leftovers(folder)
     if not (folder / RECORD).is_file():
         if holds_something(folder):
-            raise InputError(f"{folder} holds something that is no run of this lab: choose another --out.")
+            raise InputError(f"{folder} holds something that is no run of this lab: choose another folder (out=).")
         write_json(folder / RECORD, record)
         return
     there = read_record(folder)
@@ -60,7 +60,9 @@ def begin(
         if there.get(part, {}).get(name) != record[part].get(name)
     ]
     if differs:
-        raise InputError(f"{folder} holds a run of another configuration ({'; '.join(differs)}): choose another --out.")
+        raise InputError(
+            f"{folder} holds a run of another configuration ({'; '.join(differs)}): choose another folder (out=)."
+        )
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -211,8 +211,8 @@ class _Run:
         for step, loss in zip(steps, losses, strict=True):
             if not loss < float("inf"):
                 raise InputError(
-                    f"the loss is {loss} at step {step} (learning rate {settings.lr_at(step):.2g}): take a smaller lr "
-                    f"or a longer warmup; the checkpoints in {self.folder} are kept."
+                    f"the loss is {loss} at step {step} (learning rate {settings.lr_at(step):.2g}): take a smaller one "
+                    f"(lr=) or a longer warm-up (warmup=); the checkpoints in {self.folder} are kept."
                 )
             self.curves.add_loss(step, step * settings.tokens_a_step, loss, settings.lr_at(step), self.seconds)
         pace = steps[-1] * settings.tokens_a_step / max(self.seconds, 1e-9)

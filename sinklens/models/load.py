@@ -309,7 +309,8 @@ def _from_pretrained(name: str, dtype: torch.dtype, revision: str = "main") -> P
             method = quantised.get("quant_method") if isinstance(quantised, dict) else None
             raise InputError(
                 f"{name} holds quantised weights ({method or 'of an unknown method'}), whose scales a conversion would "
-                "lose; load it with transformers, call model.dequantize() and give the result."
+                "lose; load it with transformers, call model.dequantize() and give the result, or the "
+                "folder that it is saved in."
             )
         options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "eager"}
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # said in our own words below

@@ -177,7 +177,7 @@ def _text(value: Estimate | float | None) -> tuple[str, str]:
         head, _, tail = (
             estimate_text(value).partition(" ") if "[" in estimate_text(value) else (number(value.value), "", "")
         )
-        return head, tail or f"n = {value.n}"
+        return head, tail or estimate_text(value).partition(", ")[2]
     return "" if value is None else number(value), ""
 
 

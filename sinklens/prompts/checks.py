@@ -127,7 +127,7 @@ def warn_of_bos(model: Model, tokens: Int[Tensor, "batch pos"]) -> None:
     elif not bool(led.any()) and prepends_bos(model):
         said = (
             "this tokenizer puts a beginning-of-sequence token in front of every text, and these prompts have none: "
-            'the model may not know such input; prepend_bos="auto" (--bos auto) puts it there.'
+            'the model may not know such input; prepend_bos="auto" puts it there.'
         )
     if said:
         warnings.warn(said, stacklevel=3)

@@ -35,7 +35,8 @@ from sinklens.prompts.checks import (
     warn_of_groups,
     warn_of_special,
 )
-from sinklens.prompts.files import articles, groups_of, json_row, lines_of
+from sinklens.prompts.datasets import rows_of
+from sinklens.prompts.files import groups_of, json_row, lines_of
 from sinklens.prompts.given import integers, unpadded
 from sinklens.records.ranges import check_seed
 
@@ -44,9 +45,6 @@ N_PASSAGES = 32
 
 MOST_TOKENS = 2**27
 """The most random tokens that are drawn at once (their labels take a gigabyte)."""
-
-
-DATASETS = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
 
 
 Bos: TypeAlias = bool | Literal["auto", "always", "never"]
@@ -143,44 +141,39 @@ def from_file(
 
 def from_dataset(
     model: Model,
-    name: str = "wikitext",
+    name: Any = "wikitext",
     config: str | None = None,
     *,
-    split: str = "test",
-    column: str = "text",
+    split: str | None = None,
+    column: str | None = None,
     group: str | None = None,
-    n: int = 16,
+    n: int | None = 16,
     length: int = 64,
     prepend_bos: Bos = "auto",
 ) -> PromptBatch:
-    """The first `n` long enough rows of a Hugging Face data set; "wikitext" is the raw WikiText-2.
+    """The first `n` long enough rows of a Hugging Face data set (all of them with `None`).
 
-    `group` is a column that says which document a row is of; rows of one document are not taken for independent. The
-    articles of WikiText are known by their titles.
+    Args:
+        model: the model that will read them.
+        name: of a data set on the hub ("wikitext" is the raw WikiText-2); a folder on this machine, with files of data
+            or saved by `save_to_disk`; or a `Dataset`, `IterableDataset` or `DatasetDict` that is loaded already.
+        config: the configuration of a name.
+        split: which part: by default `test` of a name, and else the first of `test`, `validation` and `train`.
+        column: with the texts: by default `text`, or the only one with strings.
+        group: a column that says which document a row is of; rows of one document are not taken for independent. The
+            articles of WikiText are known by their titles.
+        n: how many prompts.
+        length: of each, in tokens.
+        prepend_bos: see `Bos`.
 
     Raises:
         InputError: `datasets` is not installed, the data set cannot be loaded, or as for `from_texts`.
     """
     check_size(model, length, n)
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InputError("Data sets need one more package: pip install 'sinklens[datasets]'.") from error
-    repo, default_config = DATASETS.get(name, (name, None))
-    try:
-        rows = load_dataset(repo, config or default_config, split=split)
-        texts = rows[column]
-        groups = None if group is None else rows[group]
-    except Exception as error:  # offline, unknown name, missing column: the hub's clients share no base class
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(
-            f"The data set {name!r} could not be loaded ({type(error).__name__}: {reason}); check its name and the "
-            "network, or use the built-in passages or a file instead."
-        ) from error
-    if groups is None and repo == DATASETS["wikitext"][0]:
-        groups = articles(texts)
-    source = f"dataset:{name}[{split}]"
-    return from_texts(model, texts, length=length, n=n, prepend_bos=prepend_bos, source=source, groups=groups)
+    rows = rows_of(name, config, split, column, group)
+    return from_texts(
+        model, rows.texts, length=length, n=n, prepend_bos=prepend_bos, source=rows.source, groups=rows.groups
+    )
 
 
 @in_usual_state

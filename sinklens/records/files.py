@@ -131,7 +131,7 @@ def atomic_folder(out: str | Path, *, force: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def writing(path: str | Path, instead: str = "choose another --out") -> Iterator[None]:
+def writing(path: str | Path, instead: str = "choose another folder (out=)") -> Iterator[None]:
     """Says in one sentence that ``path`` cannot be written: a full disk, for instance.
 
     Raises:
@@ -172,10 +172,10 @@ def check_out(out: Path, *, force: bool) -> None:
             if not out.is_dir():
                 raise InputError(f"{out} is a file: give a folder for the results")
             if not force:
-                raise InputError(f"{out} exists already: choose another --out, or replace it with --force")
+                raise InputError(f"{out} exists already: choose another folder (out=), or replace it with force=True")
             if holds_something(out) and not any((out / name).is_file() for name in RUN_FILES):
                 raise InputError(
-                    f"{out} is not the folder of an earlier run, so --force will not replace it: choose another"
+                    f"{out} is not the folder of an earlier run, so force=True will not replace it: choose another"
                 )
         place = out.resolve()
         missing = [folder for folder in (place, *place.parents) if not folder.exists()]
@@ -192,7 +192,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says where there is no room left."""
 
 
-def cannot_write(path: str | Path, error: BaseException, instead: str = "choose another --out") -> WriteError:
+def cannot_write(path: str | Path, error: BaseException, instead: str = "choose another folder (out=)") -> WriteError:
     """The sentence for what the system says of writing to ``path``."""
     number = getattr(error, "errno", None)
     reason = os.strerror(number) if number else " ".join(str(error).split())
@@ -208,6 +208,16 @@ def write_text(path: Path, text: str) -> None:
     """
     with writing(path, "choose another place"), _parents(path), replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all.
+
+    Raises:
+        WriteError: the place cannot be written.
+    """
+    with writing(path, "choose another place"), _parents(path), replaced(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:

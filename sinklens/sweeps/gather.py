@@ -92,7 +92,7 @@ def _write(result: SweepResult, paths: dict[str, Path], out: Path, progress: Pro
                 if progress is not None:
                     progress(number, len(paths))
     except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror or error}): choose another --out") from error
+        raise InputError(f"{out} cannot be written ({error.strerror or error}): choose another file (out=)") from error
 
 
 def _seal(path: Path) -> Seal:

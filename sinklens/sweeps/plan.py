@@ -103,7 +103,7 @@ def check_same(there: Mapping[str, Any], here: Mapping[str, Any], where: object)
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if names:
         told = "; ".join(f"{name} was {_brief(there.get(name))}, now {_brief(here.get(name))}" for name in names)
-        raise InputError(f"{where} holds another sweep ({told}): choose another folder, or replace it with --force")
+        raise InputError(f"{where} holds another sweep ({told}): choose another folder, or replace it with force=True")
 
 
 def _brief(value: object) -> str:

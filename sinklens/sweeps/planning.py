@@ -75,7 +75,7 @@ class Planner:
         if plan.identity != there["identity"]:
             raise InputError(
                 f"{getattr(sink, 'folder', 'memory')} holds another sweep (its places are others, or another sinklens "
-                "made it): choose another folder, or replace it with --force"
+                "made it): choose another folder, or replace it with force=True"
             )
         return plan
 

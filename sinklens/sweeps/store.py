@@ -207,9 +207,10 @@ class FolderSink:
             yield
         except OSError as error:  # a full disk, a read-only folder, a file where a folder should be
             done = len(self.finished()) if (self.folder / SHARDS).is_dir() else 0
-            kept = f"; {done} finished tasks are kept, the same command goes on from there" if done else ""
+            kept = f"; {done} finished tasks are kept, the same call goes on from there" if done else ""
             raise InputError(
-                f"{self.folder} cannot be written ({error.strerror or error}): make room or choose another --out{kept}"
+                f"{self.folder} cannot be written ({error.strerror or error}): make room or choose another "
+                f"folder (out=){kept}"
             ) from error
 
 
@@ -229,7 +230,9 @@ def read_record(folder: Path, *, missing_ok: bool = False) -> dict[str, Any] | N
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror or error}): choose another folder") from error
     except Damage as damage:
-        raise InputError(f"{path} is damaged ({damage}): choose another folder, or replace it with --force") from None
+        raise InputError(
+            f"{path} is damaged ({damage}): choose another folder, or replace it with force=True"
+        ) from None
 
 
 def to_text(record: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ from sinklens.viz.charts import bars, histogram, line, mark, points, styled
 from sinklens.viz.circuitsvis import views_html as attention_html
 from sinklens.viz.diagram import chain_diagram
 from sinklens.viz.heatmap import heatmap
+from sinklens.viz.prompt import lens_figure, logit_lens, neuron_view, neurons_of, pattern_of, pattern_view
+from sinklens.viz.saving import save
 
 __all__ = [
     "attention_html",
@@ -19,12 +21,19 @@ __all__ = [
     "chain_matrix",
     "heatmap",
     "histogram",
+    "lens_figure",
     "line",
+    "logit_lens",
     "mark",
     "matrix_figure",
+    "neuron_view",
+    "neurons_of",
     "onset_figure",
     "onset_profile",
+    "pattern_of",
+    "pattern_view",
     "points",
+    "save",
     "score_rows",
     "scores_figure",
     "sink_heads",

@@ -73,7 +73,11 @@ def test_every_run_reads_from_the_question_to_the_findings(path):
 
 def test_the_house_style_is_shown_by_files_that_exist():
     named = re.findall(r"\]\((\w+\.py)\)", (FOLDER / "README.md").read_text(encoding="utf-8"))
-    assert {"onset.py", "residual_direction.py", "_template.py"} <= set(named) <= {path.name for path in FILES}
+    assert (
+        {"onset.py", "residual_direction.py", "_template.py", "_from_scratch.py"}
+        <= set(named)
+        <= {path.name for path in FILES}
+    )
 
 
 def test_a_new_stage_takes_less_than_thirty_lines():
@@ -104,6 +108,40 @@ def test_the_residual_s_direction_carries_the_planted_sink():
         assert scores["transplant", "", direction] == pytest.approx(1, abs=1e-3)
         assert scores["direction_only", "", direction] == pytest.approx(1, abs=1e-3)
         assert scores["direction_only", "norm_only", direction] == pytest.approx(0, abs=1e-3)
+
+
+def test_the_example_from_scratch_by_hand():
+    """Queries 2 to 6 give key 1 1, 2, 3, 4 and 5 hundredths: of an odd number the one in the middle is left out."""
+    import torch
+
+    attention = torch.zeros(2, 7, 7)
+    attention[0, 2:, 1] = torch.arange(1, 6) / 100
+    ratios = load("_from_scratch").late_over_early(attention, torch.tensor([1, 6]))
+    assert ratios[0] == pytest.approx((4 + 5) / (1 + 2)) and np.isnan(ratios[1])
+
+
+def test_the_example_from_scratch_on_the_planted_model():
+    """There every later query gives the sink the same, and no verdict is needed where nothing is diluted."""
+    import sinklens as sl
+
+    study = sl.Study(planted_model(), from_tokens(planted_model(), prompts(16)))
+    found = sl.run_analysis(load("_from_scratch").ANALYSIS, study)
+    assert set(found.findings.table.token) == {"sink", "ordinary"} and len(found.findings.table) == 2 * study.batch.n
+    assert found.findings.verdict.outcome in ("holds", "undecided", "does not hold")
+    assert found.figure is not None
+
+
+def test_the_names_that_options_cannot_have_are_those_that_are_told():
+    """The page names all that the command line refuses, and no other."""
+    from sinklens.cli import of_analysis
+    from sinklens.cli.signature import flags_of
+
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`(\w+)`", text.split("These names are taken")[1].split("\n\n")[0]))
+    common = inspect.signature(of_analysis._run, eval_str=True).parameters.values()
+    flags = {flag[2:].replace("-", "_") for one in common for flag in flags_of(one)}
+    own = {"analysis", "options"}  # what the function is given besides
+    assert told == (flags | {one.name for one in common} | {"help"}) - own
 
 
 def test_the_readme_s_stage_runs():

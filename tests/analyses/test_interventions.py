@@ -522,8 +522,11 @@ def test_the_interval_of_dense_rows_is_over_rotations(tiny_llama):
     for rotations in (1, 6):
         found = findings("settle_it", tiny(tiny_llama), rotations=rotations)
         dense = found.numbers["removed, natural sink, super neurons, densified"]
-        assert dense.n == rotations and np.isnan(dense.low) == (rotations == 1)
-        assert found.numbers["removed, natural sink, super neurons, zero"].n == 4
+        zero = found.numbers["removed, natural sink, super neurons, zero"]
+        assert (dense.n, dense.over) == (rotations, "rotations") and np.isnan(dense.low) == (rotations == 1)
+        assert (zero.n, zero.over) == (4, "prompts")
+        assert estimate_text(dense).endswith(f"n = {rotations} rotations") and estimate_text(zero).endswith("n = 4")
+        assert f"over {rotations} rotations" in found.caption
     rows = found.table[(found.table.sink == "natural sink") & (found.table.neurons == "super neurons")]
     rows = rows[rows.edit == "densified"]
     assert rows.groupby("draw").removed.mean().std() > 0.01

@@ -77,7 +77,7 @@ def test_another_sweep_in_the_folder(sweep: Any, here: Path) -> None:
         (["--layers", "first"], ["layers 'first' is not a range"]),
         (["--positions", "1-20"], ["positions 16, 17, 18, 19 and 1 more", "16 tokens are 0-15"]),
         (["--positions", "3:"], ["positions '3:' is not a range"]),
-        (["--readout-layers", "top"], ["readout_layers 'top' is not a range"]),
+        (["--readout-layers", "top"], ["--readout-layers 'top' is not a range"]),
         (["--edits", "swap"], ["edit 'swap' is not known"]),
         (["--readouts", "kl"], ["readout 'kl' is not known"]),
         (["--directions", "up"], ["direction 'up': choose denoise or noise"]),

@@ -81,6 +81,14 @@ def test_a_value_for_each_prompt_and_head():
     equal(edit(HEADS[:, :2], None, replace(at, units=EACH_ITS_OWN)), [[[12.0, 13], [16, 17]], [[2, 3], [0, 1]]])
 
 
+def test_a_value_for_each_prompt_and_position():
+    values = torch.arange(36.0).view(3, 4, 3)
+    edit = edits.PerPosition("written", {3: values})
+    at = site(prompts=tensor([2, 0]), positions=tensor([1, 3]))
+    equal(edit(X, None, at), values[[2, 0], [1, 3]])
+    equal(edit(X[:, :2], None, replace(at, units=EACH_ITS_OWN)), [[27.0, 29], [10, 9]])
+
+
 def test_rescale_by_a_scalar():
     edit = edits.Rescale("amplify", {3: tensor([1.0, 1, 1])}, {3: tensor(2.0)})
     equal(edit(X, None, site()), [[1.0, 3, 5], [7, 9, 11]])
@@ -387,6 +395,7 @@ EVERY_EDIT: dict[str, Edit] = {
     "zero": edits.Constant(),
     "mean": edits.Constant("mean", HALF),
     "resample": edits.PerPrompt("resample", {3: torch.full((2, 3), 0.5)}),
+    "per_position": edits.PerPosition("per_position", {3: torch.full((2, 8, 3), 0.5)}),
     "rescale": edits.Rescale("rescale", HALF, {3: tensor(2.0)}),
     "same_norm": edits.SameNormScaling(of=edits.Constant("mean", HALF)),
     "subspace": edits.Subspace("subspace", torch.eye(3)[:, :1]),

@@ -15,6 +15,7 @@ from sinklens.attribution import estimate
 from sinklens.errors import InputError
 from sinklens.patches import Patch, Source
 from sinklens.readouts.base import Readout
+from tests.helpers.one_at_a_time import cache_of
 from tests.helpers.sweeps import run as swept
 from tests.helpers.tiny import BACKENDS, D_MODEL, N_LAYERS, tiny_hf, tiny_model, tiny_tokens
 
@@ -88,6 +89,12 @@ WRONG: dict[str, Callable[[Any], Any]] = {
     "'mine' has values of 5 prompts": lambda model: swept(
         model, stages="resid_pre", layers="1", units=None, edits=edits.PerPrompt("mine", {1: torch.zeros(5, D_MODEL)})
     ),
+    r"a value for each of \d+ positions, but got \(3, 32\)": lambda model: read(
+        model, patches=[zero(edits.PerPosition("mine", {1: VALUES}))]
+    ),
+    "give its values with the edit PerPosition": lambda model: read(
+        model, runs={"base": (), "other": [zero(edits.Transplant(), source=Source("base"), run="other")]}
+    ),
     r"for each of 3 prompts, but got \(2, 32\)": lambda model: read(
         model, patches=[zero(edits.Rescale("mine", {1: VALUES[:2]}, {1: torch.tensor(2.0)}))]
     ),
@@ -113,3 +120,21 @@ def test_values_that_fit_are_taken(model: Any) -> None:
         assert torch.allclose(read(model, patches=[zero(edit)]), expected, atol=1e-6)
     function = edits.Function("half", lambda x, source: 0 * x + 0 * source)
     assert torch.allclose(read(model, patches=[zero(function, source=Source("base"))]), expected, atol=1e-6)
+
+
+def test_values_of_every_position_are_those_of_a_run(model: Any) -> None:
+    """As a root and as a patch: another run's activations as values are what a transplant from it gives."""
+    n_heads, where = model.cfg.n_heads, ((2,), (1, 5), (3,))
+    written = cache_of(model, TOKENS, [], {sites.Z.at(1)})[sites.Z.at(1)]
+    moved = written.roll(-1, dims=1)  # at every position what the next one has
+    values = edits.PerPosition("moved", {1: moved})
+    units = (n_heads - 1,)
+    from_next = Source("base", tuple(tuple(p + 1 for p in row) for row in where))
+    transplant = sl.Patch(sites.Z, (1,), where, edits.Transplant(), units=units, source=from_next)
+    mine = sl.Patch(sites.Z, (1,), where, values, units=units)
+    root = sl.Patch(sites.Z, (1,), where, values, units=units, run="moved")
+    found = sl.run_patches(model, TOKENS, [transplant, mine], [LOGIT], runs={"base": (), "moved": (root,)})
+    name = LOGIT.name
+    assert torch.allclose(found.values[name][0], found.values[name][1], atol=1e-6)
+    assert torch.allclose(found.values[name][0], found.runs["moved"][name], atol=1e-6)
+    assert (found.runs["moved"][name] - found.runs["base"][name]).abs().min() > 1e-6

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from sinklens.analysis.base import AnalysisResult
 from sinklens.analysis.discovery import folder, list_analyses
-from sinklens.records.text import number
-from sinklens.statistics import Estimate
+from sinklens.statistics import Estimate, interval_text
 
 README = folder() / "README.md"
 BEGIN, END = "<!-- results: python -m tests.helpers.readme runs/all -->", "<!-- end of results -->"
@@ -38,11 +37,8 @@ HEAD = "| analysis | verdict | statistic | value [95% interval] | control or nul
 
 
 def text(estimate: Estimate | None) -> str:
-    """``0.48 [0.47, 0.49]``."""
-    if estimate is None:
-        return ""
-    low, high = number(estimate.low), number(estimate.high)
-    return number(estimate.value) + ("" if low == "–" else f" [{low}, {high}]")
+    """``0.48 [0.47, 0.49]``, and over what the interval is where that is no prompts."""
+    return "" if estimate is None else interval_text(estimate)
 
 
 def row(result: AnalysisResult) -> str:

@@ -38,7 +38,9 @@ def test_a_folder_has_the_usual_permissions(tmp_path: Path) -> None:
 
 def test_a_folder_that_exists_needs_force(tmp_path: Path) -> None:
     out = earlier_run(tmp_path / "run")
-    with pytest.raises(InputError, match=r"exists already: choose another --out, or replace it with --force"):
+    with pytest.raises(
+        InputError, match=r"exists already: choose another folder \(out=\), or replace it with force=True"
+    ):
         write_run(out)
     assert (out / "chain.json").read_text() == "old"
     write_run(out, force=True)
@@ -137,7 +139,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("text")
     (tmp_path / "circle").symlink_to("circle")
     for attempt in (lambda: check_out(tmp_path / name, force=False), lambda: write_run(tmp_path / name)):
-        with pytest.raises(InputError, match=r"cannot be written \(.+\): choose another --out"):
+        with pytest.raises(InputError, match=r"cannot be written \(.+\): choose another folder \(out=\)"):
             attempt()
     assert names(tmp_path) == {"file", "circle"}
 

@@ -290,7 +290,7 @@ def test_leftovers_of_living_processes_and_other_machines_stay(tmp_path: Path) -
 )
 def test_another_sweep_is_refused(tiny_llama: Any, folder: Path, changed: dict[str, Any], told: str) -> None:
     before = written(folder)
-    with pytest.raises(InputError, match=f"holds another sweep .*{told}.*--force"):
+    with pytest.raises(InputError, match=f"holds another sweep .*{told}.*force=True"):
         run(tiny_llama, folder, **changed)
     assert written(folder) == before
     result = run(tiny_llama, folder, force=True, **changed)
@@ -322,7 +322,7 @@ def test_folders_that_hold_something_else(tiny_llama: Any, tmp_path: Path) -> No
     assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work"
     run(tiny_llama, tmp_path / "run")
     (tmp_path / "run" / "sweep.json").write_text("{")
-    with pytest.raises(InputError, match=r"sweep\.json is damaged .*--force"):
+    with pytest.raises(InputError, match=r"sweep\.json is damaged .*force=True"):
         run(tiny_llama, tmp_path / "run")
     assert run(tiny_llama, tmp_path / "run", force=True).missing == []
 

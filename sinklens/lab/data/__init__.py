@@ -45,7 +45,7 @@ def open_data(
 
     if str(data) == BIGRAM_BACKCOPY:
         if tokenizer is not None:
-            raise InputError("bigram_backcopy has a tokenizer of its own, of single letters: leave --tokenizer out.")
+            raise InputError("bigram_backcopy has a tokenizer of its own, of single letters: leave tokenizer= out.")
         return BigramBackcopy(length)
     if str(data).startswith(DATASET):
         name = str(data).removeprefix(DATASET)

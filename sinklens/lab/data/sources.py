@@ -23,7 +23,7 @@ def of_files(path: Path) -> tuple[str, Callable[[], Iterator[str]]]:
         InputError: there is no such file, or no text file in the folder, or one cannot be read.
     """
     if not path.exists():
-        raise InputError(f"--data {path} is not there: give a text file, a folder, or a data set as `dataset:NAME`.")
+        raise InputError(f"data {path} is not there: give a text file, a folder, or a data set as `dataset:NAME`.")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in KINDS and p.is_file())
     if not files:
         raise InputError(f"{path} holds no text file ({', '.join(KINDS)}): give a folder that does.")

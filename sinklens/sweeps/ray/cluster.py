@@ -100,7 +100,7 @@ def _check_address(address: str | None, folder: bool) -> None:
             f"ray_address {address!r} must be HOST:PORT or auto: run the sweep on a machine of the cluster"
         )
     if not folder:
-        raise InputError("ray_address needs out: a folder that all machines of the cluster share")
+        raise InputError("ray_address needs a folder (out=) that all machines of the cluster share")
     if address != "auto":
         _check_reachable(address, host, int(port))
 
@@ -124,8 +124,8 @@ def check_gpus(cluster: Cluster, there: float, where: str) -> None:
     each = cluster.gpus or 0.0
     fit = cluster.workers if not each else int(there // each) if each >= 1 else int(there) * int(1 / each + 1e-9)
     if fit < cluster.workers:
-        told = f"{cluster.workers} workers with gpus_per_worker {each:g} do not fit on the {there:g} GPUs of {where}"
-        raise InputError(f"{told}: choose {f'at most {fit} workers' if fit else 'gpus_per_worker 0'}")
+        told = f"{cluster.workers} workers with gpus_per_worker={each:g} do not fit on the {there:g} GPUs of {where}"
+        raise InputError(f"{told}: choose {f'at most {fit} workers' if fit else 'gpus_per_worker=0'}")
 
 
 @contextlib.contextmanager

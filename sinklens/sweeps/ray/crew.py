@@ -268,7 +268,7 @@ class Crew:
         if self._deaths[index] == TRIES and index is not None:
             raise EngineError(
                 f"task {index} ({self.plan.task_id(index)}) has ended {TRIES} workers, killed or out of memory: give "
-                "them a smaller --memory-budget, or ask for fewer workers; what is finished is kept"
+                "them a smaller budget (memory_budget=), or ask for fewer workers; what is finished is kept"
             )
         if index is None and self._deaths[None] >= TRIES:
             self._go_on_with_fewer()
