@@ -13,7 +13,7 @@ result.
 from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict, verdict, verdict_of
 from sinklens.analysis.causes import cause
 from sinklens.analysis.corrections import parts_table
-from sinklens.analysis.discovery import folder, list_analyses
+from sinklens.analysis.discovery import folder, list_analyses, list_groups
 from sinklens.analysis.elsewhere import elsewhere
 from sinklens.analysis.preconditions import check_first_varies, check_k, check_sink_varies
 from sinklens.analysis.run import config_of, load_analysis, main, run_analysis
@@ -41,6 +41,7 @@ __all__ = [
     "folder",
     "judge",
     "list_analyses",
+    "list_groups",
     "load_analysis",
     "main",
     "mean_and_range",

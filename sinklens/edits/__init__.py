@@ -39,9 +39,11 @@ from sinklens.edits.mechanism import (
     AttendTo,
     DensifyRows,
     DropDimsBeforeNorm,
+    KeepKeys,
     MeanAxis,
     NeuronContribution,
     amplification,
+    window_keys,
 )
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "EditSite",
     "Function",
     "Interpolate",
+    "KeepKeys",
     "Masked",
     "MeanAxis",
     "NeuronContribution",
@@ -73,4 +76,5 @@ __all__ = [
     "random_orthonormal",
     "random_permutations",
     "rotate_rows",
+    "window_keys",
 ]
