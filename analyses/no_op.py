@@ -162,7 +162,7 @@ def harmless(study: sl.Study, layers: tuple[int, ...]) -> sl.analysis.Part:
     keep |= torch.eye(study.batch.length, dtype=torch.bool)
     behind = tuple(tuple(range(sink + 1, study.batch.length)) for sink in study.formation.sink_positions)
     patches = [
-        sl.Patch(sites.PATTERN, layers, behind, edits.KeepKeys(keep=keep)),
+        sl.Patch(sites.PATTERN, layers, behind, edits.MaskKeys(keep=keep)),
         sl.Patch(sites.V, layers, study.sink, edits.Constant()),
         sl.Patch(sites.V, layers, study.sink, edits.Constant("mean", mean)),
     ]

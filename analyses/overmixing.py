@@ -101,7 +101,7 @@ def patches(study: sl.Study, layers: tuple[int, ...], changed: Sequence[int]) ->
         keep = torch.ones(n, length, length, dtype=torch.bool)
         keep[torch.arange(n), :, positions] = False
         later = tuple(tuple(range(k + 1, length)) for k in positions.tolist())
-        return sl.Patch(sites.PATTERN, layers, later, edits.KeepKeys(keep=keep))
+        return sl.Patch(sites.PATTERN, layers, later, edits.MaskKeys(keep=keep))
 
     return {
         WITH: (),

@@ -39,11 +39,10 @@ from sinklens.edits.mechanism import (
     AttendTo,
     DensifyRows,
     DropDimsBeforeNorm,
-    KeepKeys,
+    MaskKeys,
     MeanAxis,
     NeuronContribution,
     amplification,
-    window_keys,
 )
 
 __all__ = [
@@ -56,7 +55,7 @@ __all__ = [
     "EditSite",
     "Function",
     "Interpolate",
-    "KeepKeys",
+    "MaskKeys",
     "Masked",
     "MeanAxis",
     "NeuronContribution",
@@ -76,5 +75,4 @@ __all__ = [
     "random_orthonormal",
     "random_permutations",
     "rotate_rows",
-    "window_keys",
 ]

@@ -99,13 +99,13 @@ class AttendTo(Edit):
 
 
 @dataclass(frozen=True, eq=False)
-class KeepKeys(Edit):
+class MaskKeys(Edit):
     """Make a query do without some keys: their weights become zero, and the rest are scaled up to sum to one.
 
     Equal to masking those keys with minus infinity before the softmax. A query that keeps no key is an error.
     """
 
-    name: str = "keys_kept"
+    name: str = "keys_masked"
     keep: Bool[Tensor, "prompt query key"] = field(default_factory=lambda: torch.zeros(0, 0, 0, dtype=torch.bool))
     """For every prompt (or one for all) and query, the keys that it keeps."""
 
@@ -120,19 +120,6 @@ class KeepKeys(Edit):
         prompts = at.prompts.to(x.device) if len(keep) > 1 else torch.zeros_like(at.prompts, device=x.device)
         kept = x * keep[prompts, at.positions.to(x.device), : x.shape[-1]][:, None]
         return kept / kept.sum(-1, keepdim=True)  # 0 / 0 is NaN where nothing is kept, which the engine refuses
-
-
-def window_keys(length: int, window: int, first: int = 0) -> Bool[Tensor, "query key"]:
-    """Keys that every query sees of a cache which keeps the latest ``window``, its own among them, and the ``first``
-    ones of all (StreamingLLM, Xiao et al., ICLR 2024).
-
-    Raises:
-        InputError: the window is empty, so that a query would not see itself.
-    """
-    if window < 1:
-        raise InputError(f"a window holds at least the query's own key, not {window}")
-    query, key = torch.arange(length, device="cpu")[:, None], torch.arange(length, device="cpu")
-    return (key <= query) & ((query - key < window) | (key < first))
 
 
 def contribution(post: Float[Tensor, "pair d_mlp"], neurons: tuple[int, ...], rows: Tensor) -> Tensor:
