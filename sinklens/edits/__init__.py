@@ -44,6 +44,7 @@ from sinklens.edits.mechanism import (
     NeuronContribution,
     amplification,
 )
+from sinklens.edits.mitigation import KeepKeys, ReplaceMassive
 
 __all__ = [
     "AttendSelf",
@@ -56,6 +57,7 @@ __all__ = [
     "Function",
     "Interpolate",
     "MaskKeys",
+    "KeepKeys",
     "Masked",
     "MeanAxis",
     "NeuronContribution",
@@ -65,6 +67,7 @@ __all__ = [
     "PermuteWithin",
     "Read",
     "RemoveDirection",
+    "ReplaceMassive",
     "Rescale",
     "SameNormScaling",
     "SourceEdit",

@@ -403,10 +403,12 @@ EVERY_EDIT: dict[str, Edit] = {
     "written_by": edits.WrittenBy("written_by", torch.eye(3)[:, :1], ((RESID_PRE, 3),)),
     "attend_to": edits.AttendTo("attend_to", torch.full((2, 2), 0.5)),
     "drop_dims": edits.DropDimsBeforeNorm("drop_dims", (1,)),
+    "evicted": edits.KeepKeys(window=0),
+    "massive": edits.ReplaceMassive(dims=(0, 2), limit=2.0),
 }
 
 
-WIDE = ("permuted", "direction", "attend_self", "attend_to")
+WIDE = ("permuted", "direction", "attend_self", "attend_to", "evicted")
 """Edits of an activation with several units."""
 
 
@@ -516,6 +518,8 @@ def another(value: Any) -> list[Any]:
         return [not value]
     if isinstance(value, str):
         return [value + "_"]
+    if isinstance(value, int):
+        return [value + 1]
     if isinstance(value, float):
         return [value * 2]
     if isinstance(value, tuple):
