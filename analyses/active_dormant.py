@@ -61,7 +61,9 @@ def run(
     drop = (share[NATURAL].mean(0) - share[COPIED].mean(0)).flatten()
     numbers: dict[str, sl.Estimate | float] = {
         "heads that switch": float(len(heads)),
-        "heads that have a sink in the prompts as they are, share": float((share[NATURAL].mean(0) > eps).float().mean()),
+        "heads that have a sink in the prompts as they are, share": float(
+            (share[NATURAL].mean(0) > eps).float().mean()
+        ),
         "largest fall of a head's sink, as they are to copied": float(drop.max()),
     }
     numbers |= {f"attention that the sink receives, {kind}": study.mean(x.mean((1, 2))) for kind, x in share.items()}

@@ -67,7 +67,9 @@ def run(
     piled, elsewhere = (study.mean(typical(FREE, token)) for token in (SINK, ORDINARY))
     left, control = (study.mean(typical(name) / typical(FREE)) for name in (VALUES, KEYS))
     as_ordinary, change = (study.mean(typical(name)) for name in (AS_ORDINARY, "Change"))
-    verdict = sl.analysis.verdict_of(CLAIM, [piles(piled, elsewhere), by_values(left, control), damped(as_ordinary, change)])
+    verdict = sl.analysis.verdict_of(
+        CLAIM, [piles(piled, elsewhere), by_values(left, control), damped(as_ordinary, change)]
+    )
     numbers = {f"{name}, {token}": study.mean(typical(name, token)) for name, token in flow}
     axes = {"layer": layers, "prompt": range(study.batch.n)}
     formation = study.formation.layer
@@ -139,7 +141,9 @@ def of_some(study: sl.Study, prompts: Tensor, layers: Sequence[int], where: dict
     for token, at in where.items():
         flow |= {(name, token): x for name, x in flow_at(study, whole, layers, at).items()}
     for name, site in ((VALUES, sites.V), (KEYS, sites.K)):
-        own = {layer: all_prompts(study, prompts, one_of(whole.acts[Node(site, layer)], where[SINK])) for layer in layers}
+        own = {
+            layer: all_prompts(study, prompts, one_of(whole.acts[Node(site, layer)], where[SINK])) for layer in layers
+        }
         root = sl.Patch(site, tuple(layers), study.sink, edits.PerPrompt("held", own), allow_unchanged=True)
         trace = traced(study, prompts, (root,), {node for node in nodes if node.site == LN1_NORMALIZED}, set())
         ratios = [metrics.gradient_ratio(at_norm(study, trace, layer), where[SINK]) for layer in layers]
@@ -169,7 +173,9 @@ def at_norm(study: sl.Study, trace: Trace, layer: int) -> Float[Tensor, "prompt 
     return trace.grads["loss", Node(LN1_NORMALIZED, layer)].float() / weight
 
 
-def flow_at(study: sl.Study, trace: Trace, layers: Sequence[int], at: Tensor) -> dict[str, Float[Tensor, "layer prompt"]]:
+def flow_at(
+    study: sl.Study, trace: Trace, layers: Sequence[int], at: Tensor
+) -> dict[str, Float[Tensor, "layer prompt"]]:
     """R_GS, Bloat, Compress and Change at one position of every prompt."""
     found: dict[str, list[Tensor]] = {}
     for layer in layers:
@@ -206,7 +212,9 @@ def draw(findings: sl.Findings):
     table = findings.table[findings.table.quantity.isin((FREE, "Bloat", "Compress", "Change"))]
     lines = table.groupby(["quantity", "token", "layer"], sort=False).value.median().reset_index()
     titles = {"layer": "block", "value": "", "token": ""}
-    figure = sl.viz.line(lines, "layer", "value", series="token", facet="quantity", titles=titles, log_y=True, height=260)
+    figure = sl.viz.line(
+        lines, "layer", "value", series="token", facet="quantity", titles=titles, log_y=True, height=260
+    )
     figure.update_yaxes(matches=None, showticklabels=True)
     return sl.viz.mark(figure, x=int(findings.table.formation.iloc[0]))
 

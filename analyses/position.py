@@ -62,7 +62,9 @@ def run(
     verdict = sl.analysis.verdict_of(CLAIM, parts)
     numbers = {f"share of prompts whose first token is most attended, {kind}": share for kind, share in first.items()}
     numbers |= {f"attention that the first token receives, {k}": study.mean(x[:, 0]) for k, x in received.items()}
-    numbers |= {f"norm of later tokens over the first's, {kind}": x for kind, x in like.items()} | delimiters(study, received)
+    numbers |= {f"norm of later tokens over the first's, {kind}": x for kind, x in like.items()} | delimiters(
+        study, received
+    )
     tables = []
     for quantity, values in (("attention received", received), ("norm over the first's", norm)):
         for kind, x in values.items():

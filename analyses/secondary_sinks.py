@@ -157,7 +157,7 @@ def there(share: sl.Estimate, control: sl.Estimate, least: int) -> sl.analysis.P
 
 def of_block(study: sl.Study, found: Found) -> tuple[Any, Found, int] | None:
     """The prompts whose secondary sink is made in the block that makes most of them, with the study of these."""
-    if not len(found.prompts) or int((block := found.made.mode().values)) == 0:
+    if not len(found.prompts) or int(block := found.made.mode().values) == 0:
         return None
     chosen = (found.made == block).nonzero()[:, 0]
     few = Found(*(x[chosen] for x in (found.prompts, found.positions, found.made, found.lifetime)))

@@ -11,7 +11,7 @@ result.
 """
 
 from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict, verdict, verdict_of
-from sinklens.analysis.causes import cause
+from sinklens.analysis.causes import cause, induced
 from sinklens.analysis.corrections import parts_table
 from sinklens.analysis.discovery import folder, list_analyses, list_groups
 from sinklens.analysis.elsewhere import elsewhere
@@ -39,6 +39,7 @@ __all__ = [
     "effect_table",
     "elsewhere",
     "folder",
+    "induced",
     "judge",
     "list_analyses",
     "list_groups",
