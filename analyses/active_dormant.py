@@ -8,10 +8,10 @@ are, and *copied* ones, whose second half says the first one again, which is the
 been there before (the task of Guo et al., in natural words). Random tokens are read besides. Attention is read from the
 queries of the second half alone, so that position plays no part.
 
-A head *switches* when it has a sink on one kind (more than 0.3 of its attention there) and on the other neither that nor
-within 0.2 of it. The null gives every prompt's two readings to the two kinds at random. If switching is what such heads
-are for, silencing them must cost more where they are awake than where they are dormant, and more than as many other
-heads there.
+A head *switches* when it has a sink on one kind (more than 0.3 of its attention there) and on the other neither that
+nor within 0.2 of it. The null gives every prompt's two readings to the two kinds at random. If switching is what such
+heads are for, silencing them must cost more where they are awake than where they are dormant, and more than as many
+other heads there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
@@ -52,8 +53,9 @@ def run(
     share = {kind: shares(here, study, layers) for kind, here in kinds.items()}  # [prompt layer head]
     switched = switches(share[NATURAL].mean(0), share[COPIED].mean(0), eps)
 
-    def share_of_heads(prompts: object) -> float:
-        return float(switches(*(share[kind][prompts].mean(0) for kind in (NATURAL, COPIED)), eps).float().mean())
+    def share_of_heads(prompts: np.ndarray) -> float:
+        one, other = (share[kind][prompts].mean(0) for kind in (NATURAL, COPIED))
+        return float(switches(one, other, eps).float().mean())
 
     estimate, null = study.bootstrap(share_of_heads), nulls(study, share, eps, draws)
     heads = [(layers[i], j) for i, j in switched.nonzero().tolist()]
@@ -144,7 +146,7 @@ def needed(study: sl.Study, kinds: dict[str, sl.Study], heads: Heads, layers: tu
         "cause",
         name,
         sentence,
-        statistic="loss of the second half that is added when these heads are silenced: on copied prompts more than on the "
+        statistic="loss of the second half that silencing these heads adds: on copied prompts more than on the "
         "prompts as they are, nats a token",
         estimate=more,
         control="the same for as many other heads behind formation (mean over draws)",

@@ -2,16 +2,16 @@
 
     sinklens analyse gradient_sinks
 
-Chen, Lin and Yao (arXiv 2603.17771) see a sink from behind: every query that looks at the sink sends the gradient of its
-value there, so that at the output of the norm in front of attention the sink's gradient is many times an ordinary
+Chen, Lin and Yao (arXiv 2603.17771) see a sink from behind: every query that looks at the sink sends the gradient of
+its value there, so that at the output of the norm in front of attention the sink's gradient is many times an ordinary
 token's (``R_GS``). On its way back into the residual stream it is divided by the sink's norm, since the Jacobian of a
 norm goes with ``1 / |h|``; that, they say, is what the norm grows for.
 
-Both can be asked of any finished model. *By way of values*: the values of the sink are held at what they are, so that the
-forward pass is the same and no gradient passes through them. What is left of R_GS is what does not come by them; with
-the keys held instead it must stay. *By its norm*: the gradient that comes out of a block's norm is worked out for the
-same hidden state at the norm of an ordinary token, and Change, the factor by which the block lengthens the gradient of
-the residual stream, is compared with what it is.
+Both can be asked of any finished model. *By way of values*: the values of the sink are held at what they are, so that
+the forward pass is the same and no gradient passes through them. What is left of R_GS is what does not come by them;
+with the keys held instead it must stay. *By its norm*: the gradient that comes out of a block's norm is worked out for
+the same hidden state at the norm of an ordinary token, and Change, the factor by which the block lengthens the gradient
+of the residual stream, is compared with what it is.
 
 Pitfalls: a finished model says nothing of what made the norm grow in training. Gradients here are of the mean loss of a
 prompt, whose scale cancels in every ratio. A model that passes no gradients on (a quantised one, say) is refused.
@@ -30,18 +30,21 @@ from torch import Tensor
 import sinklens as sl
 from sinklens import edits, metrics, sites
 from sinklens.attribution.trace import Node, Trace, trace_run
+from sinklens.models.view import has_hook
 from sinklens.sites import ATTN_OUT, LN1_NORMALIZED, RESID_PRE
 
 CLAIM = "Gradients pile up on the sink by way of its values, and its norm keeps them out of the residual stream."
 LEAST = 2.0  # ours: twice an ordinary token's gradient
 HALF = 0.5  # ours
 GROWN = 1.5  # ours
+LN1_OUT = sl.HookSite("blocks.{layer}.ln1.hook_out", LN1_NORMALIZED.axes)
+"""The output with its weight, which a bridge has; in a HookedTransformer the weight comes behind the last hook."""
 SINK, ORDINARY = "sink", "ordinary"
 FREE, VALUES, KEYS = "R_GS", "R_GS without the gradient of its values", "R_GS without the gradient of its keys"
 AS_ORDINARY = "Change at an ordinary norm"
 CAPTION = (
     "Block by block, of the sink and of an ordinary token: R_GS, the gradient at the output of the norm before "
-    "attention over that of the other tokens; Bloat, Compress and Change of that norm. Medians over prompts. The dashed "
+    "attention over that of other tokens; Bloat, Compress and Change of that norm. Medians over prompts. The dashed "
     "line is the formation block."
 )
 
@@ -111,7 +114,7 @@ def damped(as_ordinary: sl.Estimate, change: sl.Estimate) -> sl.analysis.Part:
         "cause",
         "damped by its norm",
         "Its norm keeps them out of the residual stream.",
-        statistic="Change of the sink if its hidden state had an ordinary token's norm: by what factor a block's attention "
+        statistic="Change of the sink if its hidden state had an ordinary norm: by what factor a block's attention "
         "would lengthen the gradient of its residual stream, median over the blocks behind formation",
         estimate=as_ordinary,
         control="Change as it is",
@@ -134,7 +137,8 @@ def gradients(study: sl.Study, layers: Sequence[int], at_once: int) -> Flow:
 
 def of_some(study: sl.Study, prompts: Tensor, layers: Sequence[int], where: dict[str, Tensor]) -> Flow:
     """The same of these prompts: one backward pass as it is, one with the sink's values held, one with its keys."""
-    nodes = [Node(site, layer) for site in (RESID_PRE, ATTN_OUT, LN1_NORMALIZED) for layer in layers]
+    normed = norm_site(study)
+    nodes = [Node(site, layer) for site in (RESID_PRE, ATTN_OUT, normed) for layer in layers]
     held = [Node(site, layer) for site in (sites.V, sites.K) for layer in layers]
     whole = traced(study, prompts, (), {*nodes}, {*held})
     flow = {}
@@ -145,7 +149,7 @@ def of_some(study: sl.Study, prompts: Tensor, layers: Sequence[int], where: dict
             layer: all_prompts(study, prompts, one_of(whole.acts[Node(site, layer)], where[SINK])) for layer in layers
         }
         root = sl.Patch(site, tuple(layers), study.sink, edits.PerPrompt("held", own), allow_unchanged=True)
-        trace = traced(study, prompts, (root,), {node for node in nodes if node.site == LN1_NORMALIZED}, set())
+        trace = traced(study, prompts, (root,), {node for node in nodes if node.site == normed}, set())
         ratios = [metrics.gradient_ratio(at_norm(study, trace, layer), where[SINK]) for layer in layers]
         flow[name, SINK] = torch.stack(ratios).cpu()
     return flow
@@ -167,10 +171,16 @@ def traced(study: sl.Study, prompts: Tensor, roots: tuple[sl.Patch, ...], wrt: s
 
 def at_norm(study: sl.Study, trace: Trace, layer: int) -> Float[Tensor, "prompt pos d_model"]:
     """``g2``: the gradient at the output of the norm, its weight applied."""
+    if (site := norm_site(study)) == LN1_OUT:
+        return trace.grads["loss", Node(site, layer)].float()
     weight = study.weights(layer).ln1_w.detach().float()
     if bool((weight == 0).any()):
         raise sl.NotApplicableError(f"the norm of block {layer} has weights of zero: no gradient is known behind these")
     return trace.grads["loss", Node(LN1_NORMALIZED, layer)].float() / weight
+
+
+def norm_site(study: sl.Study) -> sl.HookSite:
+    return LN1_OUT if has_hook(study.model, LN1_OUT.at(0)) else LN1_NORMALIZED
 
 
 def flow_at(
@@ -182,7 +192,7 @@ def flow_at(
         h = trace.acts[Node(RESID_PRE, layer)].float()
         before = one_of(trace.grads["loss", Node(ATTN_OUT, layer)].float(), at)
         behind = at_norm(study, trace, layer)
-        own, upstream = one_of(h, at), one_of(trace.grads["loss", Node(LN1_NORMALIZED, layer)].float(), at)
+        own, upstream = one_of(h, at), one_of(behind, at) * study.weights(layer).ln1_w.detach().float()
         usual = metrics.vector_norm(h).quantile(0.5, dim=1) / metrics.vector_norm(own)
         as_is, scaled = (through(study, x, upstream) for x in (own, own * usual[:, None]))
         flow = metrics.gradient_flow(before, one_of(behind, at), as_is)

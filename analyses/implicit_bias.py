@@ -129,7 +129,7 @@ def harmless(study: sl.Study, added: Mapping[str, Tensor]) -> sl.analysis.Part:
         "cause",
         "in its place",
         "A constant key and value in the sink's place do no harm.",
-        statistic="loss added when the sink has the other prompts' mean key and value in every head behind the formation "
+        statistic="loss added when the sink has the others' mean key and value in every head behind the formation "
         "block, nats a token",
         estimate=constants,
         control="the same with the mean key and value of an ordinary position",

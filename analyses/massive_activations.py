@@ -27,11 +27,13 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens import metrics, sites
+from sinklens.interventions import massive_patch
+from sinklens.interventions.massive_activations import MassiveMode
 
 CLAIM = "Massive activations live on the sink; without them the model breaks, and with a constant for each it does not."
 MOST = 0.9  # ours
 BREAKS, HARM = 0.5, 0.02  # ours, nats a token
-MODES = ("zero", "mean", "clamp")
+MODES: tuple[MassiveMode, ...] = ("zero", "mean", "clamp")
 CAPTION = (
     "Massive activations behind every block: how many of them a prompt has on its sink and on all other tokens (means "
     "over prompts). The dashed line is the block behind which they first appear."
@@ -99,10 +101,9 @@ def harm(
     here.formation = replace(study.formation, sink_positions=study.formation.sink_positions[1::2])
     layers = tuple(range(found.layer + 1, study.shape.n_layers)) or (found.layer,)
     loss, attention = here.readout("loss"), sl.readouts.attention_received("attention", layers, here.sink, judged.n)
-    arms = {mode: (mode, False) for mode in MODES} | {"zero, as many of median size": ("zero", True)}
-    patch = sl.interventions.massive_patch
-    patches = [patch(found, mode, control=control, length=judged.length) for mode, control in arms.values()]
-    result = here.run(patches, [loss, attention])
+    arms = {mode: massive_patch(found, mode, length=judged.length) for mode in MODES}
+    arms |= {"zero, as many of median size": massive_patch(found, "zero", control=True, length=judged.length)}
+    result = here.run(list(arms.values()), [loss, attention])
     base = result.runs["base"]
     added = {name: here.mean(result.values["loss"][i] - base["loss"]) for i, name in enumerate(arms)}
     left = {name: here.mean(result.values["attention"][i]) for i, name in enumerate(arms)}

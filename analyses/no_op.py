@@ -9,8 +9,8 @@ the same thing. So of the heads that have a sink (it receives more than 0.3 ther
 norm is asked, and whether a head puts out less the more it looks at the sink.
 
 The cause is asked of the loss. Without the sink as a place to look at, attention goes to the other tokens, and that
-costs something; if the place is all that counts, then its value can be set to zero at a tenth of that cost. An
-ordinary token's value in its place must cost more: the place does not work with any content.
+costs something; if the place is all that counts, then its value can be set to zero at a tenth of that cost. An ordinary
+token's value in its place must cost more: the place does not work with any content.
 
 Pitfalls: a value of small norm says nothing of what W_O makes of it; and under grouped queries several heads share a
 value, of which each may make another use.
@@ -100,7 +100,7 @@ def quiet(tau: sl.Estimate, control: sl.Estimate) -> sl.analysis.Part:
         "quantity",
         "output",
         "A head puts out less the more it looks at the sink.",
-        statistic="Kendall's tau, over queries, of a head's attention to the sink and the norm of its output, mean over "
+        statistic="Kendall's tau, over queries, of a head's attention to the sink and its output's norm, mean over "
         "the heads with a sink",
         estimate=tau,
         control="the same with the queries of each prompt shuffled",
@@ -177,13 +177,13 @@ def harmless(study: sl.Study, layers: tuple[int, ...]) -> sl.analysis.Part:
         estimate=cost,
         control="the same with the mean value of ordinary tokens in its place",
         control_estimate=control,
-        rule=f"holds when the interval lies below {TENTH} and below the control's, and no sink to look at costs something",
+        rule=f"holds when the interval lies below {TENTH} and below the control's, and no sink to look at costs loss",
         conditions=[
             sl.analysis.below(cost, TENTH),
             sl.analysis.below(cost, control),
             sl.analysis.above(study.mean(place), 0.0),
         ],
-        detail=f"no sink to look at: {sl.statistics.estimate_text(study.mean(place))} nats a token more; its value zero: "
+        detail=f"no sink to look at: {sl.statistics.estimate_text(study.mean(place))} nats more; its value zero: "
         f"{sl.statistics.estimate_text(study.mean(zero))}",
     )
 

@@ -16,6 +16,7 @@ no matter of scale: what is asked is a difference over what is there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import pandas as pd
@@ -39,12 +40,13 @@ CAPTION = (
 def run(
     study: sl.Study,
     *,
-    positions: Annotated[tuple[int, ...], "tokens to exchange, one at a time"] = (5, 10, 20),
+    positions: Annotated[tuple[int, ...], "tokens to exchange, one at a time"] = (5, 20),
 ) -> sl.Findings:
     changed = study.targets(positions)
     blocks = tuple(range(study.formation.layer, study.shape.n_layers))
     arms = patches(study, study.after_formation(None), changed)
-    moved = {arm: torch.stack([spread(study, k, blocks, patch) for k in changed]) for arm, patch in arms.items()}
+    others = [exchanged(study, k) for k in changed]
+    moved = {arm: spread(study, changed, others, blocks, patch) for arm, patch in arms.items()}
     last = {arm: x[:, -1].log().mean(0) for arm, x in moved.items()}  # [prompt]
 
     def factor(arm: str) -> sl.Estimate:
@@ -111,32 +113,37 @@ def patches(study: sl.Study, layers: tuple[int, ...], changed: Sequence[int]) ->
     }
 
 
-def spread(
-    study: sl.Study, changed: int, blocks: tuple[int, ...], arm: tuple[sl.Patch, ...]
-) -> Float[Tensor, "layer prompt"]:
-    """``|h' - h| / |h|`` behind every block, mean over the positions behind the one whose token is exchanged."""
+def exchanged(study: sl.Study, position: int) -> sl.Study:
+    """The same prompts with the token at one position exchanged: each has that of another prompt there."""
     tokens = study.batch.tokens.clone()
-    order = torch.randperm(study.batch.n, generator=study.generator(f"overmixing/{changed}"))
-    other = tokens[order.roll(1), changed][order.argsort()]  # each prompt has another's token there
-    same = other == tokens[:, changed]
-    other = torch.where(same, tokens[:, changed - 1], other)
-    tokens[:, changed] = other
-    exchanged = sl.Study.of(
-        study.model,
-        sl.prompts.from_tokens(study.model, tokens),
-        study.formation,
-        seed=study.seed,
-        memory_budget=study.memory_budget,
-        rows=study.rows,
-    )
-    before, after = (each.activations(sites.RESID_POST, blocks, arm) for each in (study, exchanged))
-    moved = [metrics.vector_norm(after[layer] - before[layer]) / metrics.vector_norm(before[layer]) for layer in blocks]
-    return torch.stack([x[:, changed + 1 :].mean(-1).cpu() for x in moved])
+    order = torch.randperm(study.batch.n, generator=study.generator(f"overmixing/{position}"))
+    other = torch.empty_like(tokens[:, position])
+    other[order] = tokens[order.roll(1), position]
+    # Where that is the same one, or there is no other prompt, the token before it is said twice.
+    tokens[:, position] = torch.where(other == tokens[:, position], tokens[:, position - 1], other)
+    here = replace(study, batch=sl.prompts.from_tokens(study.model, tokens), given=dict(study.given))
+    here.formation = study.formation
+    return here
+
+
+def spread(
+    study: sl.Study,
+    changed: Sequence[int],
+    others: Sequence[sl.Study],
+    blocks: tuple[int, ...],
+    arm: tuple[sl.Patch, ...],
+) -> Float[Tensor, "position layer prompt"]:
+    """``|h' - h| / |h|`` behind every block, mean over the positions behind the token that is exchanged."""
+    before, found = study.activations(sites.RESID_POST, blocks, arm), []
+    for position, other in zip(changed, others, strict=True):
+        after = other.activations(sites.RESID_POST, blocks, arm)
+        moved = [metrics.vector_norm(after[b] - before[b]) / metrics.vector_norm(before[b]) for b in blocks]
+        found.append(torch.stack([x[:, position + 1 :].mean(-1).cpu() for x in moved]))
+    return torch.stack(found)
 
 
 def draw(findings: sl.Findings):
-    table = findings.table.assign(log=findings.table.value.map(float))
-    lines = table.groupby(["arm", "layer"], sort=False).value.apply(geometric).reset_index()
+    lines = findings.table.groupby(["arm", "layer"], sort=False).value.apply(geometric).reset_index()
     titles = {"layer": "block", "value": "relative change of later tokens", "arm": ""}
     figure = sl.viz.line(lines, "layer", "value", series="arm", titles=titles, log_y=True)
     return sl.viz.mark(figure, x=int(findings.table.formation.iloc[0]))

@@ -125,7 +125,7 @@ def whichever(kind: str, share: sl.Estimate, taken_along: sl.Estimate) -> sl.ana
         "cause",
         "whichever it is",
         "It is where it stands, not what it is.",
-        statistic="share of prompts whose most attended token is the first when it is another one, the lowest of several "
+        statistic="share of prompts whose most attended token is the first when that is another, the lowest of several "
         f"kinds ({kind})",
         estimate=share,
         control="share in which the token that stood first takes the sink along to where it is put",
@@ -140,7 +140,7 @@ def all_alike(like: sl.Estimate, control: sl.Estimate) -> sl.analysis.Part:
         "cause",
         "repeated",
         "In a prompt of one repeated token all tokens are like the first.",
-        statistic="norm of the hidden states of later tokens that leave the formation block over the first's, one token "
+        statistic="norm of the hidden states of later tokens that leave the formation block over the first's, a token "
         "repeated",
         estimate=like,
         control="the same in the prompts as they are",

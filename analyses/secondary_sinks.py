@@ -4,13 +4,13 @@
 
 Secondary sinks (arXiv 2512.22213) are tokens further on whose hidden state comes to point where the first sink's does,
 for some blocks. They are told as in the released code: where the first sink lives, a later token is one behind a block
-if ``|cos| > 0.9`` with it there; up to 4 blocks of that are noise, and more than ``L - 16`` of ``L`` make it one like the
-first. Its level is the block that makes it, and in how many it lives. The code looks where the sink's norm grows most;
-a model may make its sink in several events, so here every event is looked at behind its own blocks.
+if ``|cos| > 0.9`` with it there; up to 4 blocks of that are noise, and more than ``L - 16`` of ``L`` make it one like
+the first. Its level is the block that makes it, and in how many it lives. The code looks where the sink's norm grows
+most; a model may make its sink in several events, so here every event is looked at behind its own blocks.
 
-What makes them? On the MLP's way (its normed input, its neurons, what it writes) such a token is compared with the first
-sink in the block that makes it, and the exact edit puts what that MLP writes at an ordinary token in its place: then the
-token must lose its attention. The MLP of the block before it is the control. Steering scales what is written.
+What makes them? On the MLP's way (its normed input, its neurons, what it writes) such a token is compared with the
+first sink in the block that makes it, and the exact edit puts what that MLP writes at an ordinary token in its place:
+then the token must lose its attention. The MLP of the block before it is the control. Steering scales what is written.
 
 The control of the detection is the same search around an ordinary token: that others point where it does is the
 likeness of hidden states as such.
@@ -180,7 +180,7 @@ def made_by(study: sl.Study, found: Found) -> list[sl.analysis.Part]:
             "cause",
             name,
             sentence,
-            statistic=f"share of a secondary sink's attention that goes when the MLP of block {block} writes there what it "
+            statistic=f"share of a secondary sink's attention that goes when block {block}'s MLP writes there what it "
             "writes at an ordinary token",
             estimate=estimate,
             control="the same for what attention writes in that block",
@@ -198,7 +198,7 @@ def lost(
     writes at ``site`` is ``scale`` times what it is; without one, the mean of what it is at ordinary tokens.
     """
     where = tuple((position,) for position in found.positions.tolist())
-    last = min(block + 1 + int(found.lifetime.min()), study.shape.n_layers)
+    last = min(block + 1 + int(found.lifetime.min()), study.shape.n_layers)  # behind those it is alike
     layers = tuple(range(block + 1, last))
     ordinary = study.ordinary.clone()
     ordinary[torch.arange(len(where)), found.positions] = False

@@ -4,12 +4,12 @@
 
 StreamingLLM (Xiao et al., ICLR 2024): a cache of the latest keys alone breaks a model as soon as the first token falls
 out of it, and keeping a few first tokens repairs it, for attention goes on needing its sink. Every query is shown its
-own key, the latest ones, and the first 0, 1, 2, 4 or 8, in all blocks: keys and values are what a cache would hold
-that is trimmed after every token. Loss is of the tokens from whose window the first ones have gone, in all arms.
+own key, the latest ones, and the first 0, 1, 2, 4 or 8, in all blocks: keys and values are what a cache would hold that
+is trimmed after every token. Loss is of the tokens from whose window the first ones have gone, in all arms.
 
 What repairs: a token more, or a sink? One ordinary token is kept in the first one's place as a control. And a sink is
-made at a later token (it may attend only to itself up to the formation block): there the window must break less, if that
-key alone is kept and the first is not, than the same key helps where it is no sink.
+made at a later token (it may attend only to itself up to the formation block): there the window must break less, if
+that key alone is kept and the first is not, than the same key helps where it is no sink.
 
 Positions are kept as they are, which shifts nothing. As StreamingLLM has it they count in the cache, which takes rotary
 embeddings: the loss with these stands beside it. Pitfall: a window loses what it has lost to read, sink or not; that
@@ -19,7 +19,7 @@ share no kept token repairs. Early or small models are known not to break (27.9 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -35,7 +35,7 @@ MOST = 0.8  # ours
 CLEAN, MADE = "base", "anchored"
 KEPT, REINDEXED, ORDINARY = "positions kept", "positions in the cache", "an ordinary token kept instead"
 CAPTION = (
-    "Loss added by a window of {window} recent keys, by how many first tokens are kept besides: positions as they are, or "
+    "Loss added by a window of {window} recent keys, by how many first tokens are kept: positions as they are, or "
     "counted in the cache; and with one ordinary token kept in their place (means with 95% intervals)."
 )
 
@@ -168,7 +168,7 @@ def any_sink(study: sl.Study, added: Added) -> sl.analysis.Part:
         "cause",
         "any sink",
         "It is a sink that repairs it, whichever token that is.",
-        statistic="share of the loss added by the window alone that is gone when a later token is kept which was made a sink",
+        statistic="share of the loss added by the window alone that is gone when a later token, made a sink, is kept",
         estimate=share,
         control="the same of that token where it is no sink",
         control_estimate=control,
@@ -178,9 +178,9 @@ def any_sink(study: sl.Study, added: Added) -> sl.analysis.Part:
 
 
 def draw(findings: sl.Findings):
-    table = findings.table[findings.table.arm.isin((KEPT, REINDEXED, ORDINARY))].sort_values("kept")
+    table: Any = findings.table[findings.table.arm.isin((KEPT, REINDEXED, ORDINARY))]
     titles = {"kept": "first tokens kept", "added": "loss added, nats a token", "arm": ""}
-    return sl.viz.line(table, "kept", "added", series="arm", low="low", high="high", titles=titles)
+    return sl.viz.line(table.sort_values("kept"), "kept", "added", series="arm", low="low", high="high", titles=titles)
 
 
 ANALYSIS = sl.Analysis(
