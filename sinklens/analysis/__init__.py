@@ -11,9 +11,9 @@ result.
 """
 
 from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict, verdict, verdict_of
-from sinklens.analysis.causes import cause
+from sinklens.analysis.causes import cause, induced
 from sinklens.analysis.corrections import parts_table
-from sinklens.analysis.discovery import folder, list_analyses
+from sinklens.analysis.discovery import folder, list_analyses, list_groups
 from sinklens.analysis.elsewhere import elsewhere
 from sinklens.analysis.preconditions import check_first_varies, check_k, check_sink_varies
 from sinklens.analysis.run import config_of, load_analysis, main, run_analysis
@@ -39,8 +39,10 @@ __all__ = [
     "effect_table",
     "elsewhere",
     "folder",
+    "induced",
     "judge",
     "list_analyses",
+    "list_groups",
     "load_analysis",
     "main",
     "mean_and_range",

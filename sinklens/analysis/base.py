@@ -160,6 +160,8 @@ class Analysis:
     """A function of the file that the analysis is written in, where ``run`` comes from another."""
     alone: bool = False
     """Whether it is run by its name alone, and not with all others: it needs to be told more than they are."""
+    group: str = ""
+    """Name of a group that is run when it is asked for (``sinklens all --with GROUP``), and not with all others."""
 
     @property
     def options(self) -> dict[str, Any]:

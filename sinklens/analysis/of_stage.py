@@ -23,7 +23,7 @@ ORDER = ("does not hold", "undecided", "holds", "not measurable")
 """Outcomes of parts: the one that speaks most against the claim comes first."""
 
 
-def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
+def of_stage(stage: Stage, title: str, paper: str = "", *, group: str = "") -> Analysis:
     """An analysis that scores ``stage`` alone, on a sink made at a target.
 
     The verdict has a part for every mechanism edit (the transplant, where the stage has none), and one for the stage's
@@ -33,6 +33,7 @@ def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
         stage: the stage.
         title: heading of its section in reports.
         paper: the figure of the paper that it answers to, if any.
+        group: the group that it is run with, in place of with all others.
     """
 
     def run(
@@ -60,7 +61,7 @@ def of_stage(stage: Stage, title: str, paper: str = "") -> Analysis:
         caption = "Effects with 95% intervals over prompts: 1 is all of the sink, 0 none. Controls carry their names."
         return Findings(verdict_of(stage.claim, [*causes, quantity]), table, caption, numbers)
 
-    return Analysis(stage.name, title, stage.claim, run, _draw, paper, code=stage.readout)
+    return Analysis(stage.name, title, stage.claim, run, _draw, paper, code=stage.readout, group=group)
 
 
 def _estimate(item: Finding) -> Estimate:

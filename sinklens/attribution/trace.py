@@ -168,10 +168,25 @@ class _Pass:
     def _keep(self, act: Tensor, name: str, *, before: bool) -> Tensor | None:
         for node in self.nodes[name]:
             if node.before is before:
+                act = self._once(act, node) if node in self.wrt else act
                 # Kept for its value alone it is cloned: later in-place operations of the model must not reach it.
                 self.live[node] = act if node in self.wrt else act.detach().clone()
         # A bridge gives hooks a view that the model does not go on with, unless the hook returns it.
         return act if act.requires_grad else None
+
+    def _once(self, act: Tensor, node: Node) -> Tensor:
+        """The one activation that stands for all at a hook point which is passed several times.
+
+        A HookedTransformer norms its residual stream for queries, for keys and for values one after the other: kept one
+        by one, the last alone would have a gradient, that of the values.
+        """
+        first = self.live.get(node)
+        if first is None or first is act:
+            return act
+        if not torch.equal(first, act):
+            name = node.site.at(node.layer)
+            raise EngineError(f"{name} is passed several times with other activations: it has no one gradient")
+        return first
 
 
 def _passes_gradients(readout: Readout) -> Callable[[Tensor, Rows], Tensor]:

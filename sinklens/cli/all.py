@@ -61,7 +61,10 @@ def everything(
     outlier_dims: DimsOption = None,
     only: Annotated[str | None, typer.Option(help="Only these parts, such as `formation,onset`.")] = None,
     with_: Annotated[
-        list[Path] | None, typer.Option("--with", help="A .py file with an analysis of yours; may be given again.")
+        list[str] | None,
+        typer.Option(
+            "--with", help="A group of further analyses (other-sinks), or a .py file with one of yours; repeatable."
+        ),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.float32,
@@ -115,18 +118,20 @@ def everything(
         )
 
 
-def _own(files: list[Path]) -> list[Any]:
-    """The analyses in the user's files, read before anything is loaded."""
-    if not files:
+def _own(given: list[str]) -> list[Any]:
+    """The analyses of groups and of the user's files, read before anything is loaded."""
+    if not given:
         return []
-    from sinklens.analysis.discovery import list_analyses
+    from sinklens.analysis.discovery import list_analyses, list_groups
     from sinklens.analysis.run import load_analysis
     from sinklens.analysis.suite import CHAIN, FORMATION, further
 
-    wrong = [str(file) for file in files if file.suffix != ".py"]
-    if wrong:
-        fail(f"--with {shown(wrong[0])} must be a .py file with an analysis")
-    analyses = [load_analysis(file) for file in files]
+    groups, names = list_groups(), []
+    for word in dict.fromkeys(name for each in given for name in ([each] if each.endswith(".py") else each.split(","))):
+        if word not in groups and not word.endswith(".py"):
+            fail(f"--with {shown(word)} must be a group ({', '.join(groups)}), or a .py file with an analysis")
+        names += list(list_analyses(group=word)) if word in groups else [word]
+    analyses = [load_analysis(name) for name in names]
     return list(further(analyses, [FORMATION, CHAIN, *list_analyses()]).values())
 
 

@@ -40,10 +40,12 @@ from sinklens.edits.mechanism import (
     AttendTo,
     DensifyRows,
     DropDimsBeforeNorm,
+    MaskKeys,
     MeanAxis,
     NeuronContribution,
     amplification,
 )
+from sinklens.edits.mitigation import KeepKeys, ReplaceMassive
 
 __all__ = [
     "AttendSelf",
@@ -55,6 +57,8 @@ __all__ = [
     "EditSite",
     "Function",
     "Interpolate",
+    "MaskKeys",
+    "KeepKeys",
     "Masked",
     "MeanAxis",
     "NeuronContribution",
@@ -65,6 +69,7 @@ __all__ = [
     "PermuteWithin",
     "Read",
     "RemoveDirection",
+    "ReplaceMassive",
     "Rescale",
     "SameNormScaling",
     "SourceEdit",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -96,6 +96,30 @@ class AttendTo(Edit):
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         own = self.weights.to(x)[at.prompts.to(x.device)]
         return own[:, None, :].expand_as(x).clone()
+
+
+@dataclass(frozen=True, eq=False)
+class MaskKeys(Edit):
+    """Make a query do without some keys: their weights become zero, and the rest are scaled up to sum to one.
+
+    Equal to masking those keys with minus infinity before the softmax. A query that keeps no key is an error.
+    """
+
+    name: str = "keys_masked"
+    keep: Bool[Tensor, "prompt query key"] = field(default_factory=lambda: torch.zeros(0, 0, 0, dtype=torch.bool))
+    """For every prompt (or one for all) and query, the keys that it keeps."""
+
+    @property
+    @override
+    def needs(self) -> tuple[str, ...]:
+        return ("pattern_is_softmax",)
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        keep = self.keep.to(x.device)
+        prompts = at.prompts.to(x.device) if len(keep) > 1 else torch.zeros_like(at.prompts, device=x.device)
+        kept = x * keep[prompts, at.positions.to(x.device), : x.shape[-1]][:, None]
+        return kept / kept.sum(-1, keepdim=True)  # 0 / 0 is NaN where nothing is kept, which the engine refuses
 
 
 def contribution(post: Float[Tensor, "pair d_mlp"], neurons: tuple[int, ...], rows: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ generation (positions count from the prompt's first token, with a key-value cach
 for sweeps.
 """
 
+from sinklens.interventions.eviction import evict, eviction_patch
 from sinklens.interventions.hooks import (
     Mode,
     ablate_dims,
@@ -25,11 +26,13 @@ from sinklens.interventions.hooks import (
     transplant_keys,
     transplant_values,
 )
+from sinklens.interventions.massive_activations import Massive, find_massive, massive_activations, massive_patch
 from sinklens.interventions.patched import Hook, Hooks, hooks_of
 
 __all__ = [
     "Hook",
     "Hooks",
+    "Massive",
     "Mode",
     "ablate_dims",
     "ablate_heads",
@@ -37,7 +40,12 @@ __all__ = [
     "amplify_variance",
     "block_aggregation",
     "densify_down_projection",
+    "evict",
+    "eviction_patch",
+    "find_massive",
     "hooks_of",
+    "massive_activations",
+    "massive_patch",
     "permute_z",
     "transplant",
     "transplant_attention_output",

@@ -27,3 +27,12 @@ def effective_rank(x: Float[Tensor, "... n d"]) -> Float[Tensor, "..."]:
     share = values / values.sum(-1, keepdim=True)  # 0 / 0 is NaN for a zero matrix
     share = share.masked_fill(~finite[..., None], torch.nan)
     return torch.special.entr(share).sum(-1).exp().float()
+
+
+def stable_rank(x: Float[Tensor, "... n d"]) -> Float[Tensor, "..."]:
+    """``||X||_F^2 / ||X||_2^2``: 1 for what all points one way, at most ``min(n, d)``; NaN for a zero matrix.
+
+    Of what attention writes it tells a broadcast (one vector for all queries) from a mixture (Fesser et al. 2026).
+    """
+    wide = x.double()
+    return (wide.pow(2).sum((-2, -1)) / torch.linalg.matrix_norm(wide, ord=2).pow(2)).float()

@@ -411,11 +411,14 @@ EVERY_EDIT: dict[str, Edit] = {
     "masked": edits.Masked("masked", {3: tensor([0.0, 1, 0])}),
     "written_by": edits.WrittenBy("written_by", torch.eye(3)[:, :1], ((RESID_PRE, 3),)),
     "attend_to": edits.AttendTo("attend_to", torch.full((2, 2), 0.5)),
+    "mask_keys": edits.MaskKeys(keep=torch.tensor([[[True, True, False]] * 3])),
     "drop_dims": edits.DropDimsBeforeNorm("drop_dims", (1,)),
+    "evicted": edits.KeepKeys(window=0),
+    "massive": edits.ReplaceMassive(dims=(0, 2), limit=2.0),
 }
 
 
-WIDE = ("permuted", "direction", "attend_self", "attend_to")
+WIDE = ("permuted", "direction", "attend_self", "attend_to", "evicted", "mask_keys")
 """Edits of an activation with several units."""
 
 
@@ -525,6 +528,8 @@ def another(value: Any) -> list[Any]:
         return [not value]
     if isinstance(value, str):
         return [value + "_"]
+    if isinstance(value, int):
+        return [value + 1]
     if isinstance(value, float):
         return [value * 2]
     if isinstance(value, tuple):
@@ -691,6 +696,21 @@ def test_attention_as_it_is_told_in_every_head():
     pattern = torch.rand(2, 4, 3)
     found = edits.AttendTo(weights=weights)(pattern, None, site(prompts=tensor([2, 0])))
     equal(found, weights[[2, 0]][:, None].expand(2, 4, 3))
+
+
+def test_a_query_does_without_keys():
+    """By hand, and as scores of minus infinity would have it; each prompt has keys of its own, or all share them."""
+    keep = torch.ones(3, 2, 3, dtype=torch.bool)
+    keep[2, 1, 0] = False
+    pattern = tensor([[0.5, 0.25, 0.25], [0.2, 0.6, 0.2]]).expand(2, 2, 3)
+    at = site(prompts=tensor([2, 0]), positions=tensor([1, 1]))
+    found = edits.MaskKeys(keep=keep)(pattern, None, at)
+    assert torch.allclose(found[0], tensor([[0, 0.5, 0.5], [0, 0.75, 0.25]]))
+    assert torch.allclose(found[1], pattern[1])
+    assert torch.allclose(edits.MaskKeys(keep=keep[2:])(pattern, None, at)[1], found[0])
+    scores = torch.randn(2, 2, 3)
+    masked = scores.masked_fill(~keep[[2, 0]][:, None, 1], -torch.inf).softmax(-1)
+    assert torch.allclose(edits.MaskKeys(keep=keep)(scores.softmax(-1), None, at), masked, atol=1e-6)
 
 
 def test_strengths():

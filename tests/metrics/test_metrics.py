@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sinklens import metrics
+from sinklens.errors import InputError
 
 NAN = math.nan
 
@@ -565,15 +566,78 @@ def test_variance_over_that_of_later_positions_by_hand() -> None:
     assert_close(metrics.first_over_later(variance), torch.tensor((4 * 0.5) ** 0.5))
 
 
+# -- Other sinks ------------------------------------------------------------------------------------------------------
+
+
+def test_the_mean_of_others_leaves_oneself_out() -> None:
+    assert_close(metrics.mean_of_others(t([1, 0], [3, 4], [5, 2])), t([4, 3], [3, 1], [2, 2]))
+    with pytest.raises(InputError, match="at least two"):
+        metrics.mean_of_others(t([1, 0]))
+
+
+def test_the_share_that_is_a_constant_by_hand() -> None:
+    same, opposite = t([3, 4], [3, 4], [3, 4]), t([1, 0], [-1, 0])
+    assert_close(metrics.constant_share(same), torch.ones(3))
+    assert_close(metrics.constant_share(opposite), t(-3, -3))  # |1 - (-1)|^2 = 4 of a squared norm of 1
+    # (2, 0) for (1, 1) and (2, 1) for (1, 0), (1, 1) for (2, 0.5): what is left is 2 of 2, 2 of 4 and so on.
+    assert_close(metrics.constant_share(t([2, 0], [1, 1])), t(1 - 2 / 4, 1 - 2 / 2))
+
+
+def test_the_ratio_of_gradients_by_hand() -> None:
+    gradient = t([[3, 4], [0, 1], [2, 0]], [[0, 1], [1, 0], [0, 6]])
+    assert_close(metrics.gradient_ratio(gradient, torch.tensor([0, 2])), t(5 / 1.5, 6))
+
+
+def test_what_a_norm_does_to_gradients_by_hand() -> None:
+    before, at_norm, through = t([2, 0]), t([3, 4]), t([0, 1.5])
+    flow = metrics.gradient_flow(before, at_norm, through)
+    assert_close(torch.cat(flow), t(5 / 2, 1.5 / 5, 2.5 / 2))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_way_back_through_a_norm_is_autograd_s(centred: bool) -> None:
+    h, gradient = drawn(3, 8).double().requires_grad_(), drawn(3, 8, seed=1).double()
+    wide = h - h.mean(-1, keepdim=True) if centred else h
+    normed = wide / (wide.pow(2).mean(-1, keepdim=True) + 0.01).sqrt()
+    (expected,) = torch.autograd.grad(normed, h, gradient)
+    found = metrics.back_through_norm(h.detach(), gradient, 0.01, centred=centred)
+    assert_close(found, expected.float())
+
+
+def test_a_sink_lives_from_its_largest_growth_to_its_largest_fall() -> None:
+    norm = t([1, 1, 9], [9, 2, 1], [10, 9, 2], [8, 9, 3], [1, 8, 4])
+    expected = [[False, True, True, True, False], [False, False, True, True, False], [False, False, True, True, True]]
+    assert metrics.alive(norm).T.tolist() == expected
+    assert metrics.alive(t(1, 5, 6, 7)).tolist() == [False, True, True, True]
+
+
+def test_likeness_is_the_magnitude_of_a_cosine() -> None:
+    hidden = t([[2, 0], [0, 3], [-4, 0], [1, 1]])
+    assert_close(metrics.alike(hidden, t([5, 0])), t([1, 0, 1, 0.5**0.5]))
+
+
+def test_the_stable_rank_by_hand() -> None:
+    assert_close(metrics.stable_rank(torch.eye(3)), torch.tensor(3.0))
+    assert_close(metrics.stable_rank(torch.diag(t(2, 1))), torch.tensor(5 / 4))
+    assert_close(metrics.stable_rank(torch.ones(4, 3)), torch.tensor(1.0))
+
+
 # -- All of them ------------------------------------------------------------------------------------------------------
 
 VECTORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "alike": lambda x: metrics.alike(x, x[..., 0, :]),
+    "alive": metrics.alive,
+    "back_through_norm": lambda x: metrics.back_through_norm(x, x),
+    "constant_share": metrics.constant_share,
     "cosine": lambda x: metrics.cosine(x, x),
     "dominance_ratio": metrics.dominance_ratio,
     "effective_rank": metrics.effective_rank,
     "energy_share": lambda x: metrics.energy_share(x, [0, 2]),
     "excess_kurtosis": metrics.excess_kurtosis,
     "gini": metrics.gini,
+    "gradient_flow": lambda x: metrics.gradient_flow(x, x, x).bloat,
+    "gradient_ratio": lambda x: metrics.gradient_ratio(x, torch.zeros(3, dtype=torch.long, device=x.device)),
+    "mean_of_others": metrics.mean_of_others,
     "kendall_tau": lambda x: metrics.kendall_tau(x[0], x[1]),
     "massive_activations": metrics.massive_activations,
     "first_over_later": lambda x: metrics.first_over_later(x[0].abs()),
@@ -582,6 +646,7 @@ VECTORS: dict[str, Callable[[Tensor], Tensor]] = {
     "relative_to_later": lambda x: metrics.relative_to_later(x[0]),
     "relative_deviation": lambda x: metrics.relative_deviation(x[0], x[0, 0].float(), x[0, 0, 0].float()),
     "robust_z": metrics.robust_z,
+    "stable_rank": metrics.stable_rank,
     "top1_over_median": metrics.top1_over_median,
     "top_energy_share": lambda x: metrics.top_energy_share(x, 2),
     "vector_norm": metrics.vector_norm,
@@ -604,7 +669,7 @@ def test_metrics_stay_on_the_device_of_their_input(name: str, dtype: torch.dtype
     x = torch.ones(2, 3, 5, 5, dtype=dtype, device="meta")
     result = PATTERNS[name](x) if name in PATTERNS else VECTORS[name](x[0])
     assert result.device.type == "meta"
-    assert result.dtype == (torch.bool if name == "massive_activations" else torch.float32)
+    assert result.dtype == (torch.bool if name in ("massive_activations", "alive") else torch.float32)
 
 
 @pytest.mark.parametrize("name", metrics.__all__)

@@ -1,0 +1,72 @@
+"""Edits that take a sink away without training: keys that are evicted, entries that are massive, columns, scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from sinklens.edits.base import Edit, EditSite, Gathered
+
+
+@dataclass(frozen=True, eq=False)
+class KeepKeys(Edit):
+    """Let a query see the first keys and the last ones alone: what is evicted from a key-value cache is not there.
+
+    On ``hook_pattern``, ``p_ij / sum_kept p_ij``: of a softmax this is the softmax of the keys that are kept, so that
+    it equals masking the others with minus infinity before it.
+    """
+
+    name: str = "evicted"
+    window: int = 0
+    """How many keys the cache keeps of those just before the query's own, which it always sees."""
+    first: int = 0
+    """How many of the prompt's first keys it keeps besides."""
+    slot: bool = False
+    """Whether a part of the attention goes to no key (a sink logit, softmax-off-by-one): that part stays in the sum."""
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        keys, queries = torch.arange(x.shape[-1], device=x.device), at.positions.to(x.device)[:, None]
+        kept = ((keys < self.first) | (keys >= queries - self.window))[:, None]
+        weights = x.float()
+        total = (weights * kept).sum(-1, keepdim=True)
+        if self.slot:
+            total = total + (1 - weights.sum(-1, keepdim=True)).clamp_min(0)
+        return (weights * kept / total).to(x)
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceMassive(Edit):
+    """Replace the massive activations of a hidden state, wherever they are.
+
+    An entry of ``dims`` is massive where its magnitude exceeds ``limit``. It becomes zero, a value of its dimension's
+    own, or is cut to a magnitude. All other entries stay.
+    """
+
+    name: str = "massive_zero"
+    dims: tuple[int, ...] = ()
+    """Dimensions of the residual stream that massive activations are looked for in."""
+    limit: float = 100.0
+    """Magnitude that a massive activation exceeds."""
+    values: Float[Tensor, " dim"] | None = None
+    """What takes its place, for each of the dimensions; ``None`` is zero."""
+    cut: float | None = None
+    """Keep its sign and cut its magnitude to this, in place of ``values``."""
+    instead: tuple[int, ...] = ()
+    """The control: at the same tokens, as many other dimensions are replaced, one for each of ``dims``."""
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        massive, targets = x[:, list(self.dims)].abs() > self.limit, list(self.instead or self.dims)
+        old = x[:, targets]
+        if self.cut is not None:
+            replaced = old.clamp(-self.cut, self.cut)
+        else:
+            replaced = torch.zeros_like(old) if self.values is None else self.values.to(x).expand_as(old)
+        new = x.clone()
+        new[:, targets] = torch.where(massive, replaced, old)
+        return new
