@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sinklens import prompts
-from sinklens.analysis.discovery import list_analyses
+from sinklens.analysis.discovery import list_analyses, list_groups
 from sinklens.analysis.run import load_analysis, run_analysis
 from sinklens.chain.run import run_chain
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
@@ -28,6 +28,8 @@ from sinklens.study import Study
 
 MIN_GAP = 1e-4
 """Least difference of the metric between a pair's runs: small, because what is asked is only whether it runs."""
+SMALL: dict[str, float] = {"min_gap": MIN_GAP, "eps": 0.0, "absolute": 0.0, "relative": 2.0}
+"""Thresholds of analyses, by the names of their options: a random model has next to no sink, and nothing massive."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Capabilities:
     backend: str
     """HookedTransformer or TransformerBridge; empty when it cannot be loaded."""
     found: tuple[Capability, ...]
-    """One for every stage and analysis."""
+    """One for every stage and analysis, those in groups last."""
 
 
 def capabilities(model: Model | str) -> Capabilities:
@@ -65,18 +67,24 @@ def capabilities(model: Model | str) -> Capabilities:
         try:
             study = _random_study(model)
         except InputError as error:
-            return Capabilities(title, "", tuple(Capability(name, False, str(error)) for name in parts()))
+            return Capabilities(title, "", tuple(Capability(name, False, str(error)) for name in [*parts(), *grouped()]))
     else:
         title = model_id(model)
         batch = prompts.random_tokens(model, 4, 24) if tokenizer_of(model) is None else None
         study = Study(model, batch or prompts.natural(model, 4, 32))
-    found = [_stage(study, stage) for stage in CHAIN] + [_analysis(study, name) for name in list_analyses()]
+    names = [*list_analyses(), *grouped()]
+    found = [_stage(study, stage) for stage in CHAIN] + [_analysis(study, name) for name in names]
     return Capabilities(title, backend_name(study.model), tuple(found))
 
 
 def parts() -> list[str]:
-    """What is tried, in order."""
+    """What is tried, in order: stages, and the analyses that run with all others."""
     return [f"stage: {stage.name}" for stage in CHAIN] + list(list_analyses())
+
+
+def grouped() -> list[str]:
+    """What is tried besides: the analyses that run when their group is asked for."""
+    return [name for group in list_groups() for name in list_analyses(group=group)]
 
 
 def _random_study(family: str) -> Study:
@@ -104,8 +112,7 @@ def _stage(study: Study, stage: Stage) -> Capability:
 
 def _analysis(study: Study, name: str) -> Capability:
     analysis = load_analysis(name)
-    # A random model's pair moves the metric by next to nothing: enough to see whether everything runs.
-    options = {"min_gap": MIN_GAP} if "min_gap" in analysis.options else {}
+    options = {option: value for option, value in SMALL.items() if option in analysis.options}
     try:
         verdict = run_analysis(analysis, study, **options).findings.verdict
     except Exception as error:  # noqa: BLE001 -- a fault of ours: the table shows it, and the tests refuse the table

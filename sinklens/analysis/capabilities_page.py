@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from sinklens.analysis.capabilities import Capabilities, Capability, capabilities, parts
+from sinklens.analysis.capabilities import Capabilities, Capability, capabilities, grouped, parts
 from sinklens.models.families import FAMILIES
 from sinklens.models.fidelity import Fidelity, fidelity
 
@@ -48,6 +48,10 @@ RUNS = """## What runs
 
 Every stage of the chain and every analysis, on the model as `load_model` loads it, of the families that it was tried
 on last.
+"""
+OTHERS = """## The other sinks
+
+The analyses that `sinklens all --with other-sinks` adds.
 """
 
 
@@ -89,16 +93,19 @@ def page(found: Sequence[Measured]) -> str:
     newest = {item.family: item for item in tried}
     first = list({item.family: item for item in reversed(tried)}.values())[::-1]
     sections = [NEAR + "\n" + _near(found, families), HOLDS + "\n" + _holds(found), RUNS + "\n" + markdown(first)]
-    changed = [newest[item.family] for item in first if _cells(newest[item.family]) != _cells(item)]
-    if changed:
-        sections.append(
-            f"### With transformer-lens {changed[0].version}\n\nWhere it is not the same:\n\n" + markdown(changed)
-        )
+    for title, names in (("", parts()), (OTHERS, grouped())):
+        known = [item for item in first if set(names) & {one.part for one in _tried(item).found}]
+        if title and known:
+            sections.append(title + "\n" + markdown(known, names))
+        changed = [newest[item.family] for item in known if _cells(newest[item.family], names) != _cells(item, names)]
+        if changed:
+            where = f"### With transformer-lens {changed[0].version}\n\nWhere it is not the same:\n\n"
+            sections.append(where + markdown(changed, names))
     return HEAD + "\n" + "\n\n".join(sections)
 
 
-def _cells(item: Measured) -> list[tuple[bool, str]]:
-    return [(one.runs, one.reason) for one in _tried(item).found]
+def _cells(item: Measured, names: Sequence[str]) -> list[tuple[bool, str]]:
+    return [(one.runs, one.reason) for one in _tried(item).found if one.part in names]
 
 
 def _tried(item: Measured) -> Capabilities:
@@ -147,9 +154,9 @@ def _holds(found: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def markdown(found: Sequence[Measured]) -> str:
-    """A row for every family, a column for every part, and the reasons below."""
-    reasons: list[str] = []
+def markdown(found: Sequence[Measured], names: Sequence[str] = ()) -> str:
+    """A row for every family, a column for every part (of ``names``, where they are given), and the reasons below."""
+    names, reasons = names or parts(), list[str]()
 
     def cell(item: Capability) -> str:
         if not item.reason:
@@ -158,10 +165,10 @@ def markdown(found: Sequence[Measured]) -> str:
             reasons.append(item.reason)
         return f"{'yes' if item.runs else 'no'} [{reasons.index(item.reason) + 1}]"
 
-    lines = ["| | loads as | " + " | ".join(parts()) + " |", "|---|---|" + "---|" * len(parts())]
+    lines = ["| | loads as | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for one in map(_tried, found):
         backend = one.backend.removeprefix("Transformer").removesuffix("Transformer") or "–"
-        lines.append(f"| {one.title} | {backend} | " + " | ".join(cell(item) for item in one.found) + " |")
+        lines.append(f"| {one.title} | {backend} | " + " | ".join(cell(item) for item in one.found if item.part in names) + " |")
     return "\n".join([*lines, "", *_numbered(reasons)])
 
 
