@@ -87,6 +87,9 @@ def meeting(model: Model, layer: int, length: int, seen: dict[HookSite, Tensor])
         if variant is not None and (overrides(variant, "weights") or sink_slot(model, layer) is not None):
             return None  # a softmax over more than the keys, or none
         weights = attention_weights(model, layer, length)
+        d_head = weights.W_Q.shape[-1]
+        if any(_width(norm) not in (None, d_head) for norm in (weights.q_norm, weights.k_norm)):
+            return None  # one norm over all heads together (OLMoE): a head alone has none
         return Meeting(weights.q_norm, weights.k_norm, weights.scale, weights.rotary, weights.W_Q.device)
     return _of_bridge(model, layer, [seen[site][0] for site in ROTARY if site in seen])
 
@@ -104,6 +107,12 @@ def _of_bridge(model: Any, layer: int, tables: list[Tensor]) -> Meeting | None:
     parameter = next(theirs.parameters(), tables[0] if tables else torch.zeros(()))
     q_norm, k_norm = (None if norm is None else norm.original_component for norm in norms)
     return Meeting(q_norm, k_norm, 1 / float(scaling), _rotary(model.cfg, tables), parameter.device)
+
+
+def _width(norm: object) -> int | None:
+    """Over how many entries a norm of TransformerLens goes; None where it does not say so."""
+    weight = getattr(norm, "w", None)
+    return len(weight) if isinstance(weight, Tensor) else None
 
 
 def _norms_each_head_alike(attn: Any) -> bool:
