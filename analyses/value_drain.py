@@ -60,7 +60,12 @@ STAGE = sl.Stage(
 )
 
 
-ANALYSIS = sl.of_stage(STAGE, "The small value of the sink", group="other-sinks")
+ANALYSIS = sl.of_stage(
+    STAGE,
+    "The small value of the sink",
+    "value-state drains (Guo et al., arXiv 2410.13835)",
+    group="other-sinks",
+)
 
 if __name__ == "__main__":
     sl.main(ANALYSIS)

@@ -17,7 +17,7 @@ from sinklens.analysis.run import load_analysis, run_analysis
 from sinklens.prompts import from_tokens, natural
 from sinklens.study import Study
 from tests.helpers.pages import README, blocks, headings, links, readmes, table
-from tests.helpers.readme import HEAD, ORDER, with_table
+from tests.helpers.readme import END_OTHERS, GROUP, HEAD, ORDER, OTHERS, with_table
 from tests.helpers.readme import README as RESULTS
 from tests.helpers.readme import table as results_of
 from tests.helpers.references import ROOT
@@ -65,6 +65,13 @@ def test_the_first_page_is_short():
 def test_every_analysis_has_its_row(rows):
     assert set(rows) == set(list_analyses())
     assert [name for name in ORDER if name in rows] == list(rows)
+    others = table(results_of(RESULTS.read_text(encoding="utf-8"), OTHERS, END_OTHERS), HEAD)
+    assert list(others) == list(list_analyses(group=GROUP))
+
+
+def test_the_survey_s_map_names_every_analysis_of_other_sinks():
+    survey = RESULTS.read_text(encoding="utf-8").split("## The survey as a map")[1].split("## ")[0]
+    assert {name for name in list_analyses(group=GROUP) if f"]({name}.py)" not in survey} == set()
 
 
 def test_a_new_table_takes_the_place_of_the_old_one_and_of_nothing_else():

@@ -12,6 +12,9 @@ from sinklens.statistics import Estimate, interval_text
 README = folder() / "README.md"
 BEGIN, END = "<!-- results: python -m tests.helpers.readme runs/all -->", "<!-- end of results -->"
 """What stands above the table and below it."""
+GROUP = "other-sinks"
+OTHERS, END_OTHERS = f"<!-- {GROUP}: python -m tests.helpers.readme runs/all -->", "<!-- end of other-sinks -->"
+"""The same of the analyses of a group."""
 ORDER = (
     "onset",
     "variance_decay",
@@ -49,23 +52,28 @@ def row(result: AnalysisResult) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, result.paper)) + " |"
 
 
-def results(runs: Path) -> str:
-    """The results table of a folder that `sinklens all` left."""
-    names = sorted(list_analyses(), key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+def results(runs: Path, group: str = "") -> str:
+    """The results table of a folder that `sinklens all` left, of the analyses of a group or of those in none."""
+    known = list_analyses(group=group)
+    names = sorted(known, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
     rows = [row(AnalysisResult.load(runs / name)) for name in names]
     return "\n".join([HEAD, "|---|---|---|---|---|---|", *rows])
 
 
-def table(readme: str) -> str:
+def table(readme: str, begin: str = BEGIN, end: str = END) -> str:
     """The table that stands between the marks of a README's text."""
-    return readme.split(BEGIN)[1].split(END)[0].strip()
+    return readme.split(begin)[1].split(end)[0].strip()
 
 
-def with_table(readme: str, new: str) -> str:
+def with_table(readme: str, new: str, begin: str = BEGIN, end: str = END) -> str:
     """A README's text with another table between its marks."""
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{new}\n\n{END}{rest.split(END)[1]}"
+    before, rest = readme.split(begin)
+    return f"{before}{begin}\n\n{new}\n\n{end}{rest.split(end)[1]}"
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8"), results(Path(sys.argv[1]))), encoding="utf-8")
+    runs = Path(sys.argv[1])
+    page = with_table(README.read_text(encoding="utf-8"), results(runs))
+    if all((runs / name).is_dir() for name in list_analyses(group=GROUP)):
+        page = with_table(page, results(runs, GROUP), OTHERS, END_OTHERS)
+    README.write_text(page, encoding="utf-8")
