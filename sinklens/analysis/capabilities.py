@@ -67,7 +67,8 @@ def capabilities(model: Model | str) -> Capabilities:
         try:
             study = _random_study(model)
         except InputError as error:
-            return Capabilities(title, "", tuple(Capability(name, False, str(error)) for name in [*parts(), *grouped()]))
+            none = (Capability(name, False, str(error)) for name in (*parts(), *grouped()))
+            return Capabilities(title, "", tuple(none))
     else:
         title = model_id(model)
         batch = prompts.random_tokens(model, 4, 24) if tokenizer_of(model) is None else None

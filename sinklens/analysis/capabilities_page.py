@@ -168,7 +168,8 @@ def markdown(found: Sequence[Measured], names: Sequence[str] = ()) -> str:
     lines = ["| | loads as | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for one in map(_tried, found):
         backend = one.backend.removeprefix("Transformer").removesuffix("Transformer") or "–"
-        lines.append(f"| {one.title} | {backend} | " + " | ".join(cell(item) for item in one.found if item.part in names) + " |")
+        cells = [cell(item) for item in one.found if item.part in names]
+        lines.append(f"| {one.title} | {backend} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *_numbered(reasons)])
 
 
