@@ -20,7 +20,8 @@ class KeepKeys(Edit):
     """Let a query see the first keys and the last ones alone: what is evicted from a key-value cache is not there.
 
     On ``hook_pattern``, ``p_ij / sum_kept p_ij``: of a softmax this is the softmax of the keys that are kept, so that
-    it equals masking the others with minus infinity before it.
+    it equals masking the others with minus infinity before it. Pitfall: where the evicted keys have left all others a
+    weight of zero in the pattern's precision, the result is NaN.
     """
 
     name: str = "evicted"

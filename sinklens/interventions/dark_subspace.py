@@ -81,7 +81,7 @@ def remove_dark_subspace(
     """
     basis = dark_basis(model, share)
     if control:
-        basis = edits.random_orthonormal(*basis.shape, generator(seed, "dark_subspace"))
+        basis = edits.random_orthonormal(len(basis), basis.shape[1], generator(seed, "dark_subspace"))
     blocks = tuple(range(model_shape(model).n_layers)) if layers is None else whole_numbers(layers, "layers")
     name = "random_subspace" if control else "dark_subspace"
     return hooks_of(Patch(RESID_POST, blocks, (), edits.RemoveSubspace(name, basis)))

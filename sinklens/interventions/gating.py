@@ -75,10 +75,9 @@ def find_sink_heads(model: Model, batch: PromptBatch, *, eps: float = 0.3, most:
         if 2 * (len(chosen.get(layer, ())) + 1) <= shape.n_heads:
             chosen.setdefault(layer, []).append(head)
     if not chosen:
-        raise NotApplicableError(
-            f"{model_id(model)} has no sink heads: the first token receives at most {float(received.max()):.2g} of "
-            f"any head's attention, and {eps:g} is asked for"
-        )
+        most_received = f"the first token receives at most {float(received.max()):.2g} of any head's attention"
+        told = "and a block needs two heads, one of them for a control" if shape.n_heads < 2 else f"not {eps:g}"
+        raise NotApplicableError(f"{model_id(model)} has no sink heads to gate: {most_received}, {told}")
     heads = {layer: tuple(sorted(found)) for layer, found in sorted(chosen.items())}
     others = {layer: _least(received[layer], found) for layer, found in heads.items()}
     return SinkHeads(received, heads, others)

@@ -14,7 +14,8 @@ One pass over the prompts as the model is and one under the hooks, and for each 
   residual stream, per tensor and per token; of key-value caches of 8, 4 and 2 bits, per channel and per token, keys
   before their rotation; means over sites and blocks.
 
-The last block's residual stream is counted as any other. A quantity that the model does not have is NaN.
+The last block's residual stream is counted as any other. A quantity that the model does not have is NaN, and so is
+every quantity of a prompt whose logits are not finite: estimates are over the others, and say how many these are.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def harm(model: Model, batch: PromptBatch, hooks: AnyHooks, *, seed: int = 0, br
         brief: harm and sink alone, without outliers and quantisation.
 
     Raises:
-        InputError: prompts of one token, which have no next one; see :func:`sinklens.prompts.check_batch`.
+        InputError: see :func:`sinklens.prompts.check_batch`.
     """
     return measure_harm(model, batch, {"hooks": hooks}, seed=seed, brief=("hooks",) if brief else ())["hooks"]
 
@@ -173,8 +174,6 @@ def measure_harm(
         InputError: as :func:`harm`.
     """
     check_batch(model, batch)
-    if batch.length < 2:
-        raise InputError("the prompts have one token each, and so no next one to predict: give longer ones")
     gauge = _Gauge(model, batch.length)
     rows = row_budget(model, batch.length, None, logits=True)
     parts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in ("", *interventions)}
@@ -231,11 +230,15 @@ class _Gauge:
             if name not in values:
                 each = self.seen.get(name)
                 values[name] = torch.full((len(tokens),), torch.nan) if each is None else self._over_blocks(name, each)
-        return usual, {name: value.double().cpu() for name, value in values.items()}
+        # Of a prompt whose logits are not finite nothing can be said: counts and comparisons would give numbers.
+        broken = values["kl"].isnan().cpu()
+        return usual, {name: value.double().cpu().masked_fill(broken, torch.nan) for name, value in values.items()}
 
     @staticmethod
     def _over_blocks(name: str, each: list[Tensor]) -> Tensor:
         stack = torch.stack([value.to(each[0].device) for value in each]).double()
+        if name in ROUNDING:
+            return stack[:, 0].sum(0) / stack[:, 1].sum(0)
         return stack.amax(0) if name == "massive" else stack.mean(0)
 
     def _readers(self, full: bool) -> list[tuple[str, Hook]]:
@@ -294,15 +297,23 @@ class _Gauge:
         for bits in (8, 4, 2):
             for what, over in (("channel", (1,)), ("token", (-1,))):
                 rounded = metrics.quantised_minmax(x, bits, over)
-                found[f"kv_int{bits}_{what}"] = metrics.relative_error(rounded, x).nanmean((1, 2))
+                found[f"kv_int{bits}_{what}"] = _errors(rounded, x)
         return found
 
 
-def _int8(x: Float[Tensor, "prompt pos d"]) -> dict[str, Float[Tensor, " prompt"]]:
+def _int8(x: Float[Tensor, "prompt pos d"]) -> dict[str, Float[Tensor, "2 prompt"]]:
     return {
-        what: metrics.relative_error(metrics.quantised_absmax(x, 8, over), x).nanmean(1)
-        for what, over in (("tensor", (1, 2)), ("token", (2,)))
+        what: _errors(metrics.quantised_absmax(x, 8, over), x) for what, over in (("tensor", (1, 2)), ("token", (2,)))
     }
+
+
+def _errors(
+    rounded: Float[Tensor, "prompt *vector d"], x: Float[Tensor, "prompt *vector d"]
+) -> Float[Tensor, "2 prompt"]:
+    """The sum of the errors of a prompt's vectors, and of how many; those that are zero have none."""
+    zero = (x == 0).all(-1)
+    error = metrics.relative_error(rounded, x).masked_fill(zero, 0.0)
+    return torch.stack([error.flatten(1).sum(1), (~zero).flatten(1).sum(1).to(error)])
 
 
 def _harm_of(
