@@ -5,6 +5,7 @@ from . import edits as edits
 from . import interventions as interventions
 from . import lab as lab
 from . import metrics as metrics
+from . import mitigation as mitigation
 from . import models as models
 from . import prompts as prompts
 from . import readouts as readouts
@@ -40,8 +41,13 @@ from .errors import NoSinkError as NoSinkError
 from .errors import NotApplicableError as NotApplicableError
 from .formation import Formation as Formation
 from .formation import find_formation as find_formation
+from .interventions.harm import Harm as Harm
+from .interventions.harm import harm as harm
 from .lab import Comparison as Comparison
 from .lab import compare as compare
+from .mitigation import MitigationResult as MitigationResult
+from .mitigation import mitigate as mitigate
+from .mitigation import register_mitigation as register_mitigation
 from .models import list_models as list_models
 from .models import load_model as load_model
 from .models import register_model as register_model

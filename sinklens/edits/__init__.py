@@ -45,11 +45,12 @@ from sinklens.edits.mechanism import (
     NeuronContribution,
     amplification,
 )
-from sinklens.edits.mitigation import KeepKeys, ReplaceMassive
+from sinklens.edits.mitigation import Attenuate, KeepKeys, RemoveSubspace, ReplaceMassive
 
 __all__ = [
     "AttendSelf",
     "AttendTo",
+    "Attenuate",
     "Constant",
     "DensifyRows",
     "DropDimsBeforeNorm",
@@ -69,6 +70,7 @@ __all__ = [
     "PermuteWithin",
     "Read",
     "RemoveDirection",
+    "RemoveSubspace",
     "ReplaceMassive",
     "Rescale",
     "SameNormScaling",

@@ -1,8 +1,11 @@
-"""Edits that take a sink away without training: keys that are evicted, entries that are massive, columns, scales."""
+"""Edits that take a sink away without training: keys evicted, massive activations, dimensions scaled down,
+a subspace removed.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -17,7 +20,8 @@ class KeepKeys(Edit):
     """Let a query see the first keys and the last ones alone: what is evicted from a key-value cache is not there.
 
     On ``hook_pattern``, ``p_ij / sum_kept p_ij``: of a softmax this is the softmax of the keys that are kept, so that
-    it equals masking the others with minus infinity before it.
+    it equals masking the others with minus infinity before it. Pitfall: where the evicted keys have left all others a
+    weight of zero in the pattern's precision, the result is NaN.
     """
 
     name: str = "evicted"
@@ -70,3 +74,50 @@ class ReplaceMassive(Edit):
         new = x.clone()
         new[:, targets] = torch.where(massive, replaced, old)
         return new
+
+
+@dataclass(frozen=True, eq=False)
+class Attenuate(Edit):
+    """Scale some dimensions of a vector down: ``x_d (1 - amount)`` for chosen d.
+
+    The dimensions are given, or are each vector's own ``k`` largest by ``|x_d w_d|``.
+    """
+
+    name: str = "attenuated"
+    amount: float = 1.0
+    """How much of them is taken away: all with 1."""
+    dims: tuple[int, ...] = ()
+    """The dimensions, where they are given."""
+    k: int = 0
+    """How many of each vector's own are taken, where they are not."""
+    weights: Mapping[int, Float[Tensor, " d_model"]] = field(default_factory=dict)
+    """Per block, what the vector is multiplied by behind the edit, w; one where there is none."""
+
+    @property
+    @override
+    def strength(self) -> float:
+        return self.amount
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        mask = torch.zeros_like(x)
+        if self.k:
+            sizes = x.float() * (self.weights[at.layer].to(x.device) if at.layer in self.weights else 1.0)
+            mask.scatter_(-1, sizes.abs().topk(self.k, -1).indices, 1.0)
+        else:
+            mask[..., list(self.dims)] = 1.0
+        return x * (1 - self.amount * mask)
+
+
+@dataclass(frozen=True, eq=False)
+class RemoveSubspace(Edit):
+    """Remove the component in the span of an orthonormal basis: ``x - x B B^T``."""
+
+    name: str = "subspace_removed"
+    basis: Float[Tensor, "d_model rank"] = field(default_factory=lambda: torch.zeros(0, 0))
+    """Orthonormal columns."""
+
+    @override
+    def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
+        basis = self.basis.to(x)
+        return x - x @ basis @ basis.T

@@ -33,6 +33,7 @@ from sinklens.models.identities import identities, is_unnormalised, probe_tokens
 from sinklens.models.meeting import Meeting, meeting, rotary_sites
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model, has_hook, model_id, model_shape
+from sinklens.models.writes import check_writable
 from sinklens.patches import Patch
 from sinklens.records.integers import whole_number, whole_numbers
 from sinklens.sites import PATTERN, HookSite, K, Q
@@ -63,9 +64,33 @@ def evict(
     if positions not in ("kept", "reindexed"):
         raise InputError(f"positions {positions!r}: choose kept or reindexed")
     blocks = tuple(range(model_shape(model).n_layers)) if layers is None else whole_numbers(layers, "layers")
-    hooks = hooks_of(eviction_patch(model, window, first, blocks))
+    patch = eviction_patch(model, window, first, blocks)
+    hooks = [hook for layer in blocks for hook in _masked(model, layer, window, first)] or hooks_of(patch)
     # Without first keys the two are the same: only distances between recent keys are left.
     return hooks if positions == "kept" or not first else [*reindexed(model, window, first, blocks), *hooks]
+
+
+def _masked(model: Model, layer: int, window: int, first: int) -> Hooks:
+    """The mask in front of the softmax; none where scores cannot be written.
+
+    Better than the pattern's rows divided by their sums, where a sink has left nothing for the others in float32.
+    """
+    try:
+        check_writable(model, SCORES.template, (layer,))
+    except NotApplicableError:
+        return []
+    if SCORES.at(layer) not in identities(model).fired:
+        return []
+    span = Span(f"the eviction of keys in block {layer}")
+
+    def mask(act: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        n_queries, n_keys = act.shape[-2:]
+        span.see(n_queries, n_keys)
+        queries = torch.arange(n_keys - n_queries, n_keys, device=act.device)[:, None]
+        keys = torch.arange(n_keys, device=act.device)
+        return act.masked_fill((keys >= first) & (keys < queries - window), -torch.inf)
+
+    return [(SCORES.at(layer), mask)]
 
 
 def check_cache(window: int, first: int) -> None:

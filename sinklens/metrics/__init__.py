@@ -15,6 +15,7 @@ from sinklens.metrics.entropy import attention_entropy, effective_values
 from sinklens.metrics.gradients import back_through_norm, gradient_flow, gradient_ratio
 from sinklens.metrics.norms import vector_norm
 from sinklens.metrics.outliers import massive_activations, robust_z
+from sinklens.metrics.quantisation import quantised_absmax, quantised_minmax, relative_error
 from sinklens.metrics.rank import effective_rank, stable_rank
 from sinklens.metrics.secondary import alike, alive
 from sinklens.metrics.sink import alpha, attention_received, normalised_rows, received_at_lengths, sink_rate
@@ -45,7 +46,10 @@ __all__ = [
     "position_variance",
     "principal_direction",
     "received_at_lengths",
+    "quantised_absmax",
+    "quantised_minmax",
     "relative_deviation",
+    "relative_error",
     "relative_to_later",
     "robust_z",
     "sink_rate",

@@ -354,6 +354,20 @@ def test_of_source_drops_dims_of_the_source_s_residual():
     equal(found, [[0.0, -(2**0.5)]])
 
 
+def test_attenuate():
+    """Half of the first dimension goes; then half of each vector's own largest, with and without weights."""
+    x = tensor([[4.0, -8, 2], [1, 0, -2]])
+    equal(edits.Attenuate(amount=0.5, dims=(0,))(x, None, site()), [[2.0, -8, 2], [0.5, 0, -2]])
+    equal(edits.Attenuate(amount=0.5, k=1)(x, None, site()), [[4.0, -4, 2], [1, 0, -1]])
+    weighted = edits.Attenuate(k=1, weights={3: tensor([1.0, 0.25, 10])})
+    equal(weighted(x, None, site()), [[4.0, -8, 0], [1, 0, 0]])
+
+
+def test_remove_subspace():
+    edit = edits.RemoveSubspace(basis=tensor([[1.0], [1], [0]]) / 2**0.5)
+    equal(edit(tensor([[3.0, 1, 5]]), None, site()), [[1.0, -1, 5]])
+
+
 def scaled_by(factor: float | Tensor) -> edits.Function:
     return edits.Function("mixed", lambda x, source: x + factor * (source - x))
 
@@ -414,6 +428,8 @@ EVERY_EDIT: dict[str, Edit] = {
     "mask_keys": edits.MaskKeys(keep=torch.tensor([[[True, True, False]] * 3])),
     "drop_dims": edits.DropDimsBeforeNorm("drop_dims", (1,)),
     "evicted": edits.KeepKeys(window=0),
+    "attenuated": edits.Attenuate(dims=(0,), weights={3: torch.ones(3)}),
+    "subspace_removed": edits.RemoveSubspace("subspace_removed", torch.eye(3)[:, :1]),
     "massive": edits.ReplaceMassive(dims=(0, 2), limit=2.0),
 }
 
