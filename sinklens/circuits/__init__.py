@@ -2,5 +2,6 @@
 
 from sinklens.circuits.nodes import Edge, Node
 from sinklens.circuits.result import Circuit
+from sinklens.circuits.run import circuit
 
-__all__ = ["Circuit", "Edge", "Node"]
+__all__ = ["Circuit", "Edge", "Node", "circuit"]

@@ -6,9 +6,9 @@ and MLPs write into its residual stream, and the rest of the model hears of it b
 A *node* writes into the residual stream: the embedding, a query head, an MLP, or the super neurons of the formation
 block (whose MLP is a node without them). An *edge* goes from a node to an input of a later one, which has a name of its
 own: ``q`` of a head, ``k`` and ``v`` of the head that shares them (a key/value head, ``kv``, where several query heads
-do), ``in`` of an MLP, ``gate`` and ``linear`` of the super neurons (``in`` where there is no gate), ``read`` of what is
-read out. What a node writes is what reaches the residual stream; a receiver's input is the residual stream in front of
-its norm. In parallel blocks, where the MLP reads what attention reads, it hears no head of its own block.
+do), ``in`` of an MLP, ``gate`` and ``linear`` of the super neurons (``in`` where there is no gate). What a node writes
+is what reaches the residual stream; a receiver's input is the residual stream in front of its norm. In parallel blocks,
+where the MLP reads what attention reads, it hears no head of its own block.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from typing import Literal, TypeAlias, get_args
 
 from sinklens.errors import InputError
 
-NodeKind: TypeAlias = Literal["embed", "head", "kv", "mlp", "super", "read"]
-"""Embedding, query head, key/value head, MLP, super neurons, what is read out."""
-Branch: TypeAlias = Literal["q", "k", "v", "in", "gate", "linear", "read"]
+NodeKind: TypeAlias = Literal["embed", "head", "kv", "mlp", "super", "neuron"]
+"""Embedding, query head, key/value head, MLP, super neurons together, and one of them alone (in pairs of nodes)."""
+Branch: TypeAlias = Literal["q", "k", "v", "in", "gate", "linear"]
 """Inputs of nodes."""
-ORDER = {"embed": 0, "kv": 1, "head": 2, "mlp": 3, "super": 4, "read": 5}
+ORDER = {"embed": 0, "kv": 1, "head": 2, "mlp": 3, "super": 4, "neuron": 5}
 """Kinds of one block in the order in which they are drawn."""
+
+
+INDEXED = ("head", "kv", "neuron")
+"""Kinds of which a block has several."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,16 @@ class Node:
     kind: NodeKind
     """What it is."""
     block: int = -1
-    """Its block; -1 for the embedding, and for what is read out the number of blocks before it."""
+    """Its block; -1 for the embedding."""
     index: int = 0
-    """Which head; 0 where there is one of its kind in a block."""
+    """Which head or neuron; 0 where there is one of its kind in a block."""
 
     @property
     def name(self) -> str:
-        """``embed``, ``head 3.5``, ``kv 3.1``, ``mlp 4``, ``super 11`` or ``read 12``: how tables call it."""
+        """``embed``, ``head 3.5``, ``kv 3.1``, ``mlp 4``, ``super 11``, ``neuron 11.1229``: how tables call it."""
         if self.kind == "embed":
             return self.kind
-        return f"{self.kind} {self.block}" + (f".{self.index}" if self.kind in ("head", "kv") else "")
+        return f"{self.kind} {self.block}" + (f".{self.index}" if self.kind in INDEXED else "")
 
     @staticmethod
     def of(name: str) -> Node:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -100,12 +101,12 @@ class Circuit:
 
     def of(self, *, direction: str | None = None, method: str | None = None, kept: bool | None = None) -> pd.DataFrame:
         """Rows of :attr:`edges`, the largest effects first."""
-        chosen = pd.Series(True, index=self.edges.index)
+        rows = self.edges
         for name, value in (("direction", direction), ("method", method), ("kept", kept)):
             if value is not None:
-                chosen &= self.edges[name] == value
-        rows = self.edges[chosen]
-        return rows.reindex(rows["effect"].abs().sort_values(ascending=False, kind="stable").index)
+                rows = rows.loc[rows[name] == value]
+        order = np.argsort(-rows["effect"].abs().to_numpy(), kind="stable")
+        return rows.iloc[order]
 
     def save(self, out: str | Path, *, force: bool = False) -> Path:
         """Write ``circuit.json``, a parquet file for each table, and ``attention.safetensors`` into a folder, as a
