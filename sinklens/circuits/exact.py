@@ -13,7 +13,7 @@ from sinklens.circuits.graph import Graph
 from sinklens.circuits.measure import Effects, Measure
 from sinklens.circuits.nodes import Edge
 from sinklens.circuits.parts import Parts
-from sinklens.circuits.paths import edge_patch
+from sinklens.circuits.paths import edge_patch, path_patch
 from sinklens.circuits.written import Written, written
 from sinklens.pairs.choice import Direction
 from sinklens.patches import Positions, Source
@@ -43,6 +43,39 @@ def exact_edges(
     moved = change if direction == "denoise" else -change
     patches = [edge_patch(measure.setting, parts, edge, run, moved[graph.number[edge.sender]]) for edge in edges]
     return measure.effects(patches, direction, what)
+
+
+def exact_paths(
+    measure: Measure,
+    graph: Graph,
+    parts: Parts,
+    paths: Sequence[Sequence[Edge]],
+    with_sink: Written,
+    without: Written,
+    direction: Direction,
+) -> Effects:
+    """The effect of each path of several edges alone, ``[path, prompt]``.
+
+    Args:
+        measure: the metric.
+        graph: the graph.
+        parts: the model, taken apart.
+        paths: edges one after another.
+        with_sink: what nodes write in the run with the sink.
+        without: what they write in the run without.
+        direction: which of the runs is patched.
+
+    Raises:
+        InputError: edges that are no path.
+    """
+    run, _ = measure.setting.pair.ends(direction)
+    own, other = (without, with_sink) if direction == "denoise" else (with_sink, without)
+    change = other.nodes - own.nodes
+    patches = [
+        path_patch(measure.setting, graph, parts, path, run, change[graph.number[path[0].sender]], own.nodes)
+        for path in paths
+    ]
+    return measure.effects(patches, direction, "paths")
 
 
 def other_tokens(

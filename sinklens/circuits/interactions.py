@@ -11,6 +11,7 @@ saturates, make negative ones too: read the effects beside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -19,6 +20,7 @@ import pandas as pd
 from sinklens.circuits.graph import Graph
 from sinklens.circuits.measure import Measure
 from sinklens.circuits.nodes import Edge, Node
+from sinklens.circuits.paths import together
 from sinklens.circuits.result import table
 from sinklens.edits import Transplant
 from sinklens.errors import InputError
@@ -53,7 +55,7 @@ def node_patch(measure: Measure, graph: Graph, node: Node, direction: Direction)
     else:
         raise InputError(f"{node} writes nothing: give a head, an MLP, super neurons or one of them")
     patch = setting.patch(direction, site, (block,), Transplant(), units=units)
-    return Patch(**{**vars(patch), "allow_unchanged": True, "label": node.name})
+    return replace(patch, allow_unchanged=True, label=node.name)
 
 
 def chosen_nodes(graph: Graph, kept: Sequence[Edge], sizes: Sequence[float], most: int = MOST) -> list[Node]:
@@ -77,13 +79,13 @@ def interactions(measure: Measure, graph: Graph, nodes: Sequence[Node]) -> pd.Da
     pairs, records = list(combinations(nodes, 2)), []
     for direction in measure.setting.pair.directions:
         alone = {node: node_patch(measure, graph, node, direction) for node in nodes}
-        both = [Patch(**{**vars(alone[a]), "also": (alone[b],)}) for a, b in pairs]
+        both = [together([alone[a], alone[b]]) for a, b in pairs]
         effects = measure.effects([*alone.values(), *both], direction, "interactions")
         of_node = dict(zip(nodes, effects[: len(nodes)], strict=True))
-        for (a, b), together in zip(pairs, effects[len(nodes) :], strict=True):
-            more = (together - of_node[a] - of_node[b])[None]
+        for (a, b), of_both in zip(pairs, effects[len(nodes) :], strict=True):
+            more = (of_both - of_node[a] - of_node[b])[None]
             mean = measure.means(more)[0]
-            means = [measure.means(x[None])[0]["effect"] for x in (of_node[a], of_node[b], together)]
+            means = [measure.means(x[None])[0]["effect"] for x in (of_node[a], of_node[b], of_both)]
             record: dict[str, Any] = {"a": a.name, "b": b.name, "direction": direction}
             record |= dict(zip(("effect_a", "effect_b", "both"), means, strict=True))
             record |= {"interaction": mean["effect"], **{key: mean[key] for key in ("ci_low", "ci_high", "n")}}

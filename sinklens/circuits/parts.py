@@ -114,6 +114,15 @@ class Parts:
             for site, linear in projections
         )
 
+    def writes(self, node: Node, act: Float[Tensor, "token unit *rest"]) -> Float[Tensor, "token d_model"]:
+        """What a head writes, given its block's ``z``, or an MLP or the super neurons, given its neurons."""
+        weights = self.block(node.block)
+        if node.kind == "head":
+            return attention_shares(weights, act)[0][:, node.index]
+        neurons = self.neurons if node.block == self.super_block else ()
+        some, others = mlp_shares(weights, act, neurons)
+        return some if node.kind == "super" else others
+
     def _others(self, W: Tensor, layer: int) -> Tensor:
         """The columns of a projection without those of the super neurons."""
         if layer != self.super_block:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sinklens.circuits.graph import Graph
 from sinklens.circuits.measure import Effects, Measure
+from sinklens.circuits.paths import together
 from sinklens.circuits.rewired import Rewiring, Token, Wiring
 from sinklens.circuits.written import Written
 from sinklens.edits import PerPrompt
@@ -115,7 +116,7 @@ class Verifier:
             return None
         # From the first change on the engine's own token is no longer the circuit's: it is told all.
         blocks = [block for block in k if block >= min(moved)]
-        return _together([self._part(K, blocks, k), *([self._part(V, blocks[:-1], v)] if blocks[:-1] else [])])
+        return together([self._part(K, blocks, k), *([self._part(V, blocks[:-1], v)] if blocks[:-1] else [])])
 
     def _part(self, site: HookSite, blocks: Sequence[int], values: dict[int, Tensor]) -> Patch:
         return Patch(
@@ -127,11 +128,6 @@ class Verifier:
             label="a circuit",
             allow_unchanged=True,
         )
-
-
-def _together(parts: Sequence[Patch]) -> Patch:
-    first = parts[0]
-    return Patch(**{**vars(first), "also": tuple(parts[1:])})
 
 
 def _moves(x: Tensor, own: Tensor) -> bool:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sinklens.circuits.exact import exact_edges
+from sinklens.circuits.exact import exact_edges, exact_paths
 from sinklens.circuits.nodes import Edge
+from sinklens.errors import InputError
 from tests.helpers.circuits import made_for, root_hooks
 from tests.helpers.settings import TARGET
 from tests.helpers.tiny import slow_but, tiny_model
@@ -159,3 +160,42 @@ def test_a_bridge_has_the_same_edges(family) -> None:
         found.append(exact_edges(made.measure, made.graph, made.parts, edges, made.change, "denoise"))
     np.testing.assert_allclose(found[0], found[1], atol=2e-3, rtol=2e-3)
     assert np.abs(found[0]).max() > 0.01
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_paths_hand_on_what_changes_and_nobody_else_hears(direction) -> None:
+    """Hop by hop with plain hooks: what a node makes of what it hears, and then the next alone hears that."""
+    pytest.importorskip("transformer_lens.HookedTransformer")
+    model = tiny_model("llama", "hooked")
+    made = made_for(model)
+    paths = [
+        [Edge.of(name) for name in path]
+        for path in (
+            ("head 0.1 > mlp 0 in", "mlp 0 > kv 3.1 k"),
+            ("head 0.2 > kv 2.1 v", "head 2.3 > kv 3.0 k"),
+            ("mlp 0 > head 2.1 q", "head 2.1 > mlp 2 in", "mlp 2 > kv 3.0 k"),
+            ("head 1.0 > kv 2.0 k", "head 2.0 > kv 3.1 k"),
+        )
+    ]
+    found = exact_paths(made.measure, made.graph, made.parts, paths, made.with_sink, made.without, direction)
+    model.set_use_split_qkv_input(True)
+    model.set_use_hook_mlp_in(True)
+    tokens, neurons = made.setting.batch.tokens, list(made.graph.neurons)
+    root = root_hooks(made.setting.pair.root_layers)
+    own, other = ([], root) if direction == "denoise" else (root, [])
+    start, end = received(model, tokens, own), received(model, tokens, other)
+    for path, effects in zip(paths, found, strict=True):
+        hooks = other
+        for edge in path:
+            now = writes(model, tokens, hooks, edge.sender, neurons)
+            change = now - writes(model, tokens, own, edge.sender, neurons)
+            hooks = [*own, *hears(edge.branch, edge.receiver, change)]
+        expected = ((received(model, tokens, hooks) - start) / (end - start)).numpy()
+        np.testing.assert_allclose(effects, expected, atol=2e-3, rtol=5e-3, err_msg=str(path))
+
+
+def test_what_is_no_path_is_refused(tiny_llama) -> None:
+    made = made_for(tiny_llama)
+    path = [Edge.of("head 0.1 > mlp 0 in"), Edge.of("head 1.0 > kv 3.1 k")]
+    with pytest.raises(InputError, match="does not lead to"):
+        exact_paths(made.measure, made.graph, made.parts, [path], made.with_sink, made.without, "noise")
