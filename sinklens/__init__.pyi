@@ -1,6 +1,7 @@
 # The public names, each once, and where it is. Redundant aliases tell type checkers that a name is meant for others.
 from . import analysis as analysis
 from . import attribution as attribution
+from . import circuits as circuits
 from . import edits as edits
 from . import interventions as interventions
 from . import lab as lab
@@ -30,6 +31,8 @@ from .chain import agreement as agreement
 from .chain import run_chain as run_chain
 from .chain import run_chains as run_chains
 from .chain import score_chain as score_chain
+from .circuits import Circuit as Circuit
+from .circuits import circuit as circuit
 from .cli.of_analysis import main as main
 from .edits import Edit as Edit
 from .edits import EditSite as EditSite

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from sinklens.cli import all as all_
-from sinklens.cli import analyse, chain, compare, find, gather, models, report, sweep, train
+from sinklens.cli import analyse, chain, circuit, compare, find, gather, models, report, sweep, train
 from sinklens.cli.common import Command, Commands
 
 app = typer.Typer(
@@ -59,6 +59,7 @@ late: dict[str, Any] = {
 }
 
 app.command(cls=Command)(chain.chain)
+app.command(cls=Command)(circuit.circuit)
 app.command(**late)(sweep.sweep)
 app.command(**late)(train.train)
 app.command(cls=Command)(gather.gather)

@@ -144,19 +144,7 @@ class PackedPass:
 
     def _turned(self, rotary: Rotary | None, x: Float[Tensor, "token head d_head"]) -> Tensor:
         """Rotary embeddings at the tokens' own positions."""
-        if rotary is None:
-            return x
-        position = self.layout.position[: len(x)]
-        cos, sin = (table[position].unsqueeze(1) for table in (rotary.cos, rotary.sin))
-        size = cos.shape[-1]
-        if rotary.adjacent:
-            first, second = slice(0, size, 2), slice(1, size, 2)
-        else:
-            first, second = slice(size // 2), slice(size // 2, size)
-        turned = x * cos if size == x.shape[-1] else torch.cat([x[..., :size] * cos, x[..., size:]], -1)
-        turned[..., first].addcmul_(x[..., second], sin[..., first], value=-1)
-        turned[..., second].addcmul_(x[..., first], sin[..., second])
-        return turned.to(x.dtype)  # tables may be of a higher precision
+        return turned(rotary, x, self.layout.position[: len(x)])
 
     def _looked_at(self, weights: PackedBlock, layer: int, q: Tensor) -> list[Piece] | None:
         """The queries whose pattern is needed, in pieces; None where all of it is, or it is small."""
@@ -298,6 +286,24 @@ class PackedPass:
             out = mlp.down(visit("blocks.{layer}.mlp.hook_post", layer, post))
         out = self._added(weights, out if weights.ln2_post is None else weights.ln2_post(out))
         return visit("blocks.{layer}.hook_mlp_out", layer, out)
+
+
+def turned(
+    rotary: Rotary | None, x: Float[Tensor, "token head d_head"], position: Int[Tensor, " token"]
+) -> Float[Tensor, "token head d_head"]:
+    """Queries or keys with rotary embeddings at their positions."""
+    if rotary is None:
+        return x
+    cos, sin = (table[position].unsqueeze(1) for table in (rotary.cos, rotary.sin))
+    size = cos.shape[-1]
+    if rotary.adjacent:
+        first, second = slice(0, size, 2), slice(1, size, 2)
+    else:
+        first, second = slice(size // 2), slice(size // 2, size)
+    turned = x * cos if size == x.shape[-1] else torch.cat([x[..., :size] * cos, x[..., size:]], -1)
+    turned[..., first].addcmul_(x[..., second], sin[..., first], value=-1)
+    turned[..., second].addcmul_(x[..., first], sin[..., second])
+    return turned.to(x.dtype)  # tables may be of a higher precision
 
 
 def _times(x: Tensor, other: Tensor) -> Tensor:

@@ -1,0 +1,133 @@
+"""From all edges to the fewest that keep a stated share of the sink.
+
+1. Edges are ranked by an estimate, and the shortest beginning of that list is sought that keeps the share.
+2. Edges that lead nowhere, or from where nothing differs, go: they change nothing.
+3. Of the rest those go that are missed least, as many at a time as the share allows, until none can go.
+
+Whether a set of edges keeps the share is measured by the engine at every step; how much an edge is missed within the
+set is ranked with the later tokens held (:mod:`sinklens.circuits.direct`). The last set cannot lose the one edge that
+ranks lowest; that no smaller set would do is not shown (finding it takes all subsets).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sinklens.circuits.direct import Listeners
+from sinklens.circuits.graph import Graph
+from sinklens.circuits.nodes import Edge, Node
+from sinklens.circuits.verify import Verifier
+from sinklens.errors import NotApplicableError
+
+PARTS = (0.6, 0.4, 0.25, 0.15, 0.08, 0.04)
+"""What parts of the edges are tried to be done without at once."""
+
+
+@dataclass(eq=False)
+class Pruner:
+    """Looks for a small circuit."""
+
+    verifier: Verifier
+    """Measures what a circuit keeps."""
+    listeners: Listeners
+    """Rank what is missed."""
+    instead: Float[Tensor, "sender prompt d_model"]
+    """What is heard where an edge is not kept."""
+    rooted: tuple[int, ...]
+    """Blocks in which the run itself makes heads write otherwise, whatever they hear."""
+    goal: float
+    """The share of the sink that is to be kept."""
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    """Sizes that were measured, and the share that each kept."""
+
+    @property
+    def graph(self) -> Graph:
+        """The graph."""
+        return self.verifier.graph
+
+    def prune(self, ranking: Sequence[int]) -> list[int]:
+        """Numbers of the edges that are kept, of those in ``ranking`` (the most important first)."""
+        kept = self._reduced(self._beginning(list(ranking)))
+        while len(kept) > 1:
+            order = self._least_missed(kept)
+            sizes = sorted({max(1, int(part * len(kept))) for part in PARTS} | {1}, reverse=True)
+            tried = [self._reduced([e for e in kept if e not in set(order[:size])]) for size in sizes]
+            shares = self._shares(tried)
+            good = next((i for i, share in enumerate(shares) if share >= self.goal), None)
+            if good is None:
+                break
+            kept = tried[good]
+        return sorted(kept)
+
+    def _beginning(self, ranking: list[int]) -> list[int]:
+        """The shortest beginning of the list, to within a few, that keeps the share."""
+        n = len(ranking)
+        sizes = sorted({*(int(s) for s in np.geomspace(min(8, n), n, 12)), n})
+        shares = self._shares([ranking[:size] for size in sizes])
+        enough = [i for i, share in enumerate(shares) if share >= self.goal]
+        if not enough:
+            raise NotApplicableError(
+                f"all {n} edges together keep {shares[-1]:.2f} of the sink and not {self.goal}: ask for a smaller share"
+            )
+        low, high = (sizes[enough[0] - 1] if enough[0] else 0), sizes[enough[0]]
+        while high - low > max(2, high // 20):
+            middle = (low + high) // 2
+            if self._shares([ranking[:middle]])[0] >= self.goal:
+                high = middle
+            else:
+                low = middle
+        return ranking[:high]
+
+    def _shares(self, kept: Sequence[Sequence[int]]) -> list[float]:
+        found = self.verifier.shares(self.masks(kept), self.instead, "pruning")
+        shares = [float(np.nanmean(row)) for row in found]
+        self.curve += [(len(edges), share) for edges, share in zip(kept, shares, strict=True)]
+        return shares
+
+    def masks(self, kept: Sequence[Sequence[int]]) -> Bool[Tensor, "circuit edge"]:
+        """Sets of edges as the verifier takes them."""
+        masks = torch.zeros(len(kept), len(self.graph.edges), dtype=torch.bool)
+        for row, edges in zip(masks, kept, strict=True):
+            row[torch.tensor(list(edges), dtype=torch.long)] = True
+        return masks
+
+    def _least_missed(self, kept: list[int]) -> list[int]:
+        """The kept edges, the least missed first: by the mean attention that their going takes."""
+        without = [[e for e in kept if e != gone] for gone in kept]
+        found = [
+            self.listeners.attention(token).view(-1, self.verifier.n_prompts)
+            for token in self.verifier.tokens(self.masks(without), self.instead)
+        ]
+        left = torch.cat(found).mean(1)
+        return [kept[i] for i in left.argsort(descending=True).tolist()]
+
+    def _reduced(self, kept: list[int]) -> list[int]:
+        """Without edges that lead nowhere, and those of senders that write the same in both runs."""
+        edges = self.graph.edges
+        while True:
+            speaking = {edges[e].sender for e in kept}
+            hearing = {edges[e].receiver for e in kept}
+            left = [e for e in kept if _leads_on(edges[e], speaking) and self._differs(edges[e].sender, hearing)]
+            if len(left) == len(kept):
+                return kept
+            kept = left
+
+    def _differs(self, node: Node, hearing: set[Node]) -> bool:
+        """Whether a sender writes something else than in the other run, with such receivers in the circuit."""
+        if node.kind == "embed":
+            return self.verifier.measure.setting.pair.is_natural
+        if node.kind != "head":
+            return node in hearing
+        shared = self.graph.kv(node.block, node.index * self.graph.shape.n_kv_heads // self.graph.shape.n_heads)
+        return node.block in self.rooted or node in hearing or shared in hearing
+
+
+def _leads_on(edge: Edge, speaking: set[Node]) -> bool:
+    """Whether anything hears the receiver: keys and values are always heard by later tokens."""
+    return edge.branch in ("k", "v") or edge.receiver in speaking
