@@ -159,8 +159,8 @@ def options(model: Model) -> Options:
         positions=cfg.positional_embedding_type,
         rotary_adjacent=bool(cfg.rotary_adjacent_pairs),
         qk_norm=bool(cfg.use_qk_norm),
-        scores_cap=cfg.attn_scores_soft_cap or 0,
-        logits_cap=cfg.output_logits_soft_cap or 0,
+        scores_cap=max(cfg.attn_scores_soft_cap or 0, 0),  # TransformerLens: -1 for none
+        logits_cap=max(cfg.output_logits_soft_cap or 0, 0),
         window=(cfg.window_size or 0) if cfg.use_local_attn else None,
     )
 

@@ -143,3 +143,21 @@ def test_a_sweep_of_long_prompts_has_no_pattern_of_whole_prompts() -> None:
     heads = int(model.cfg.n_heads)
     # The most is an activation of one row, and a quarter of the budget for scores and pattern.
     assert largest.entries * 4 <= budget // 4 < heads * length * length * 4
+
+
+@pytest.mark.parametrize("backend", ["auto", "bridge"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gptj"])
+def test_without_a_look_at_a_pattern_none_is_computed(family: str, backend: str, monkeypatch) -> None:
+    model = kept_model(family, backend)
+    patches = [Patch(sites.RESID_PRE, (1,), (position,), edits.Constant(0.0)) for position in (2, 4)]
+    wanted = [
+        readouts.vector_readout("norm", sites.RESID_POST, (3,), ((4,), (8,), (5,)), N, lambda x, _: x.norm(dim=-1))
+    ]
+    runner = PatchRunner(model, torch.randint(3, 99, (N, LENGTH)), wanted)
+    runner.run(patches)  # which proves the packed pass, and looks at everything
+
+    def explicit(*_: object) -> None:
+        raise AssertionError("a pattern that nobody looks at")
+
+    monkeypatch.setattr("sinklens.engine.packed.blocks.PackedPass._explicit", explicit)
+    assert runner.run(patches).stats.path == "packed"
