@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from sinklens import prompts
 from sinklens.edits.draws import others
 from sinklens.engine.capture import capture_runs
+from sinklens.engine.clean import clean_log_probabilities
 from sinklens.engine.memory import row_budget
 from sinklens.engine.run import PatchResult, PatchRunner, Progress
 from sinklens.engine.store import Want
@@ -467,6 +468,7 @@ class Study:
             layers=self.after_formation() if layers is None else tuple(layers),
             n_layers=self.shape.n_layers,
             shares=is_unnormalised(self.model),
+            clean=partial(clean_log_probabilities, self.model, self.batch.tokens),
         )
 
     def activations(self, site: HookSite, layers: Sequence[int], patches: Sequence[Patch] = ()) -> dict[int, Tensor]:

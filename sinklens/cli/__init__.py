@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from sinklens.cli import all as all_
-from sinklens.cli import analyse, chain, circuit, compare, find, gather, models, report, sweep, train
+from sinklens.cli import analyse, chain, circuit, compare, find, gather, mitigate, models, report, sweep, train
 from sinklens.cli.common import Command, Commands
 
 app = typer.Typer(
@@ -66,6 +66,7 @@ app.command(cls=Command)(gather.gather)
 app.command(cls=Command)(find.find)
 app.command(**late)(analyse.analyse)
 app.command(name="all", cls=Command)(all_.everything)
+app.command(cls=Command)(mitigate.mitigate)
 app.command(cls=Command)(report.report)
 app.command(cls=Command)(compare.compare)
 app.command(cls=Command)(models.models)

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sinklens.errors import InputError
 from sinklens.interventions import Hooks
 from sinklens.models.state import in_usual_state
-from sinklens.models.view import Model, device_of, forward, hooked, tokenizer_of
+from sinklens.models.view import Model, device_of, forward, hooked, model_shape, tokenizer_of
 
 
 @in_usual_state
 def continued(model: Model, tokens: Int[Tensor, " pos"], hooks: Hooks, n: int) -> Int[Tensor, " new"]:
-    """The ``n`` tokens that follow greedily.
+    """The ``n`` tokens that follow greedily, with a key-value cache where the model's own generation is right with one.
 
-    Each is said by a pass over all that came before, without a key-value cache: what a hook does to a prompt it does
-    to these tokens too, with every backend and every kind of positions.
+    Otherwise each is said by a pass over all that came before: where positions are learned (TransformerLens 3.9 gets
+    these wrong), in decoders of the lab, with caches that keep a sliding window alone.
     """
+    generate: Any = getattr(model, "generate", None)
+    if generate is not None and model_shape(model).rotary:
+        options = {"do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
+        try:
+            with hooked(model, hooks):
+                return generate(tokens[None].to(device_of(model)), max_new_tokens=n, **options)[0, len(tokens) :].cpu()
+        except InputError:  # the cache does not say where a pass begins
+            pass
+    return without_cache(model, tokens, hooks, n)
+
+
+def without_cache(model: Model, tokens: Int[Tensor, " pos"], hooks: Hooks, n: int) -> Int[Tensor, " new"]:
+    """The same by a pass over everything for each token."""
     text = tokens[None].to(device_of(model))
     for _ in range(n):
         with hooked(model, hooks):

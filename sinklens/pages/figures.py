@@ -20,6 +20,7 @@ from sinklens.viz.chain import directions
 from sinklens.viz.circuitsvis import script_json
 
 if TYPE_CHECKING:
+    import pandas as pd
     from plotly.graph_objects import Figure
 
 MOST_BYTES = 1_500_000
@@ -37,6 +38,11 @@ def chain_figures(result: ChainResult) -> dict[str, str]:
     for direction in directions(result.matrix):
         figures[f"matrix-{direction}"] = viz.matrix_figure(result, direction)
     return {name: _text(_plain(figure)) for name, figure in figures.items()}
+
+
+def mitigation_json(table: pd.DataFrame) -> str:
+    """The figure of mitigations, harm against what is left of the sink."""
+    return _text(_plain(viz.mitigation_figure(table)))
 
 
 def _plain(figure: Figure) -> dict[str, Any]:

@@ -18,10 +18,13 @@ from sinklens.analysis.several import EVENTS, SETS
 from sinklens.chain.result import ChainResult
 from sinklens.errors import InputError
 from sinklens.formation import Formation, formation_from_json
+from sinklens.mitigation.result import FILE as MITIGATION_FILE
+from sinklens.mitigation.result import MitigationResult
 from sinklens.pages.agreement import FILE, Agreement, read_agreement
 from sinklens.records.text import join
 
 CHAIN_FILE, ANALYSIS_FILE, RECORD_FILE, FORMATION_FILE = "chain.json", "summary.json", "run.json", "formation.json"
+PART_FILES = (CHAIN_FILE, ANALYSIS_FILE, MITIGATION_FILE)
 RECORD_FILES = (RECORD_FILE, EVENTS.record, SETS.record)
 """What is written beside folders of parts, or of several runs."""
 _LEFT_OVER = ("scores.parquet", "effects.parquet", "table.parquet", "figure.json", "attention.safetensors")
@@ -30,13 +33,13 @@ _LEFT_OVER = ("scores.parquet", "effects.parquet", "table.parquet", "figure.json
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A chain or an analysis."""
+    """A chain, an analysis, or a run of mitigations."""
 
     name: str
     """Name of its folder, or the analysis's."""
     place: str
     """Folder relative to the run's; empty where it is the run's."""
-    result: ChainResult | AnalysisResult
+    result: ChainResult | AnalysisResult | MitigationResult
     """What was found."""
 
 
@@ -95,10 +98,16 @@ class Gathered:
         """The analyses."""
         return [(part, part.result) for part in self.parts if isinstance(part.result, AnalysisResult)]
 
+    @property
+    def mitigations(self) -> list[tuple[Part, MitigationResult]]:
+        """The runs of mitigations."""
+        return [(part, part.result) for part in self.parts if isinstance(part.result, MitigationResult)]
 
-def of_result(result: ChainResult | AnalysisResult) -> Gathered:
+
+def of_result(result: ChainResult | AnalysisResult | MitigationResult) -> Gathered:
     """A report of one result in memory."""
-    name = "chain" if isinstance(result, ChainResult) else result.name
+    of_kind = {ChainResult: "chain", MitigationResult: "mitigations"}
+    name = result.name if isinstance(result, AnalysisResult) else of_kind[type(result)]
     return Gathered("", [Part(name, "", result)])
 
 
@@ -112,7 +121,7 @@ def gather(folder: Path) -> Gathered:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}: give the folder of a run")
         inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        own = [name for name in (CHAIN_FILE, ANALYSIS_FILE) if (folder / name).is_file()]
+        own = [name for name in PART_FILES if (folder / name).is_file()]
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror or error}): check its permissions") from error
     record, missing = _record(folder)
@@ -125,7 +134,10 @@ def gather(folder: Path) -> Gathered:
         parts += [] if path.name in places else _inside(path, missing)
     missing = _explained(missing, parts, record, places)
     if not parts and not missing and not runs:
-        raise InputError(f"{folder} holds no chain.json or summary.json, and no folder with one: give a run's folder")
+        raise InputError(
+            f"{folder} holds no chain.json, summary.json or mitigation.json, and no folder with one: "
+            "give a run's folder"
+        )
     formation, agreement = _formation(folder, missing), _agreement(folder, missing)
     return Gathered(folder.resolve().name, sorted(parts, key=_order), missing, record, formation, agreement, runs)
 
@@ -136,7 +148,7 @@ def _inside(path: Path, missing: list[Missing]) -> list[Part]:
     except OSError as error:
         missing.append(Missing(path.name, "damaged", f"the folder cannot be read ({error.strerror or error})"))
         return []
-    files = [name for name in (CHAIN_FILE, ANALYSIS_FILE) if name in inside]
+    files = [name for name in PART_FILES if name in inside]
     parts = [part for name in files for part in _load(path, name, path.name, missing)]
     if not files and RECORD_FILE in inside:
         missing.append(Missing(path.name, "left out", "it holds a run of its own: report that folder by itself"))
@@ -149,8 +161,8 @@ def _inside(path: Path, missing: list[Missing]) -> list[Part]:
 def _load(folder: Path, file: str, place: str, missing: list[Missing]) -> list[Part]:
     name = place or folder.resolve().name
     try:
-        result = ChainResult.load(folder) if file == CHAIN_FILE else AnalysisResult.load(folder)
-        return [Part(name, place, result)]
+        kinds = {CHAIN_FILE: ChainResult, ANALYSIS_FILE: AnalysisResult, MITIGATION_FILE: MitigationResult}
+        return [Part(name, place, kinds[file].load(folder))]
     except InputError as error:
         missing.append(Missing(name, "damaged", str(error)))
     except Exception as error:  # whatever is wrong with one part's files, the others are shown

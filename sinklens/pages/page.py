@@ -21,11 +21,13 @@ from sinklens.chain.result import ChainResult
 from sinklens.chain.stage_verdicts import stages_in_words
 from sinklens.chain.verdicts import CLOSE, HALF, summary
 from sinklens.errors import InputError, need
+from sinklens.mitigation.result import MitigationResult
 from sinklens.pages.agreement import agreement_section
 from sinklens.pages.chain import sections, subtitle
 from sinklens.pages.claims import Claim, Corrected, by_outcome, claim, counted
 from sinklens.pages.figures import chain_figures, from_disk
 from sinklens.pages.gather import Gathered, Missing, Part, gather, of_result
+from sinklens.pages.mitigation import mitigation_section
 from sinklens.pages.run import cost, facts, origins, parts, reproduce, settings, whole_command
 from sinklens.pages.views import frames, has_views
 from sinklens.records.files import write_text
@@ -34,11 +36,11 @@ from sinklens.viz.circuitsvis import check_version, frame_script, frame_style, l
 from sinklens.viz.diagram import chain_diagram
 
 
-def report(run: str | Path | ChainResult | AnalysisResult, out: str | Path | None = None) -> Path:
+def report(run: str | Path | ChainResult | AnalysisResult | MitigationResult, out: str | Path | None = None) -> Path:
     """Write the report of a run.
 
     Args:
-        run: a folder that holds a chain, an analysis, or any number of folders that do; or a result.
+        run: a folder that holds a chain, an analysis, mitigations, or any number of folders that do; or a result.
         out: file to write; ``report.html`` in the folder by default. A result that has no folder needs it.
 
     Returns:
@@ -47,7 +49,7 @@ def report(run: str | Path | ChainResult | AnalysisResult, out: str | Path | Non
     Raises:
         InputError: the folder holds nothing to report, the file cannot be written, or plotly or circuitsvis is missing.
     """
-    if isinstance(run, (ChainResult, AnalysisResult)):
+    if isinstance(run, (ChainResult, AnalysisResult, MitigationResult)):
         if out is None:
             raise InputError("a result has no folder of its own: say where to write with report(result, 'report.html')")
         page, path = render(run), Path(out)
@@ -70,7 +72,7 @@ def _of_folder(folder: Path) -> str:
         raise InputError(f"the run in {folder} is damaged ({type(error).__name__}: {reason}): run it again") from error
 
 
-def render(run: Gathered | ChainResult | AnalysisResult) -> str:
+def render(run: Gathered | ChainResult | AnalysisResult | MitigationResult) -> str:
     """The page as text.
 
     Raises:
@@ -84,6 +86,7 @@ def render(run: Gathered | ChainResult | AnalysisResult) -> str:
     figures: dict[str, str] = {}
     chains = _chains(gathered, figures)
     claims = _claims(gathered, figures)
+    mitigations = _mitigations(gathered, figures)
     texts = {"plotly": plotly, "page": data_of("report.js")}
     texts |= {"circuitsvis": library(), "frame": frame_script()} if framed else {}
     template = templates("sinklens.pages").get_template("report.html.j2")
@@ -92,6 +95,7 @@ def render(run: Gathered | ChainResult | AnalysisResult) -> str:
         **_head(gathered, chains, claims),
         chains=chains,
         claims=claims,
+        mitigations=mitigations,
         counted=counted(claims),
         outcomes=by_outcome(claims),
         facts=facts(gathered),
@@ -115,6 +119,7 @@ def _head(gathered: Gathered, chains: list[dict[str, Any]], claims: list[Claim])
     kinds = ["attention-sink chain" if len(chains) == 1 else f"{len(chains)} attention-sink chains"] if chains else []
     if claims:
         kinds.append(claims[0].title if len(claims) == 1 and not chains else f"{len(claims)} analyses")
+    kinds += ["mitigations"] if gathered.mitigations else []
     if gathered.runs:
         kinds.append(f"{len(gathered.runs)} runs of everything")
     lines = [chain["subtitle"] for chain in chains] if len(chains) == 1 else []
@@ -189,6 +194,15 @@ def _claims(gathered: Gathered, figures: dict[str, str]) -> list[Claim]:
             except (InputError, RecursionError) as error:
                 gathered.missing.append(Missing(f"figure of {part.name}", "left out", str(error)))
     return claims
+
+
+def _mitigations(gathered: Gathered, figures: dict[str, str]) -> list[dict[str, Any]]:
+    sections: list[dict[str, Any]] = []
+    for number, (part, result) in enumerate(gathered.mitigations, start=1):
+        anchor = "mitigations" if number == 1 else f"mitigations-{number}"
+        sections += _built(gathered, part, lambda: mitigation_section(part.name, result, anchor))  # noqa: B023
+    figures.update({section["id"]: section.pop("drawn") for section in sections})
+    return sections
 
 
 def _corrected(gathered: Gathered) -> Corrected:

@@ -55,6 +55,8 @@ class Context:
     """Whether ``alpha`` and ``sink_rate`` are of each query's weights over their sum: attention that is no softmax."""
     offset: int = 0
     """Number of the first of these prompts, for readouts that know all prompts."""
+    clean: Callable[[], Float[Tensor, "prompt pos d_vocab"]] | None = None
+    """Log-probabilities of the untouched model on these prompts, computed when they are asked for; for ``kl``."""
 
 
 Make = Callable[[str, Context], Readout]
@@ -312,6 +314,22 @@ def _loss(name: str, context: Context) -> Readout:
     return over_positions(name, LOGITS, (context.n_layers,), at, weigh)
 
 
+def _kl(name: str, context: Context) -> Readout:
+    if context.clean is None:
+        raise InputError(f"readout {name!r} compares with the untouched model, which is not known here")
+    clean, n = context.clean(), len(context.tokens)
+
+    def at(logits: Tensor, tokens: Tokens) -> Tensor:
+        usual = clean[tokens.prompts.to(clean.device), tokens.positions.to(clean.device)].to(logits.device)
+        found = logits.float().log_softmax(-1)
+        return torch.nn.functional.kl_div(found, usual, log_target=True, reduction="none").sum(-1)
+
+    def weigh(length: int) -> Tensor:
+        return (torch.arange(length, device="cpu") < length - 1).float().expand(n, -1) / (length - 1)
+
+    return over_positions(name, LOGITS, (context.n_layers,), at, weigh)
+
+
 for _readout in (
     NamedReadout(
         "attention_received",
@@ -353,5 +371,6 @@ for _readout in (
         help="at the last position, logit of the answer minus logit of the alternative",
     ),
     NamedReadout("loss", _loss, help="mean next-token cross entropy, nats"),
+    NamedReadout("kl", _kl, help="mean KL(untouched model || patched) of the next token, nats"),
 ):
     register_readout(_readout)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 
 from sinklens.attribution import AttributionRunner
 from sinklens.edits import Edit
+from sinklens.engine.clean import clean_log_probabilities
 from sinklens.engine.memory import row_budget
 from sinklens.engine.run import PatchResult, PatchRunner, Progress, run_patches
 from sinklens.models.identities import is_unnormalised
@@ -161,6 +162,7 @@ class Worker:
             eps=plan.choices.eps,
             offset=task.first_prompt,
             shares=is_unnormalised(self.model),
+            clean=partial(clean_log_probabilities, self.model, plan.batch.tokens[chosen]),
         )
 
     def patches(self, cells: Cells, group: Group) -> list[Patch]:

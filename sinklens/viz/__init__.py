@@ -10,6 +10,7 @@ from sinklens.viz.charts import bars, histogram, line, mark, points, styled
 from sinklens.viz.circuitsvis import views_html as attention_html
 from sinklens.viz.diagram import chain_diagram
 from sinklens.viz.heatmap import heatmap
+from sinklens.viz.mitigation import mitigation_figure, mitigation_points
 from sinklens.viz.prompt import lens_figure, logit_lens, neuron_view, neurons_of, pattern_of, pattern_view
 from sinklens.viz.saving import save
 
@@ -28,6 +29,8 @@ __all__ = [
     "matrix_figure",
     "neuron_view",
     "neurons_of",
+    "mitigation_figure",
+    "mitigation_points",
     "onset_figure",
     "onset_profile",
     "pattern_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from sinklens import interventions
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
 from sinklens.interventions.harm import BRIEF, QUANTITIES
 from sinklens.mitigation import MITIGATIONS, Fitted, Mitigation, MitigationResult, Sample
-from sinklens.mitigation.generation import continued
+from sinklens.mitigation.generation import continued, without_cache
 from sinklens.mitigation.run import _split
+from sinklens.mitigation.texts import HEAD, lead, texts_of
 from sinklens.patches import Positions
 from sinklens.prompts import PromptBatch, from_tokens
 from tests.helpers.planted import MINUS, PLUS, planted_model
@@ -69,9 +71,9 @@ def test_controls_leave_the_sink(result: MitigationResult) -> None:
 def test_the_table(result: MitigationResult) -> None:
     table = result.table.set_index("mitigation")
     assert list(table.index) == ["untouched", *WHAT]
-    assert (table.n == N - 2).all()
-    assert set(QUANTITIES) <= set(table)
-    assert table.loc["untouched", "loss_change"] == 0 == table.loc["untouched", "kl"]
+    assert set(table["n"]) == {N - 2}
+    assert set(QUANTITIES) <= set(table.columns)
+    assert list(table.loc["untouched", ["loss_change", "kl"]]) == [0, 0]
     for name in WHAT:
         loss = result.of(name, "loss") - result.of("untouched", "loss")
         assert table.loc[name, "loss_change"] == pytest.approx(loss.mean())
@@ -116,6 +118,7 @@ def test_one_seed_gives_one_result(model: Any, batch: PromptBatch, result: Mitig
 
 
 def test_greedy_generation_is_the_model_s_own(tiny_llama: Any) -> None:
+    """With a cache and without one."""
     tokens = tiny_tokens(1, 6)
     options: dict[str, Any] = {"do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
     hooks = interventions.gate_heads(tiny_llama, {1: [0, 1]})
@@ -123,6 +126,7 @@ def test_greedy_generation_is_the_model_s_own(tiny_llama: Any) -> None:
         with tiny_llama.hooks(fwd_hooks=chosen):
             expected = tiny_llama.generate(tokens, max_new_tokens=5, use_past_kv_cache=False, **options)[0, 6:]
         assert torch.equal(continued(tiny_llama, tokens[0], chosen, 5), expected.cpu())
+        assert torch.equal(without_cache(tiny_llama, tokens[0], chosen, 5), expected.cpu())
 
 
 def test_no_text_is_fitted_and_measured(model: Any) -> None:
@@ -171,3 +175,37 @@ def test_what_makes_no_sense_is_refused(model: Any, batch: PromptBatch, tiny_lla
 def test_every_mitigation_says_what_it_is() -> None:
     for name, mitigation in MITIGATIONS.items():
         assert mitigation.name == name and mitigation.title and mitigation.source
+
+
+# --- What people see -------------------------------------------------------------------------------------------------
+
+
+def test_the_report_escapes_what_a_model_says(result: MitigationResult, tmp_path: Path) -> None:
+    said = replace(result.said[0], continuation="<script>alert(1)</script>", text="<b>bold</b>")
+    row = replace(result.rows[0], said="<img src=x>")
+    hostile = replace(result, said=(said, *result.said[1:]), rows=(row, *result.rows[1:]))
+    hostile.save(tmp_path / "run")
+    page = sl.report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "The sink taken away" in page and "What the model says" in page
+    assert "<script>alert(1)" not in page and "<img src=x>" not in page and "<b>bold" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert 'id="figure-mitigations"' in page
+    assert "silence" in page and "sink heads to gate" in page
+
+
+def test_the_figure_has_a_point_for_each_and_for_its_control(result: MitigationResult) -> None:
+    drawn = sl.viz.mitigation_points(result.table)
+    assert len(drawn) == 2 * len(WHAT)
+    left: Any = drawn.set_index(["mitigation", "which"])["left"]
+    shares: Any = result.table.set_index("mitigation")["first_share"]
+    for name in WHAT:
+        assert left[name, "mitigation"] == pytest.approx(shares[name] / shares["untouched"])
+    texts = {note.text for note in sl.viz.mitigation_figure(result.table).layout.annotations}  # pyright: ignore[reportAttributeAccessIssue]
+    assert set(WHAT) <= texts
+
+
+def test_short_table(result: MitigationResult) -> None:
+    lines = texts_of(result)
+    assert [line[0] for line in lines] == ["untouched", *WHAT]
+    assert all(len(line) == len(HEAD) for line in lines)
+    assert "The loss changes least" in lead(result)

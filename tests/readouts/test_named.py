@@ -41,3 +41,26 @@ def test_sink_rate_is_the_share_of_heads_above_the_threshold(tiny_llama: Any) ->
     np.testing.assert_allclose(base["alpha"], alpha.mean((0, 2)).detach(), rtol=1e-4)
     np.testing.assert_allclose(base["sink_rate"], (alpha > 0.1).float().mean((0, 2)), rtol=1e-6)
     assert 0 < base["sink_rate"].mean() < 1
+
+
+def test_kl_is_that_of_the_untouched_model_s_next_token(tiny_llama: Any) -> None:
+    """Nothing in the run as it is; in the anchored one, and under a patch, what plain hooks give."""
+    batch = tiny_batch(tiny_llama)
+    options: dict[str, Any] = {"target": TARGET, "formation": FORMATION, "stages": "mlp_out", "layers": [1]}
+    result = sl.sweep(tiny_llama, batch, readouts=["kl"], edits=["zero"], directions="denoise", **options)
+    with torch.no_grad():
+        clean = tiny_llama(batch.tokens)[:, :-1].double().log_softmax(-1)
+
+    def kl(hooks: Any) -> torch.Tensor:
+        with torch.no_grad():
+            found = tiny_llama.run_with_hooks(batch.tokens, fwd_hooks=hooks)[:, :-1].double().log_softmax(-1)
+        return (clean.exp() * (clean - found)).sum(-1).mean(1)
+
+    rows = result.table.sort_values("prompt")
+    assert rows.base.to_numpy() == pytest.approx(0, abs=1e-6)
+    anchored = kl(sl.interventions.block_aggregation(TARGET, range(FORMATION.layer + 1)))
+    assert rows.anchored.to_numpy() == pytest.approx(anchored.numpy(), rel=1e-3, abs=1e-6)
+    patch = sl.Patch(sl.sites.MLP_OUT, (1,), (TARGET,), sl.edits.Constant())
+    study = sl.Study.of(tiny_llama, batch, FORMATION)
+    found = study.run([patch], [study.readout("kl")]).values["kl"][0]
+    assert found.numpy() == pytest.approx(kl(sl.interventions.hooks_of(patch)).numpy(), rel=1e-3, abs=1e-6)
