@@ -11,11 +11,11 @@ from sinklens import viz
 from sinklens.circuits import Circuit
 from sinklens.errors import InputError
 from sinklens.pages.figures import page_figure
-from sinklens.pages.run import reproduce, settings
+from sinklens.pages.run import reproduce, settings, total_seconds
 from sinklens.pages.views import MOST_COLOURED, MOST_TOKENS, Frame
 from sinklens.pairs.choice import is_natural
 from sinklens.records.ranges import spans
-from sinklens.records.text import effect_text, number, pretty
+from sinklens.records.text import effect_text, number, pretty, seconds_text
 from sinklens.viz.circuitsvis import label, script_json, section
 
 MOST_ROWS, MOST_HEADS = 60, 6
@@ -176,11 +176,12 @@ def _attention(circuit: Circuit) -> Frame:
 def facts(circuit: Circuit) -> list[tuple[str, list[str]]]:
     """What the circuit is made of, and what it took."""
     blocks = spans(sorted({node.block for node in circuit.nodes if node.block >= 0}))
-    seconds = circuit.engine.get("seconds")
+    steps = circuit.engine.get("seconds")
+    each = [f"{name} {seconds_text(float(x))}" for name, x in steps.items()] if isinstance(steps, dict) else []
     found = [
-        ("Nodes", f"{len(circuit.nodes)} of {circuit.config.get('n_nodes', '?')}, in blocks {blocks}"),
-        ("Edges", f"{len(circuit.kept)} of {circuit.config.get('n_edges', '?')}"),
-        ("Measured", pretty(circuit.config.get("metric", ""))),
-        ("Time", f"{number(float(seconds))} s" if isinstance(seconds, (int, float)) else ""),
+        ("Nodes", [f"{len(circuit.nodes)} of {circuit.config.get('n_nodes', '?')}, in blocks {blocks}"]),
+        ("Edges", [f"{len(circuit.kept)} of {circuit.config.get('n_edges', '?')}"]),
+        ("Measured", [pretty(circuit.config.get("metric", ""))]),
+        ("Time", [seconds_text(total_seconds(steps)), *([", ".join(each)] if each else [])]),
     ]
-    return [(name, [text]) for name, text in found if text]
+    return [(name, texts) for name, texts in found if any(texts)]

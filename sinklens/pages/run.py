@@ -125,7 +125,14 @@ def _place(block: object, positions: Sequence[int], neurons: Sequence[int], dims
 def _seconds(part: Part) -> float:
     result = part.result
     seconds = result.seconds if isinstance(result, AnalysisResult) else result.engine.get("seconds")
-    return float(seconds) if isinstance(seconds, (int, float)) else float("nan")
+    return total_seconds(seconds)
+
+
+def total_seconds(seconds: object) -> float:
+    """Seconds, also where they are told for every step; NaN where they are not known."""
+    each = list(seconds.values()) if isinstance(seconds, Mapping) else [seconds]
+    known = [float(x) for x in each if isinstance(x, (int, float))]
+    return sum(known) if known else float("nan")
 
 
 def _time(gathered: Gathered) -> str:
