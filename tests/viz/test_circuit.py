@@ -36,12 +36,13 @@ def test_nodes_lie_from_left_to_right_and_none_on_another() -> None:
 
 
 def test_edges_are_those_that_are_kept_by_their_exact_effects() -> None:
-    edges = viz.circuit_edges(made_circuit())
+    edges: Any = viz.circuit_edges(made_circuit())
     assert len(edges) == 2 * len(KEPT) and set(edges.method) == {"exact"}
-    found = {f"{r.sender} > {r.receiver} {r.branch}": r for r in edges[edges.direction == "denoise"].itertuples()}
-    assert {name: row.effect for name, row in found.items()} == KEPT and LEFT not in found
+    rows = edges[edges.direction == "denoise"].to_dict("records")
+    found = {f"{row['sender']} > {row['receiver']} {row['branch']}": row for row in rows}
+    assert {name: row["effect"] for name, row in found.items()} == KEPT and LEFT not in found
     assert edges.effect.abs().tolist() == sorted(edges.effect.abs(), reverse=True)
-    assert found["mlp 2 > head 3.1 q"].loss == pytest.approx(0.01)
+    assert found["mlp 2 > head 3.1 q"]["loss"] == pytest.approx(0.01)
 
 
 def test_widths_follow_effects_and_say_them() -> None:
@@ -93,9 +94,7 @@ def test_charts_hold_the_numbers() -> None:
     assert cells.loc["MLP 0", "MLP 2"] == cells.loc["MLP 2", "MLP 0"] == -0.3 and np.isnan(cells.loc["MLP 0", "MLP 0"])
     figure = viz.tests_figure(circuit)
     assert [trace.name for trace in figure.data] == ["other run", "mean", "zero", "resample"]
-    assert (
-        list(viz.pruning_figure(circuit).data[0].y) == circuit.pruning.share.tolist()[1:]
-    )  # 0 edges are on no log axis
+    assert list(figure.data[0].y) == circuit.pruning.share.tolist()[1:]  # 0 edges are on no log axis
 
 
 def test_views_hold_what_was_kept_of_the_first_prompt() -> None:
