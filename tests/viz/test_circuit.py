@@ -75,7 +75,8 @@ def test_buttons_give_the_other_direction_its_widths() -> None:
     by_name = dict(zip([trace.text.split("<br>")[0] for trace in _lines(figure)], second["line.width"], strict=True))
     assert by_name["mlp 0 → super 2 (linear)"] == pytest.approx(1 + 11 * 0.65, abs=0.01)
     assert set(second["line.dash"]) == {"dot", "solid"}
-    assert not viz.circuit_figure(made_circuit(natural=True)).layout.updatemenus  # there is one direction
+    alone: Any = viz.circuit_figure(made_circuit(natural=True))
+    assert not alone.layout.updatemenus  # there is one direction
 
 
 def test_many_edges_are_cut_to_the_strongest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +95,7 @@ def test_charts_hold_the_numbers() -> None:
     assert cells.loc["MLP 0", "MLP 2"] == cells.loc["MLP 2", "MLP 0"] == -0.3 and np.isnan(cells.loc["MLP 0", "MLP 0"])
     figure = viz.tests_figure(circuit)
     assert [trace.name for trace in figure.data] == ["other run", "mean", "zero", "resample"]
+    figure = viz.pruning_figure(circuit)
     assert list(figure.data[0].y) == circuit.pruning.share.tolist()[1:]  # 0 edges are on no log axis
 
 
