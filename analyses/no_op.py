@@ -49,9 +49,7 @@ def run(
     share, ratio, tau, shuffled, rank = heads(study, layers)
     with_sink = (share.mean(1, keepdim=True) > eps).expand_as(share)
     if not with_sink.any():
-        raise sl.NotApplicableError(
-            f"no head gives the sink more than {eps:g} of its attention: choose a smaller --eps"
-        )
+        raise sl.NotApplicableError(f"no head gives the sink more than {eps:g} of its attention: choose less (eps=)")
 
     def over(x: Tensor, of: Tensor = with_sink) -> sl.Estimate:
         """Mean over the heads that have a sink, with its interval over prompts."""

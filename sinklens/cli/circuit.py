@@ -16,6 +16,7 @@ from sinklens.cli.common import (
     Bos,
     BosOption,
     CountOption,
+    DatasetOption,
     DeviceOption,
     DimsOption,
     Dtype,
@@ -37,7 +38,9 @@ from sinklens.cli.common import (
     given_formation,
     load,
     progress,
+    results_line,
     targets_of,
+    write_report,
 )
 from sinklens.records.ranges import MOST_REPEATS
 
@@ -56,6 +59,7 @@ def circuit(
     length: LengthOption = 64,
     n: CountOption = 8,
     prompts: PromptsOption = "passages",
+    dataset: DatasetOption = None,
     bos: BosOption = Bos.auto,
     block: BlockOption = None,
     event: EventOption = None,
@@ -92,6 +96,7 @@ def circuit(
                 dtype=dtype,
                 backend=backend,
                 prompts=prompts,
+                dataset=dataset,
                 n=n,
                 length=length,
                 bos=bos,
@@ -122,6 +127,7 @@ def circuit(
         found.config["command"] = command_line()
         found.save(out, force=force)
         _print(found, out, as_json)
+        _report(out, as_json)
 
 
 def _print(found: Any, out: Path, as_json: bool) -> None:
@@ -136,4 +142,15 @@ def _print(found: Any, out: Path, as_json: bool) -> None:
     show(screen, circuit_table(found))
     for line in circuit_footer(found):
         screen.print(line, markup=False)
-    screen.print(f"Results: {out}", markup=False, soft_wrap=True)
+
+
+def _report(out: Path, as_json: bool) -> None:
+    """Write the page, which nobody has to wait for to see the result."""
+    from sinklens.cli.tables import console
+
+    sys.stdout.flush()
+    with progress() as (step, _):
+        step("writing the report")
+        page = write_report(out)
+    if not as_json:
+        console().print(results_line(out, page), markup=False, soft_wrap=True)

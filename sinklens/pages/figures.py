@@ -37,7 +37,12 @@ def chain_figures(result: ChainResult) -> dict[str, str]:
         figures["onset"] = viz.onset_figure(result)
     for direction in directions(result.matrix):
         figures[f"matrix-{direction}"] = viz.matrix_figure(result, direction)
-    return {name: _text(_plain(figure)) for name, figure in figures.items()}
+    return {name: page_figure(figure) for name, figure in figures.items()}
+
+
+def page_figure(figure: Figure) -> str:
+    """A figure of our own as JSON that may stand in the page."""
+    return _text(_plain(figure))
 
 
 def mitigation_json(table: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""What a report is about: the chains and analyses that a folder holds, and what it ought to hold and does not.
+"""What a report is about: chains, circuits and analyses that a folder holds, and what it ought to hold and does not.
 
 A folder is read as it is found: a part that is unfinished or damaged is listed with the reason, and the others are
 shown. Nothing in it is trusted to have the type that it should.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from sinklens.analysis.base import AnalysisResult
 from sinklens.analysis.several import EVENTS, SETS
 from sinklens.chain.result import ChainResult
+from sinklens.circuits import Circuit
 from sinklens.errors import InputError
 from sinklens.formation import Formation, formation_from_json
 from sinklens.mitigation.result import FILE as MITIGATION_FILE
@@ -23,23 +24,33 @@ from sinklens.mitigation.result import MitigationResult
 from sinklens.pages.agreement import FILE, Agreement, read_agreement
 from sinklens.records.text import join
 
-CHAIN_FILE, ANALYSIS_FILE, RECORD_FILE, FORMATION_FILE = "chain.json", "summary.json", "run.json", "formation.json"
-PART_FILES = (CHAIN_FILE, ANALYSIS_FILE, MITIGATION_FILE)
+Result: TypeAlias = ChainResult | Circuit | AnalysisResult | MitigationResult
+"""What a part holds."""
+CHAIN_FILE, CIRCUIT_FILE, ANALYSIS_FILE = "chain.json", "circuit.json", "summary.json"
+RECORD_FILE, FORMATION_FILE = "run.json", "formation.json"
+READ: dict[str, Callable[[Path], Result]] = {
+    CHAIN_FILE: ChainResult.load,
+    CIRCUIT_FILE: Circuit.load,
+    ANALYSIS_FILE: AnalysisResult.load,
+    MITIGATION_FILE: MitigationResult.load,
+}
+"""What a folder of a part has, and what reads it."""
 RECORD_FILES = (RECORD_FILE, EVENTS.record, SETS.record)
 """What is written beside folders of parts, or of several runs."""
-_LEFT_OVER = ("scores.parquet", "effects.parquet", "table.parquet", "figure.json", "attention.safetensors")
+_TABLES = ("scores.parquet", "effects.parquet", "edges.parquet", "table.parquet")
+_LEFT_OVER = (*_TABLES, "figure.json", "attention.safetensors")
 """A folder that has one of these, and no summary, was begun and not finished."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A chain, an analysis, or a run of mitigations."""
+    """A chain, a circuit, an analysis, or a run of mitigations."""
 
     name: str
     """Name of its folder, or the analysis's."""
     place: str
     """Folder relative to the run's; empty where it is the run's."""
-    result: ChainResult | AnalysisResult | MitigationResult
+    result: Result
     """What was found."""
 
 
@@ -76,7 +87,7 @@ class Gathered:
     name: str
     """Name of the folder; empty for a result in memory."""
     parts: list[Part]
-    """Chains first, then analyses in the paper's order."""
+    """Chains first, then circuits, then analyses in the paper's order."""
     missing: list[Missing] = field(default_factory=list)
     """What is not there, and why."""
     record: dict[str, Any] = field(default_factory=dict)
@@ -94,6 +105,11 @@ class Gathered:
         return [(part, part.result) for part in self.parts if isinstance(part.result, ChainResult)]
 
     @property
+    def circuits(self) -> list[tuple[Part, Circuit]]:
+        """The circuits."""
+        return [(part, part.result) for part in self.parts if isinstance(part.result, Circuit)]
+
+    @property
     def analyses(self) -> list[tuple[Part, AnalysisResult]]:
         """The analyses."""
         return [(part, part.result) for part in self.parts if isinstance(part.result, AnalysisResult)]
@@ -104,15 +120,14 @@ class Gathered:
         return [(part, part.result) for part in self.parts if isinstance(part.result, MitigationResult)]
 
 
-def of_result(result: ChainResult | AnalysisResult | MitigationResult) -> Gathered:
+def of_result(result: Result) -> Gathered:
     """A report of one result in memory."""
-    of_kind = {ChainResult: "chain", MitigationResult: "mitigations"}
-    name = result.name if isinstance(result, AnalysisResult) else of_kind[type(result)]
+    name = result.name if isinstance(result, AnalysisResult) else kind_of(result)
     return Gathered("", [Part(name, "", result)])
 
 
 def gather(folder: Path) -> Gathered:
-    """Read a run's folder: a chain's, an analysis's, or one that holds such folders.
+    """Read a run's folder: a chain's, a circuit's, an analysis's, or one that holds such folders.
 
     Raises:
         InputError: it does not exist, cannot be read, or holds nothing to report.
@@ -121,7 +136,7 @@ def gather(folder: Path) -> Gathered:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}: give the folder of a run")
         inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        own = [name for name in PART_FILES if (folder / name).is_file()]
+        own = [name for name in READ if (folder / name).is_file()]
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror or error}): check its permissions") from error
     record, missing = _record(folder)
@@ -148,7 +163,7 @@ def _inside(path: Path, missing: list[Missing]) -> list[Part]:
     except OSError as error:
         missing.append(Missing(path.name, "damaged", f"the folder cannot be read ({error.strerror or error})"))
         return []
-    files = [name for name in PART_FILES if name in inside]
+    files = [name for name in READ if name in inside]
     parts = [part for name in files for part in _load(path, name, path.name, missing)]
     if not files and RECORD_FILE in inside:
         missing.append(Missing(path.name, "left out", "it holds a run of its own: report that folder by itself"))
@@ -161,8 +176,7 @@ def _inside(path: Path, missing: list[Missing]) -> list[Part]:
 def _load(folder: Path, file: str, place: str, missing: list[Missing]) -> list[Part]:
     name = place or folder.resolve().name
     try:
-        kinds = {CHAIN_FILE: ChainResult, ANALYSIS_FILE: AnalysisResult, MITIGATION_FILE: MitigationResult}
-        return [Part(name, place, kinds[file].load(folder))]
+        return [Part(name, place, READ[file](folder))]
     except InputError as error:
         missing.append(Missing(name, "damaged", str(error)))
     except Exception as error:  # whatever is wrong with one part's files, the others are shown
@@ -238,8 +252,13 @@ def _explained(missing: list[Missing], parts: list[Part], record: Mapping[str, A
     return explained
 
 
-def _order(part: Part) -> tuple[bool, float, str]:
-    if isinstance(part.result, ChainResult):
-        return False, 0.0, part.name
+def kind_of(result: ChainResult | Circuit | MitigationResult) -> str:
+    """What a part that is no analysis is called."""
+    return {ChainResult: "chain", Circuit: "circuit", MitigationResult: "mitigations"}[type(result)]
+
+
+def _order(part: Part) -> tuple[int, float, str]:
+    if not isinstance(part.result, AnalysisResult):
+        return ("chain", "circuit", "mitigations").index(kind_of(part.result)), 0.0, part.name
     figure = re.search(r"\d+", str(part.result.paper))
-    return True, float(figure[0][:9]) if figure else float("inf"), part.name
+    return 3, float(figure[0][:9]) if figure else float("inf"), part.name

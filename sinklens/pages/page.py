@@ -20,13 +20,15 @@ from sinklens.analysis.corrections import parts_table
 from sinklens.chain.result import ChainResult
 from sinklens.chain.stage_verdicts import stages_in_words
 from sinklens.chain.verdicts import CLOSE, HALF, summary
+from sinklens.circuits import Circuit
 from sinklens.errors import InputError, need
 from sinklens.mitigation.result import MitigationResult
+from sinklens.pages import circuit as of_circuit
 from sinklens.pages.agreement import agreement_section
 from sinklens.pages.chain import sections, subtitle
 from sinklens.pages.claims import Claim, Corrected, by_outcome, claim, counted
 from sinklens.pages.figures import chain_figures, from_disk
-from sinklens.pages.gather import Gathered, Missing, Part, gather, of_result
+from sinklens.pages.gather import Gathered, Missing, Part, Result, gather, of_result
 from sinklens.pages.mitigation import mitigation_section
 from sinklens.pages.run import cost, facts, origins, parts, reproduce, settings, whole_command
 from sinklens.pages.views import frames, has_views
@@ -36,11 +38,11 @@ from sinklens.viz.circuitsvis import check_version, frame_script, frame_style, l
 from sinklens.viz.diagram import chain_diagram
 
 
-def report(run: str | Path | ChainResult | AnalysisResult | MitigationResult, out: str | Path | None = None) -> Path:
+def report(run: str | Path | Result, out: str | Path | None = None) -> Path:
     """Write the report of a run.
 
     Args:
-        run: a folder that holds a chain, an analysis, mitigations, or any number of folders that do; or a result.
+        run: a folder that holds a chain, a circuit, an analysis, mitigations, or any number of folders that do; or a result.
         out: file to write; ``report.html`` in the folder by default. A result that has no folder needs it.
 
     Returns:
@@ -49,7 +51,7 @@ def report(run: str | Path | ChainResult | AnalysisResult | MitigationResult, ou
     Raises:
         InputError: the folder holds nothing to report, the file cannot be written, or plotly or circuitsvis is missing.
     """
-    if isinstance(run, (ChainResult, AnalysisResult, MitigationResult)):
+    if isinstance(run, (ChainResult, Circuit, AnalysisResult, MitigationResult)):
         if out is None:
             raise InputError("a result has no folder of its own: say where to write with report(result, 'report.html')")
         page, path = render(run), Path(out)
@@ -72,7 +74,7 @@ def _of_folder(folder: Path) -> str:
         raise InputError(f"the run in {folder} is damaged ({type(error).__name__}: {reason}): run it again") from error
 
 
-def render(run: Gathered | ChainResult | AnalysisResult | MitigationResult) -> str:
+def render(run: Gathered | Result) -> str:
     """The page as text.
 
     Raises:
@@ -81,10 +83,12 @@ def render(run: Gathered | ChainResult | AnalysisResult | MitigationResult) -> s
     gathered = run if isinstance(run, Gathered) else of_result(run)
     plotly = need("plotly.offline").get_plotlyjs()
     framed = any(has_views(result) for _, result in gathered.chains)
+    framed |= any(len(result.by_token) or result.attention for _, result in gathered.circuits)
     if framed:
         check_version()  # what is wrong with the installation must not look like a damaged chain
     figures: dict[str, str] = {}
     chains = _chains(gathered, figures)
+    circuits = _circuits(gathered, figures)
     claims = _claims(gathered, figures)
     mitigations = _mitigations(gathered, figures)
     texts = {"plotly": plotly, "page": data_of("report.js")}
@@ -92,8 +96,9 @@ def render(run: Gathered | ChainResult | AnalysisResult | MitigationResult) -> s
     template = templates("sinklens.pages").get_template("report.html.j2")
     return template.render(
         frame_style=frame_style() if framed else "",
-        **_head(gathered, chains, claims),
+        **_head(gathered, chains, circuits, claims),
         chains=chains,
+        circuits=circuits,
         claims=claims,
         mitigations=mitigations,
         counted=counted(claims),
@@ -113,16 +118,21 @@ def render(run: Gathered | ChainResult | AnalysisResult | MitigationResult) -> s
     )
 
 
-def _head(gathered: Gathered, chains: list[dict[str, Any]], claims: list[Claim]) -> dict[str, Any]:
+def _head(
+    gathered: Gathered, chains: list[dict[str, Any]], circuits: list[dict[str, Any]], claims: list[Claim]
+) -> dict[str, Any]:
     """What the page is called, and what it has."""
     models = next((values for name, values in facts(gathered) if name == "Model"), [])
     kinds = ["attention-sink chain" if len(chains) == 1 else f"{len(chains)} attention-sink chains"] if chains else []
+    if circuits:
+        kinds.append("circuit" if len(circuits) == 1 else f"{len(circuits)} circuits")
     if claims:
-        kinds.append(claims[0].title if len(claims) == 1 and not chains else f"{len(claims)} analyses")
+        kinds.append(claims[0].title if len(claims) == 1 and not kinds else f"{len(claims)} analyses")
     kinds += ["mitigations"] if gathered.mitigations else []
     if gathered.runs:
         kinds.append(f"{len(gathered.runs)} runs of everything")
-    lines = [chain["subtitle"] for chain in chains] if len(chains) == 1 else []
+    parts = [*chains, *circuits]
+    lines = [part["subtitle"] for part in parts] if len(parts) == 1 else []
     prompts = next((values for name, values in facts(gathered) if name == "Prompts"), [])
     return {
         "title": clip(models[0] if len(models) == 1 else f"{len(models)} models" if models else "A run", 160),
@@ -178,6 +188,21 @@ def _chain(part: Part, result: ChainResult, anchor: str) -> dict[str, Any]:
         "reproduce": reproduce(result),
         **sections(result),
     }
+
+
+def _circuits(gathered: Gathered, figures: dict[str, str]) -> list[dict[str, Any]]:
+    circuits: list[dict[str, Any]] = []
+    for index, (part, result) in enumerate(gathered.circuits, start=1):
+        anchor = "circuit" if index == 1 else f"circuit-{index}"
+
+        def build(part: Part = part, result: Circuit = result, anchor: str = anchor) -> dict[str, Any]:
+            heading = "The circuit" if len(gathered.circuits) == 1 else f"The circuit: {part.name}"
+            return {"id": anchor, "name": part.name, "heading": heading, **of_circuit.sections(result)}
+
+        circuits += _built(gathered, part, build)
+    for found in circuits:
+        figures.update({f"{found['id']}-{name}": text for name, text in found.pop("drawn").items()})
+    return circuits
 
 
 def _claims(gathered: Gathered, figures: dict[str, str]) -> list[Claim]:

@@ -9,9 +9,10 @@ from typing import Any
 from sinklens.analysis.base import AnalysisResult
 from sinklens.analysis.discovery import list_analyses
 from sinklens.chain.result import METRIC, ChainResult
+from sinklens.circuits import Circuit
 from sinklens.formation import Formation
 from sinklens.models.load import REGISTRY
-from sinklens.pages.gather import Gathered, Part, mapping
+from sinklens.pages.gather import Gathered, Part, Result, kind_of, mapping
 from sinklens.pairs.choice import is_natural
 from sinklens.prompts import prompts_text
 from sinklens.records.printable import isolated
@@ -99,7 +100,8 @@ def _distinct(values: Sequence[tuple[str, object]]) -> list[str]:
 
 
 def _formations(gathered: Gathered) -> list[str]:
-    places: list[tuple[str, object]] = [(part.name, _formed(chain.formation)) for part, chain in gathered.chains]
+    formed = [*gathered.chains, *gathered.circuits]
+    places: list[tuple[str, object]] = [(part.name, _formed(result.formation)) for part, result in formed]
     if gathered.formation is not None:
         places.append(("formation", _formed(gathered.formation)))
     for part, item in gathered.analyses:
@@ -122,8 +124,15 @@ def _place(block: object, positions: Sequence[int], neurons: Sequence[int], dims
 
 def _seconds(part: Part) -> float:
     result = part.result
-    seconds = result.engine.get("seconds") if isinstance(result, ChainResult) else result.seconds
-    return float(seconds) if isinstance(seconds, (int, float)) else float("nan")
+    seconds = result.seconds if isinstance(result, AnalysisResult) else result.engine.get("seconds")
+    return total_seconds(seconds)
+
+
+def total_seconds(seconds: object) -> float:
+    """Seconds, also where they are told for every step; NaN where they are not known."""
+    each = list(seconds.values()) if isinstance(seconds, Mapping) else [seconds]
+    known = [float(x) for x in each if isinstance(x, (int, float))]
+    return sum(known) if known else float("nan")
 
 
 def _time(gathered: Gathered) -> str:
@@ -138,7 +147,7 @@ def parts(gathered: Gathered) -> list[list[str]]:
     """A row for every part: name, what it is, prompts, seconds."""
     rows = []
     for part in gathered.parts:
-        kind = "chain" if isinstance(part.result, ChainResult) else part.result.title
+        kind = part.result.title if isinstance(part.result, AnalysisResult) else kind_of(part.result)
         rows.append(
             [part.name, str(kind), _prompts(mapping(part.result.config), {}) or NONE, seconds_text(_seconds(part))]
         )
@@ -189,10 +198,12 @@ def whole_command(gathered: Gathered) -> str:
     return str(record.get("command") or mapping(record.get("config")).get("command") or "")
 
 
-def reproduce(result: ChainResult | AnalysisResult) -> str:
+def reproduce(result: Result) -> str:
     """The command that made a result, or what does the same when it was not made by a command of its own."""
     if result.config.get("command"):
         return str(result.config["command"])
+    if isinstance(result, Circuit):
+        return _circuit_code(result)
     return _chain_code(result) if isinstance(result, ChainResult) else _analysis_command(result)
 
 
@@ -212,7 +223,7 @@ def _bos(config: Mapping[str, Any]) -> str | None:
     return asked if asked in ("always", "never") else None
 
 
-def _setup(result: ChainResult | AnalysisResult) -> str:
+def _setup(result: Result) -> str:
     provenance = result.provenance
     dtype = str(provenance.get("dtype", "float32"))
     return (
@@ -238,6 +249,13 @@ def _chain_code(result: ChainResult) -> str:
     options |= {"readout_blocks": len(config["readout_layers"])} | {name: config[name] for name in names}
     arguments = "".join(f"    {name}={value!r},\n" for name, value in options.items())
     return f"{_setup(result)}result = sl.run_chain(\n    model,\n    batch,\n{arguments})"
+
+
+def _circuit_code(result: Circuit) -> str:
+    config = result.config
+    names = ["target", "share", "steps", "sample", "control_draws", "min_gap", "seed"]
+    arguments = "".join(f"    {name}={config[name]!r},\n" for name in names if name in config)
+    return f"{_setup(result)}circuit = sl.circuit(\n    model,\n    batch,\n{arguments})"
 
 
 def _analysis_command(result: AnalysisResult) -> str:

@@ -69,6 +69,8 @@ def bytes_text(size: float | None) -> str:
 
 def seconds_text(seconds: float) -> str:
     """``seconds``, in minutes and hours where that reads better."""
+    if not math.isfinite(seconds):
+        return NONE
     if seconds < 120:
         return f"{number(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)

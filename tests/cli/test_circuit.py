@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,8 @@ def circuit(folder, *arguments):
 def test_a_folder_is_written(tiny_folder) -> None:
     outcome = circuit(tiny_folder, "--share", "0.6", "--out", "found")
     assert (outcome.code, outcome.err) == (0, "")
-    assert "lost without it" in outcome.out and "Results: found" in outcome.out
+    assert "lost without it" in outcome.out and "Results: found; report: found/report.html" in outcome.out
+    assert 'id="figure-circuit-graph"' in Path("found/report.html").read_text(encoding="utf-8")
     found = Circuit.load("found")
     assert found.config["command"].startswith("sinklens") and found.config["share"] == 0.6
     tests = found.tests.set_index(["what", "ablation"]).effect

@@ -17,6 +17,7 @@ import pytest
 
 from sinklens.pages.page import report
 from tests.helpers.browser import Page, contrast, figures, luminance
+from tests.helpers.made_circuit import made_circuit
 from tests.helpers.made_results import HOSTILE, HOSTILE_FIGURE, LONG, made_analysis, made_result
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
@@ -373,3 +374,69 @@ def test_views_on_a_page_of_their_own_are_safe_too(show, tmp_path):
     assert len(shown.all(".colored-tokens")) == 2 and shown.all("img") == []
     assert shown.run("return window.hacked") is None
     assert shown.driver.get_log("browser") == []
+
+
+@pytest.fixture(scope="module")
+def circuit_page(tmp_path_factory) -> Path:
+    """A circuit alone, with hostile text wherever text can be."""
+    circuit = made_circuit(more=12, tokens=[*HOSTILE, EVIL_NAME, LONG, "end"])
+    for name in ("edges", "contributions", "minimality"):
+        table = getattr(circuit, name)
+        table["branch"] = table["branch"].astype(object)
+    circuit.tests["ablation"] = [EVIL_NAME if x == "zero" else x for x in circuit.tests.ablation]
+    circuit.contributions["sender"] = [LONG if x == "mlp 1" else x for x in circuit.contributions.sender]
+    circuit.config.update(pair=HOSTILE[0], prompts=HOSTILE[1])
+    return report(circuit, tmp_path_factory.mktemp("circuit") / "report.html")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1300, False), (400, True)])
+def test_a_circuit_is_drawn_and_read_at_any_width(show, circuit_page, width, dark):
+    shown = show(circuit_page, width, dark)
+    assert len(shown.all("[data-figure]")) == len(shown.all("[data-figure][data-drawn=yes]")) == 5
+    assert shown.run("return document.documentElement.scrollWidth") <= width
+    graph = "[data-figure=circuit-graph] "
+    names = [item.text for item in shown.all(graph + ".textpoint, " + graph + ".scatterlayer .text text")]
+    assert {"embed", "mlp 0", "super 2", "kv 3.0", "0.1"} <= set(names)
+    places = shown.run(
+        "return [...document.querySelectorAll(arguments[0])].map(e => e.getBoundingClientRect())"
+        ".map(r => [r.x, r.y, r.right, r.bottom])",
+        graph + ".scatterlayer .text text",
+    )
+    assert all(left >= 0 and right <= width for left, _, right, _ in places)
+    blocks = [item.text for item in shown.all(graph + (".ytick text" if width == 400 else ".xtick text"))]
+    assert {"embedding", "block 0", "block 3"} <= set(blocks)
+    ink = shown.run("return getComputedStyle(document.querySelector(arguments[0])).fill", graph + ".text text")
+    assert contrast(ink, shown.run("return getComputedStyle(document.body).backgroundColor")) > 4.5
+    for frame in ("views-circuit-tokens", "views-circuit-attention"):
+        shown.frame(frame)
+        assert shown.run("return window.hacked") is None
+        shown.leave()
+    assert shown.run("return window.hacked") is None and shown.driver.get_log("browser") == []
+    assert shown.run("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_a_click_filters_a_circuit_and_a_button_widens_it(show, circuit_page):
+    shown = show(circuit_page)
+    state = "const f = document.querySelector('[data-figure=circuit-graph]'); return f.data.map(t => arguments[0] ? "
+    state += "t.line && t.line.width : [t.legendgroup, t.visible])"
+    before = shown.run(state, True)
+    (toggle,) = [
+        item
+        for item in shown.all("[data-figure=circuit-graph] .legend .traces")
+        if item.text == "v" or item.get_attribute("textContent").strip() == "v"
+    ]
+    shown.run("arguments[0].scrollIntoView({block: 'center'})", toggle)
+    toggle.find_element("css selector", ".legendtoggle").click()
+    shown.wait(lambda: ["v", "legendonly"] in shown.run(state, False))
+    hidden = [group for group, visible in shown.run(state, False) if visible == "legendonly"]
+    assert set(hidden) == {"v"} and len(hidden) == 13  # all of that input, and no other
+    buttons = shown.all("[data-figure=circuit-graph] .updatemenu-button")
+    assert [button.text for button in buttons] == ["width: denoise", "width: noise"]
+    buttons[1].click()
+    shown.wait(lambda: shown.run(state, True) != before)
+    expected = [None if w is None else 1 + (w - 1) / 2 for w in before]
+    found = shown.run(state, True)
+    close = [
+        abs(a - b) < 0.02 for a, b in zip(found, expected, strict=True) if a is not None and b is not None and b < 6
+    ]
+    assert all(close) and len(close) > 10

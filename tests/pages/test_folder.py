@@ -20,6 +20,7 @@ from sinklens.pages.gather import gather, of_result
 from sinklens.pages.page import report
 from sinklens.pages.run import reproduce
 from sinklens.statistics import Estimate
+from tests.helpers.made_circuit import made_circuit
 from tests.helpers.made_results import made_analysis, made_result, put
 from tests.helpers.parsed import Parsed
 from tests.helpers.tiny import tiny_model
@@ -321,3 +322,24 @@ def test_a_run_with_nothing_to_compare_has_no_such_section(tmp_path):
     put(tmp_path, one=made_result())
     save_agreement(compare({"one": [Said("chain", "sink", "agrees", 1.0)]}), tmp_path)
     assert "Do the runs agree?" not in report(tmp_path).read_text()
+
+
+def test_circuits_stand_behind_chains(tmp_path):
+    """With what they keep in words, their figures, and what is left of one that is not whole."""
+    put(tmp_path, chain=made_result(), onset=made_analysis())
+    made_circuit().save(tmp_path / "circuit")
+    found = gather(tmp_path)
+    assert [part.name for part in found.parts] == ["chain", "circuit", "onset"]
+    text = report(tmp_path).read_text(encoding="utf-8")
+    assert "9 of 400 edges keep 0.930 [0.880, 0.980] of the sink (asked: 0.900)." in text
+    assert "All but these keep 0.040 [−0.010, 0.090], as many random ones 0.100 [0.050, 0.150]." in text
+    for name in ("graph", "graph-narrow", "tests", "pruning", "contributions", "interactions"):
+        assert f'id="figure-circuit-{name}"' in text
+    assert 'id="views-circuit-tokens"' in text and 'id="views-circuit-attention"' in text
+    assert "sl.circuit(" in reproduce(made_circuit())
+    (tmp_path / "circuit" / "circuit.json").unlink()
+    assert told(tmp_path)["circuit"][0] == "unfinished"
+    none = replace(made_circuit(), kept=(), pruning=made_circuit().pruning[:0], attention={})
+    text = report(none, tmp_path / "none.html").read_text(encoding="utf-8")
+    assert 'id="figure-circuit-graph"' not in text and 'id="figure-circuit-tests"' in text
+    assert 'id="verdicts"' not in text
