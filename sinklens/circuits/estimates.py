@@ -3,10 +3,10 @@
     EAP (Syed, Rager and Conmy 2023):        (s_other - s_own) . dM/dx_r,  with x_r what input r hears
     EAP-IG (Hanna, Pezzelle, Belinkov 2024): the same with the gradient averaged on the way between the runs
 
-The way between the two runs is that of what makes the sink: the pair's root edits are put in force little by little (of
-the natural sink, the embedding goes from the other position's to its own). The gradient goes from the metric through
-the whole model to the keys and values of the token, and from these through the token alone, with an input for every
-receiver (:mod:`sinklens.circuits.rewired`).
+The way between the two runs is that of what makes the sink: the pair's root edits are put in force little by little.
+The natural sink has none: there every input goes from what is written at the other position to what is written at its
+own. The gradient goes from the metric through the whole model to the keys and values of the token, and from these
+through the token alone, with an input for every receiver (:mod:`sinklens.circuits.rewired`).
 
 Pitfall: first order only. A super neuron that is silent in one of the runs has hardly a slope there: EAP sees little of
 what makes it fire, which is why the average is taken. Compare the rank correlations with exact edges.
@@ -94,7 +94,8 @@ class Estimator:
     def _token(self, point: float) -> tuple[Token, dict[tuple[int, str], Tensor]]:
         graph, made = self.graph, self.rewiring
         keep, prompts = made.keep(torch.ones(1, len(graph.edges), dtype=torch.bool))
-        wiring = Wiring(keep, torch.zeros_like(self.with_sink.nodes), prompts)
+        natural = self.measure.setting.pair.is_natural
+        wiring = Wiring(keep * point if natural else keep, self.without.nodes, prompts)
         probe: dict[tuple[int, str], Tensor] = {}
         for block in range(graph.last + 1):
             n = {"attn": 0, "mlp": 0}
@@ -104,9 +105,7 @@ class Estimator:
                 if count:
                     size = (len(prompts), count, graph.shape.d_model)
                     probe[block, part] = torch.zeros(size, device=made.device, requires_grad=True)
-        # Of an induced pair both runs embed the same; the natural sink's other position embeds another token.
-        embedded = torch.lerp(self.without.nodes[0], self.with_sink.nodes[0], point)
-        return made(wiring, root=point, embedded=embedded, probe=probe), probe
+        return made(wiring, root=1.0 if natural else point, probe=probe), probe
 
     def _backward(self, token: Token, probe: dict[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:
         """From the metric to the token's keys and values through the model, and from these to what was heard."""

@@ -91,7 +91,6 @@ class Rewiring:
         wiring: Wiring,
         *,
         root: float = 1.0,
-        embedded: Float[Tensor, "row d_model"] | None = None,
         probe: dict[tuple[int, str], Tensor] | None = None,
     ) -> Token:
         """The token of every row.
@@ -99,12 +98,11 @@ class Rewiring:
         Args:
             wiring: which edges are kept.
             root: how far the run's root edits are in force, from 0 to 1.
-            embedded: the residual stream that enters the first block, in place of the run's own.
             probe: added to what the inputs of a block hear, by the keys of :attr:`Token.heard`.
         """
         state = _State(self, wiring, root, probe or {})
         own = self._embedded[wiring.prompts, self.positions[wiring.prompts]]
-        state.write((own if embedded is None else embedded)[:, None])
+        state.write(own[:, None])
         for layer in range(self.graph.last):
             state.block(layer)
         state.attention_inputs(self.graph.last)

@@ -19,16 +19,14 @@ from sinklens.circuits.exact import exact_edges, exact_rows, other_tokens
 from sinklens.circuits.graph import Graph
 from sinklens.circuits.interactions import chosen_nodes, interactions
 from sinklens.circuits.measure import Effects, Measure
-from sinklens.circuits.nodes import Edge
 from sinklens.circuits.parts import Parts
 from sinklens.circuits.prune import Pruner
 from sinklens.circuits.result import Circuit, table
 from sinklens.circuits.rewired import Rewiring
 from sinklens.circuits.tested import Tester
 from sinklens.circuits.verify import Verifier
+from sinklens.circuits.views import attention_of
 from sinklens.circuits.written import written
-from sinklens.engine.capture import capture_runs
-from sinklens.engine.store import Want
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.state import in_usual_state
@@ -40,7 +38,6 @@ from sinklens.readouts.named import NamedReadout
 from sinklens.records.integers import whole_numbers
 from sinklens.records.progress import Progress, progress_of
 from sinklens.records.ranges import MOST_REPEATS, Between, check_number, check_seed
-from sinklens.sites import PATTERN
 from sinklens.stages.base import Setting
 from sinklens.statistics import bootstrap_estimate
 from sinklens.study import Study
@@ -178,7 +175,7 @@ class Search:
             engine={"seconds": self.seconds, **self.measure.cost},
             tokens=list(self.setting.batch.labels[0]),
             by_token=contributions.by_token(),
-            attention=self._attention([edges[e] for e in kept]),
+            attention=attention_of(self.setting, self.graph, [edges[e] for e in kept]),
         )
 
     def _timed(self, what: str, step: Any) -> Any:
@@ -261,25 +258,6 @@ class Search:
             "root_layers": list(setting.pair.root_layers),
             "target_positions": setting.pair.target.single(setting.batch.n).tolist(),
         }
-
-    def _attention(self, kept: Sequence[Edge]) -> dict[str, Tensor]:
-        """Patterns of the first prompt, of the circuit's heads and of those that look at its keys, in every run."""
-        shape, setting = self.graph.shape, self.setting
-        group = shape.n_heads // shape.n_kv_heads
-        heads = {(e.sender.block, e.sender.index) for e in kept if e.sender.kind == "head"}
-        for edge in kept:
-            if edge.branch == "k" and edge.receiver.block in setting.readout_layers:
-                first = edge.receiver.index * group
-                heads |= {(edge.receiver.block, head) for head in range(first, first + group)}
-        found: dict[str, Tensor] = {}
-        for run, roots in setting.pair.runs.items():
-            wants = [Want(run, PATTERN, block) for block in sorted({block for block, _ in heads})]
-            tokens = setting.batch.tokens[:1]
-            store = capture_runs(setting.model, tokens, {run: roots}, wants, max_rows=1)
-            for block, head in sorted(heads):
-                pattern = PATTERN.from_canonical(store.tensor(run, PATTERN, block))[0, head]
-                found[f"{run}/head {block}.{head}"] = pattern.float().cpu().clone()
-        return found
 
 
 def _curve(points: Sequence[tuple[int, float]]) -> pd.DataFrame:
