@@ -102,6 +102,7 @@ def test_the_command_takes_a_group_and_says_what_it_does_not_know(tmp_path: Path
     assert told.exit_code == 2 and GROUP in told.output
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize("name", NAMES)
 def test_a_verdict_is_complete(results: dict[str, AnalysisResult], name: str, tmp_path: Path) -> None:
     result = results[name]
@@ -184,6 +185,7 @@ def test_overmixing_by_hand(here: Study) -> None:
     assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_sinks_against_autograd_on_the_hugging_face_model(backend: Any) -> None:
     """R_GS, Bloat, Compress and Change of every block, from gradients that torch keeps of the other implementation."""
@@ -220,6 +222,15 @@ def test_gradient_sinks_against_autograd_on_the_hugging_face_model(backend: Any)
         assert_close(flow["Bloat", "sink"][i], norm[:, 0] / g1[:, 0].norm(dim=-1), rtol=1e-3, atol=1e-4)
         compress = (total - g1)[:, 0].norm(dim=-1) / norm[:, 0]
         assert_close(flow["Compress", "sink"][i], compress, rtol=1e-3, atol=1e-4)
+
+
+def test_values_of_other_axes_are_refused() -> None:
+    """Latent attention has its heads where positions are elsewhere: an index would pick something all the same."""
+    model = tiny_model("deepseek_v3", "bridge")
+    here = Study(model, from_tokens(model, tiny_tokens(N, LENGTH)), given={"layer": 1, "outlier_dims": (2, 5)})
+    for name in ("gradient_sinks", "implicit_bias", "no_op"):
+        verdict = run_analysis(load_analysis(name), here).findings.verdict
+        assert verdict.outcome == "not measurable" and "attn.hook" in verdict.reason
 
 
 def test_a_gradient_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
