@@ -30,6 +30,7 @@ from torch import Tensor
 import sinklens as sl
 from sinklens import edits, metrics, sites
 from sinklens.attribution.trace import Node, Trace, trace_run
+from sinklens.models.identities import identities
 from sinklens.models.view import has_hook
 from sinklens.sites import ATTN_OUT, LN1_NORMALIZED, RESID_PRE
 
@@ -60,6 +61,8 @@ def run(
     layers = tuple(range(study.shape.n_layers))
     for identity in ("norm_before_attention", "attention_adds"):
         study.require(identity, layers)
+    for site in (sites.V, sites.K):  # a gradient is taken by position: the axes must be what the sites say
+        identities(study.model).check_layout(site.template, layers)
     flow = gradients(study, layers, prompts)
     late = list(study.after_formation(None))
 

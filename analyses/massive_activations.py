@@ -48,9 +48,10 @@ def run(
 ) -> sl.Findings:
     if study.batch.n < 2:
         raise sl.NotApplicableError("a mean over data that has not seen the prompt needs at least two prompts")
+    sinks = study.sinks  # found before anything is read, for a readout cannot run the model
     data, judged = (study.batch.subset(range(first, study.batch.n, 2)) for first in (0, 1))
     found = sl.interventions.find_massive(study.model, data, absolute=absolute, relative=relative)
-    count = counts(study, absolute, relative)  # [layer prompt (sink, others)]
+    count = counts(study, sinks, absolute, relative)  # [layer prompt (sink, others)]
     total = count.sum((0, 2))
     share = study.mean(torch.where(total > 0, count[..., 0].sum(0) / total, torch.nan))
     chance = sl.Estimate(1 / study.batch.length)
@@ -71,13 +72,13 @@ def run(
     return sl.Findings(verdict, table, CAPTION, numbers)
 
 
-def counts(study: sl.Study, absolute: float, relative: float) -> Float[Tensor, "layer prompt token"]:
+def counts(study: sl.Study, sinks: Tensor, absolute: float, relative: float) -> Float[Tensor, "layer prompt token"]:
     """How many there are behind every block, on the sink and elsewhere."""
 
     def count(x: Tensor, rows: sl.Rows) -> Tensor:
         each = metrics.massive_activations(x, absolute, relative).sum(-1).float()
-        ordered = study.sink_first(each, rows.prompts)
-        return torch.stack([ordered[:, 0], ordered[:, 1:].sum(-1)], -1)
+        of_sink = each.take_along_dim(sinks.to(each.device)[rows.prompts][:, None], -1)[:, 0]
+        return torch.stack([of_sink, each.sum(-1) - of_sink], -1)
 
     layers = tuple(range(study.shape.n_layers))
     return study.measure([sl.Readout("massive", sites.RESID_POST, layers, count)])["massive"]

@@ -42,7 +42,8 @@ def report(run: str | Path | Result, out: str | Path | None = None) -> Path:
     """Write the report of a run.
 
     Args:
-        run: a folder that holds a chain, a circuit, an analysis, mitigations, or any number of folders that do; or a result.
+        run: a folder that holds a chain, a circuit, an analysis, mitigations, or any number of folders that do; or a
+            result.
         out: file to write; ``report.html`` in the folder by default. A result that has no folder needs it.
 
     Returns:
