@@ -11,6 +11,7 @@ from sinklens.analysis.discovery import list_analyses
 from sinklens.chain.result import METRIC, ChainResult
 from sinklens.circuits import Circuit
 from sinklens.formation import Formation
+from sinklens.mitigation.result import MitigationResult
 from sinklens.models.load import REGISTRY
 from sinklens.pages.gather import Gathered, Part, Result, kind_of, mapping
 from sinklens.pairs.choice import is_natural
@@ -124,7 +125,8 @@ def _place(block: object, positions: Sequence[int], neurons: Sequence[int], dims
 
 def _seconds(part: Part) -> float:
     result = part.result
-    seconds = result.seconds if isinstance(result, AnalysisResult) else result.engine.get("seconds")
+    timed = isinstance(result, (AnalysisResult, MitigationResult))
+    seconds = result.seconds if timed else result.engine.get("seconds")
     return total_seconds(seconds)
 
 
@@ -198,7 +200,7 @@ def whole_command(gathered: Gathered) -> str:
     return str(record.get("command") or mapping(record.get("config")).get("command") or "")
 
 
-def reproduce(result: Result) -> str:
+def reproduce(result: ChainResult | Circuit | AnalysisResult) -> str:
     """The command that made a result, or what does the same when it was not made by a command of its own."""
     if result.config.get("command"):
         return str(result.config["command"])

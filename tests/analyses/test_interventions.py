@@ -14,6 +14,7 @@ import sinklens as sl
 from sinklens.analysis.run import load_analysis
 from sinklens.analysis.tables import tidy
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
+from sinklens.statistics import estimate_text
 from tests.helpers.one_at_a_time import cache_of
 from tests.helpers.planted import planted_model, planted_twice
 from tests.helpers.planted import prompts as planted_prompts

@@ -149,7 +149,7 @@ def test_a_sweep_of_long_prompts_has_no_pattern_of_whole_prompts() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gptj"])
 def test_without_a_look_at_a_pattern_none_is_computed(family: str, backend: str, monkeypatch) -> None:
     model = kept_model(family, backend)
-    patches = [Patch(sites.RESID_PRE, (1,), (position,), edits.Constant(0.0)) for position in (2, 4)]
+    patches = [Patch(sites.RESID_PRE, (1,), (position,), edits.Constant()) for position in (2, 4)]
     wanted = [
         readouts.vector_readout("norm", sites.RESID_POST, (3,), ((4,), (8,), (5,)), N, lambda x, _: x.norm(dim=-1))
     ]
