@@ -40,11 +40,15 @@ from sinklens.cli.common import (
     fail,
     given_events,
     load,
+    progress,
     results_line,
     write_report,
 )
 from sinklens.cli.words import in_own_words
 from sinklens.records.ranges import names, shown
+
+MITIGATIONS = "mitigations"
+"""What `--with` calls them, and their folder."""
 
 
 def everything(
@@ -63,7 +67,8 @@ def everything(
     with_: Annotated[
         list[str] | None,
         typer.Option(
-            "--with", help="A group of further analyses (other-sinks), or a .py file with one of yours; repeatable."
+            "--with",
+            help="Further analyses (other-sinks), mitigations, or a .py file with an analysis of yours; repeatable.",
         ),
     ] = None,
     device: DeviceOption = "auto",
@@ -88,7 +93,9 @@ def everything(
         if which == ALL and replicate is not None:
             fail("give --event all or --replicate, one of the two")
         chosen = () if only is None else names("--only", only)
-        analyses = _own(with_ or [])
+        analyses, mitigated = _own(with_ or [])
+        if mitigated and (which == ALL or replicate is not None):
+            fail("--with mitigations goes with one event and one set of prompts: leave out --event all or --replicate")
         allowed = budget(memory_budget)
         run_everything(
             lambda step: load(
@@ -109,6 +116,7 @@ def everything(
             target=target,
             only=chosen,
             analyses=analyses,
+            mitigated=mitigated,
             seed=seed,
             memory_budget=allowed,
             given=given,
@@ -118,21 +126,25 @@ def everything(
         )
 
 
-def _own(given: list[str]) -> list[Any]:
-    """The analyses of groups and of the user's files, read before anything is loaded."""
+def _own(given: list[str]) -> tuple[list[Any], bool]:
+    """The analyses of groups and of files, read before anything is loaded; and whether there are mitigations."""
     if not given:
-        return []
+        return [], False
     from sinklens.analysis.discovery import list_analyses, list_groups
     from sinklens.analysis.run import load_analysis
     from sinklens.analysis.suite import CHAIN, FORMATION, further
 
     groups, names = list_groups(), []
-    for word in dict.fromkeys(name for each in given for name in ([each] if each.endswith(".py") else each.split(","))):
+    words = dict.fromkeys(name for each in given for name in ([each] if each.endswith(".py") else each.split(",")))
+    for word in words:
+        if word == MITIGATIONS:
+            continue
         if word not in groups and not word.endswith(".py"):
-            fail(f"--with {shown(word)} must be a group ({', '.join(groups)}), or a .py file with an analysis")
+            known = ", ".join([*groups, MITIGATIONS])
+            fail(f"--with {shown(word)} must be a group ({known}), or a .py file with an analysis")
         names += list(list_analyses(group=word)) if word in groups else [word]
     analyses = [load_analysis(name) for name in names]
-    return list(further(analyses, [FORMATION, CHAIN, *list_analyses()]).values())
+    return list(further(analyses, [FORMATION, CHAIN, *list_analyses(), MITIGATIONS]).values()), MITIGATIONS in words
 
 
 def run_everything(
@@ -142,6 +154,7 @@ def run_everything(
     target: int,
     only: tuple[str, ...],
     analyses: Sequence[Any] = (),
+    mitigated: bool = False,
     seed: int,
     memory_budget: int | None,
     given: dict[str, Any],
@@ -179,6 +192,8 @@ def run_everything(
             runs = _run_several(study, several, out, display, options)
     _print_all(runs, as_json, several)
     sys.stdout.flush()
+    if mitigated:
+        _mitigate(study, out)
     if kind is None:
         write_report(out)  # which nobody has to wait for to see the result
     if not as_json:
@@ -188,6 +203,16 @@ def run_everything(
         parts = "1 part" if len(failed) == 1 else f"{len(failed)} parts"
         typer.echo(f"sinklens: {parts} failed: {', '.join(failed)}", err=True)
         raise typer.Exit(1)
+
+
+def _mitigate(study: Any, out: Path) -> None:
+    """What takes the sink away, and what that costs, in a folder beside the analyses."""
+    from sinklens.cli.mitigate import mitigate_into
+
+    with progress() as (step, rows):
+        reason = mitigate_into(out / MITIGATIONS, study, step, rows)
+    if reason:
+        typer.echo(f"sinklens: note: {MITIGATIONS} are left out: {in_own_words(reason)}", err=True)
 
 
 @dataclass(frozen=True)

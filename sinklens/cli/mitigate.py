@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,6 +34,9 @@ from sinklens.cli.common import (
     write_report,
 )
 from sinklens.records.ranges import names
+
+if TYPE_CHECKING:
+    from sinklens.study import Study
 
 
 def mitigate(
@@ -92,6 +96,34 @@ def mitigate(
         result.config["command"] = command_line()
         result.save(out, force=force)
         _print(result, out, as_json)
+
+
+def mitigate_into(out: Path, study: Study, step: Callable[[str], None], rows: Callable[[int, int], None]) -> str:
+    """Mitigations of a study's model and prompts in a folder; those are kept that it has of the same ones already.
+
+    Returns:
+        Why there are none; empty where there are.
+    """
+    from sinklens.errors import InputError, NoSinkError, NotApplicableError
+    from sinklens.mitigation.result import MitigationResult
+    from sinklens.mitigation.run import mitigate as run
+    from sinklens.study import provenance
+
+    of = {"seed": study.seed, "all_prompts": study.batch.digest()}  # what is measured is a part of them
+    model = {**provenance(study.model, study.batch), "prompts_digest": None}
+    try:
+        earlier = MitigationResult.load(out)
+        if earlier.provenance | {"prompts_digest": None} == model and of.items() <= earlier.config.items():
+            return ""
+    except InputError:
+        pass  # there are none, or they are damaged
+    try:
+        result = run(study.model, study.batch, seed=study.seed, progress=rows, step=step)
+    except (NoSinkError, NotApplicableError) as error:
+        return str(error)
+    result.config.update(of, command=command_line())
+    result.save(out, force=True)
+    return ""
 
 
 def _print(result, out: Path, as_json: bool) -> None:  # noqa: ANN001  (imported with torch)

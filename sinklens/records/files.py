@@ -17,7 +17,16 @@ from typing import Any
 from sinklens.errors import InputError, WriteError
 from sinklens.records.plain import to_plain
 
-RUN_FILES = ("chain.json", "summary.json", "run.json", "replicate.json", "events.json", "compare.json", "circuit.json")
+RUN_FILES = (
+    "chain.json",
+    "summary.json",
+    "run.json",
+    "replicate.json",
+    "events.json",
+    "compare.json",
+    "circuit.json",
+    "mitigation.json",
+)
 """A folder that holds one of these was written by sinklens, and may be replaced when the user says so."""
 _HERE = f".{socket.gethostname()}-"
 """How the temporary names of this machine's processes begin."""

@@ -56,3 +56,29 @@ def test_bad_input_is_one_sentence(planted: Path, arguments: list[str], words: s
     done = invoke("mitigate", *arguments, "--out", "out")
     assert done.code == 2 and words in done.err
     assert not (planted / "out").exists()
+
+
+def test_all_takes_them_with_it_and_keeps_them(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sinklens.cli.mitigate import load
+    from sinklens.mitigation.run import mitigate
+
+    monkeypatch.setattr("sinklens.cli.all.load", lambda _step, **options: load(**options))
+    arguments = ["all", "--only", "formation", "--with", "mitigations", "--n", "6", "--target", "4", "--out", "out"]
+    done = invoke(*arguments)
+    assert done.code == 0, done.err
+    found = planted / "out" / "mitigations"
+    assert (found / "mitigation.json").is_file()
+    assert "massive-zero" in (planted / "out" / "report.html").read_text()
+    before = (found / "mitigation.json").read_bytes()
+    monkeypatch.setattr("sinklens.mitigation.run.mitigate", lambda *_, **__: pytest.fail("they were there"))
+    assert invoke(*arguments).code == 0
+    assert (found / "mitigation.json").read_bytes() == before
+    monkeypatch.setattr("sinklens.mitigation.run.mitigate", mitigate)
+    done = invoke(*arguments, "--seed", "1")
+    assert done.code == 0 and (found / "mitigation.json").read_bytes() != before, done.err
+
+
+def test_all_has_mitigations_of_one_run_alone(planted: Path) -> None:
+    done = invoke("all", "--with", "mitigations", "--event", "all", "--out", "out")
+    assert done.code == 2 and "one event and one set of prompts" in done.err
+    assert not (planted / "out").exists()
