@@ -17,7 +17,7 @@ from sinklens.analysis.run import load_analysis, run_analysis
 from sinklens.prompts import from_tokens, natural
 from sinklens.study import Study
 from tests.helpers.pages import README, blocks, headings, links, readmes, table
-from tests.helpers.readme import END_OTHERS, GROUP, HEAD, ORDER, OTHERS, with_table
+from tests.helpers.readme import CIRCUITS, GROUP, HEAD, ORDER, marks, with_table
 from tests.helpers.readme import README as RESULTS
 from tests.helpers.readme import table as results_of
 from tests.helpers.references import ROOT
@@ -65,8 +65,9 @@ def test_the_first_page_is_short():
 def test_every_analysis_has_its_row(rows):
     assert set(rows) == set(list_analyses())
     assert [name for name in ORDER if name in rows] == list(rows)
-    others = table(results_of(RESULTS.read_text(encoding="utf-8"), OTHERS, END_OTHERS), HEAD)
-    assert list(others) == list(list_analyses(group=GROUP))
+    for group in (GROUP, CIRCUITS):
+        others = table(results_of(RESULTS.read_text(encoding="utf-8"), *marks(group)), HEAD)
+        assert list(others) == list(list_analyses(group=group))
 
 
 def test_the_survey_s_map_names_every_analysis_of_other_sinks():

@@ -15,7 +15,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from sinklens.analysis.capabilities import Capabilities, Capability, capabilities, grouped, parts
+from sinklens.analysis.capabilities import Capabilities, Capability, capabilities, parts
+from sinklens.analysis.discovery import list_analyses, list_groups
 from sinklens.models.families import FAMILIES
 from sinklens.models.fidelity import Fidelity, fidelity
 
@@ -49,10 +50,8 @@ RUNS = """## What runs
 Every stage of the chain and every analysis, on the model as `load_model` loads it, of the families that it was tried
 on last.
 """
-OTHERS = """## The other sinks
-
-The analyses that `sinklens all --with other-sinks` adds.
-"""
+TITLES = {"other-sinks": "The other sinks", "circuits": "Circuits"}
+"""Of the sections of groups of analyses."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ def page(found: Sequence[Measured]) -> str:
     newest = {item.family: item for item in tried}
     first = list({item.family: item for item in reversed(tried)}.values())[::-1]
     sections = [NEAR + "\n" + _near(found, families), HOLDS + "\n" + _holds(found), RUNS + "\n" + markdown(first)]
-    for title, names in (("", parts()), (OTHERS, grouped())):
+    groups = [(_head(group), list(list_analyses(group=group))) for group in list_groups()]
+    for title, names in [("", parts()), *groups]:
         known = [item for item in first if set(names) & {one.part for one in _tried(item).found}]
         if title and known:
             sections.append(title + "\n" + markdown(known, names))
@@ -102,6 +102,10 @@ def page(found: Sequence[Measured]) -> str:
             where = f"### With transformer-lens {changed[0].version}\n\nWhere it is not the same:\n\n"
             sections.append(where + markdown(changed, names))
     return HEAD + "\n" + "\n\n".join(sections)
+
+
+def _head(group: str) -> str:
+    return f"## {TITLES.get(group, group)}\n\nThe analyses that `sinklens all --with {group}` adds.\n"
 
 
 def _cells(item: Measured, names: Sequence[str]) -> list[tuple[bool, str]]:

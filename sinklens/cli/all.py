@@ -68,7 +68,7 @@ def everything(
         list[str] | None,
         typer.Option(
             "--with",
-            help="Further analyses (other-sinks), mitigations, or a .py file with an analysis of yours; repeatable.",
+            help="Further analyses (other-sinks, circuits), mitigations, or a .py file with an analysis; repeatable.",
         ),
     ] = None,
     device: DeviceOption = "auto",

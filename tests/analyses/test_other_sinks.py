@@ -87,7 +87,7 @@ def unseen(act: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
 
 
 def test_they_run_when_they_are_asked_for() -> None:
-    assert list_groups() == (GROUP,)
+    assert GROUP in list_groups()
     assert {"no_op", "streaming", "gradient_sinks", "value_drain"} <= set(NAMES)
     assert not set(NAMES) & set(list_analyses())
     assert set(NAMES) < set(list_analyses(alone=True))

@@ -12,9 +12,15 @@ from sinklens.statistics import Estimate, interval_text
 README = folder() / "README.md"
 BEGIN, END = "<!-- results: python -m tests.helpers.readme runs/all -->", "<!-- end of results -->"
 """What stands above the table and below it."""
-GROUP = "other-sinks"
-OTHERS, END_OTHERS = f"<!-- {GROUP}: python -m tests.helpers.readme runs/all -->", "<!-- end of other-sinks -->"
-"""The same of the analyses of a group."""
+
+
+def marks(group: str) -> tuple[str, str]:
+    """The same of the analyses of a group."""
+    return f"<!-- {group}: python -m tests.helpers.readme runs/all -->", f"<!-- end of {group} -->"
+
+
+GROUP, CIRCUITS = "other-sinks", "circuits"
+OTHERS, END_OTHERS = marks(GROUP)
 ORDER = (
     "onset",
     "variance_decay",
@@ -74,6 +80,7 @@ def with_table(readme: str, new: str, begin: str = BEGIN, end: str = END) -> str
 if __name__ == "__main__":
     runs = Path(sys.argv[1])
     page = with_table(README.read_text(encoding="utf-8"), results(runs))
-    if all((runs / name).is_dir() for name in list_analyses(group=GROUP)):
-        page = with_table(page, results(runs, GROUP), OTHERS, END_OTHERS)
+    for group in (GROUP, CIRCUITS):
+        if all((runs / name).is_dir() for name in list_analyses(group=group)):
+            page = with_table(page, results(runs, group), *marks(group))
     README.write_text(page, encoding="utf-8")
