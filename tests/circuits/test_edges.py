@@ -11,8 +11,7 @@ from sinklens.circuits.exact import exact_edges
 from sinklens.circuits.paths import together
 from sinklens.edits import Transplant
 from sinklens.sites import K, V
-from tests.circuits.test_exact import hears, received, writes
-from tests.helpers.circuits import root_hooks
+from tests.helpers.circuits import hears, received, root_hooks, writes
 from tests.helpers.settings import setting_for
 from tests.helpers.tiny import tiny_model
 

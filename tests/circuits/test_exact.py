@@ -9,61 +9,11 @@ import torch
 from sinklens.circuits.exact import exact_edges, exact_paths
 from sinklens.circuits.nodes import Edge
 from sinklens.errors import InputError
-from tests.helpers.circuits import made_for, root_hooks
+from tests.helpers.circuits import hears, made_for, received, root_hooks, writes
 from tests.helpers.settings import TARGET
 from tests.helpers.tiny import slow_but, tiny_model
 
 HOOKED = ("llama", "gpt2", "gpt_neox", "qwen3", "gemma2")
-
-
-def received(model, tokens, hooks, layers=(2, 3)):
-    """The metric, written down: what later queries give the target, over heads and blocks."""
-    kept = {}
-
-    def keep(pattern, hook):
-        kept[hook.name] = pattern
-
-    names = [(f"blocks.{layer}.attn.hook_pattern", keep) for layer in layers]
-    with torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=[*hooks, *names])
-    return torch.stack([kept[name][:, :, TARGET + 1 :, TARGET].mean((1, 2)) for name, _ in names]).mean(0)
-
-
-def writes(model, tokens, hooks, node, neurons):
-    """What a node writes at the target, from a cache of TransformerLens."""
-    kept = {}
-    block = max(node.block, 0)
-    names = ["hook_resid_pre", "attn.hook_z", "hook_mlp_out", "mlp.hook_post"]
-
-    def keep_as(name):
-        return lambda x, hook: kept.__setitem__(name, x[:, TARGET])  # noqa: ARG005
-
-    keep = [(f"blocks.{block}.{name}", keep_as(name)) for name in names]
-    with torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=[*hooks, *keep])
-    some = kept["mlp.hook_post"][:, neurons] @ model.blocks[block].mlp.W_out[neurons]
-    if node.kind == "embed":
-        return kept["hook_resid_pre"]
-    if node.kind == "head":
-        return kept["attn.hook_z"][:, node.index] @ model.blocks[block].attn.W_O[node.index]
-    if node.kind == "super":
-        return some
-    return kept["hook_mlp_out"] - (some if block == 1 else 0)
-
-
-def hears(branch, receiver, more):
-    """TransformerLens's own inputs of heads and MLPs, to which the difference is added."""
-    name = "hook_mlp_in" if branch == "in" else f"hook_{branch}_input"
-
-    def add(x, hook):  # noqa: ARG001
-        x = x.clone()
-        if branch == "in":
-            x[:, TARGET] += more
-        else:
-            x[:, TARGET, receiver.index] += more
-        return x
-
-    return [(f"blocks.{receiver.block}.{name}", add)]
 
 
 def some_edges(made, per_branch=4):
