@@ -134,9 +134,9 @@ class Attention(nn.Module):
         return torch.einsum("bphe,hed->bpd", z, self.W_O)
 
     def _projected(self, x: Float[Tensor, "batch pos d_model"]) -> list[Tensor]:
-        """Queries, keys and values; in training by one product, in which a GPU reads ``x`` once."""
+        """Queries, keys and values; in training on a GPU by one product, which reads ``x`` once."""
         weights = [self.W_Q, self._kv("W_K"), self._kv("W_V")]
-        if not self.training:
+        if not (self.training and x.is_cuda):
             return [torch.einsum("bpd,hde->bphe", x, weight) for weight in weights]
         return list(torch.einsum("bpd,hde->bphe", x, torch.cat(weights)).split([len(one) for one in weights], 2))
 
@@ -165,8 +165,10 @@ class Attention(nn.Module):
         q, k, v = (one.transpose(1, 2) for one in (q, k, v))
         if slot is not None:
             q, k, v = self._with_slot(q, k, v, slot)
-        # cuDNN's gradients of views are wrong in a compiled model (torch 2.11), and a compiler copies for nothing
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        if (
+            q.is_cuda
+        ):  # cuDNN's gradients of views are wrong in a compiled model (torch 2.11); a compiler copies for nothing
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         mask = self._mask(q.shape[2], slot, q.device) if overrides(self.variant, "seen") else None
         scale = 1 / self.attn_scale
         z = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale).transpose(1, 2)
@@ -241,7 +243,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP writes."""
-        if self.training:  # one product, as in attention
+        if self.training and x.is_cuda:  # one product, as in attention
             pre, linear = (x @ torch.cat([self.W_gate, self.W_in], 1)).chunk(2, -1)
         else:
             pre, linear = x @ self.W_gate, x @ self.W_in

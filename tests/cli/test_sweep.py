@@ -79,7 +79,7 @@ def test_another_sweep_in_the_folder(sweep: Any, here: Path) -> None:
         (["--positions", "3:"], ["positions '3:' is not a range"]),
         (["--readout-layers", "top"], ["--readout-layers 'top' is not a range"]),
         (["--edits", "swap"], ["edit 'swap' is not known"]),
-        (["--readouts", "kl"], ["readout 'kl' is not known"]),
+        (["--readouts", "kld"], ["readout 'kld' is not known"]),
         (["--directions", "up"], ["direction 'up': choose denoise or noise"]),
         (["--directions", "denoise", "--target", "natural"], ["can only be noised"]),
         (["--target", "15"], ["target 15 must be in 1..14"]),

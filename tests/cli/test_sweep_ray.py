@@ -25,10 +25,10 @@ pytestmark = pytest.mark.slow
         (["--engine", "ray"], ["engine ray needs workers"]),
         (["--workers", "2"], ["workers is for engine ray, and this is local"]),
         (["--engine", "ray", "--workers", "0"], ["workers 0 must be at least 1"]),
-        (["--engine", "ray", "--workers", "1", "--threads-per-worker", "0"], ["threads_per_worker 0 must be"]),
+        (["--engine", "ray", "--workers", "1", "--threads-per-worker", "0"], ["threads-per-worker 0 must be"]),
         (
             ["--engine", "ray", "--workers", "1", "--gpus-per-worker", "1.5"],
-            ["gpus_per_worker 1.5 must be from"],
+            ["gpus-per-worker 1.5 must be from"],
         ),
         (
             ["--engine", "ray", "--workers", "1", "--gpus-per-worker", "nan"],

@@ -235,7 +235,7 @@ def test_a_worker_keeps_to_its_group() -> None:
 
 def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(InputError, match="2 workers with gpus_per_worker 1 do not fit on the 0 GPUs of this machine"):
+    with pytest.raises(InputError, match="2 workers with gpus_per_worker=1 do not fit on the 0 GPUs of this machine"):
         cluster_of("ray", 2, 1.0)
     check_gpus(Cluster(4, 0.5), 2, "here")
     check_gpus(Cluster(10, 0.1), 1, "here")
