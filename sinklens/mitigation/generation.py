@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from sinklens.errors import InputError
 from sinklens.interventions import Hooks
 from sinklens.models.state import in_usual_state
-from sinklens.models.view import Model, device_of, forward, hooked, model_shape, tokenizer_of
+from sinklens.models.view import Model, device_of, forward, generation_of, hooked, model_shape, tokenizer_of
 
 
 @in_usual_state
@@ -21,7 +19,7 @@ def continued(model: Model, tokens: Int[Tensor, " pos"], hooks: Hooks, n: int) -
     Otherwise each is said by a pass over all that came before: where positions are learned (TransformerLens 3.9 gets
     these wrong), in decoders of the lab, with caches that keep a sliding window alone.
     """
-    generate: Any = getattr(model, "generate", None)
+    generate = generation_of(model)
     if generate is not None and model_shape(model).rotary:
         options = {"do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
         try:

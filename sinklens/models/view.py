@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
@@ -588,3 +588,8 @@ def bos_token(model: Model) -> int | None:
 def prepends_bos(model: Model) -> bool:
     """Whether the tokenizer, left to itself, puts a beginning-of-sequence token in front of a text."""
     return bool(getattr(_inside(model).cfg, "tokenizer_prepends_bos", False))
+
+
+def generation_of(model: Model) -> Callable[..., Tensor] | None:
+    """The model's own generation, with a key-value cache; None where it has none, as a decoder of the lab."""
+    return None if is_decoder(model) else getattr(model, "generate", None)

@@ -120,7 +120,8 @@ def test_attention_is_that_of_a_reference_in_float64(case: str) -> None:
 
 
 def test_every_variant_is_among_the_cases() -> None:
-    assert {variant for variant, _ in CASES.values()} == set(REGISTRY)
+    own = {name for name, kind in REGISTRY.items() if kind.__module__.startswith("sinklens.")}  # other tests add theirs
+    assert {variant for variant, _ in CASES.values()} == own
 
 
 # --- What holds for all ----------------------------------------------------------------------------------------------
