@@ -97,6 +97,8 @@ def test_every_cell_is_what_one_patch_at_a_time_gives(tiny_llama: Any, data: st.
         options["edits"] = ["transplant"]  # a residual stream that is all zeros has none
     if options["units"] == "heads" and not any(site in ("q", "k", "v", "z", "pattern") for site in options["stages"]):
         options["units"] = None
+    if options["units"] == "0,2" and {"k", "v"} & set(options["stages"]):
+        options["units"] = "0,1"  # of key/value heads there are two
     result = sl.sweep(tiny_llama, batch, **options, **COMMON)
     pair = natural_pair(batch, FORMATION) if natural else induced_pair(tiny_llama, batch, FORMATION, TARGET)
     rows = st.lists(st.integers(0, len(result.table) - 1), min_size=1, max_size=6)
