@@ -77,7 +77,9 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert files | analyses <= names
     others = {name for name in names - files - analyses if not name.split("/")[0].endswith(".dist-info")}
     assert {name for name in others if not name.startswith("sinklens/analyses/")} == set()
-    assert not [name for name in names if "test" in name or "benchmark" in name or name.endswith(".pyc")]
+    parts = {part for name in names for part in name.split("/")}
+    assert not [part for part in parts if part.startswith(("test_", "benchmark")) or part in ("tests", "conftest.py")]
+    assert not [part for part in parts if part.endswith(".pyc")]
 
 
 def test_it_is_the_wheel_that_is_run(run: Run, installed: Path) -> None:

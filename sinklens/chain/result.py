@@ -8,22 +8,20 @@ pair itself moves the metric by less than ``min_gap`` cannot be divided by: it i
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sinklens.errors import InputError
 from sinklens.formation import Formation, formation_from_json, formation_to_json
 from sinklens.formation.found import frame_of
-from sinklens.records.files import atomic_folder, write_json
+from sinklens.records.files import atomic_folder, write_json, write_tensors
 from sinklens.records.plain import check_kinds, to_plain
 from sinklens.records.summaries import html, some, summary
 from sinklens.stages.base import experiment_kind
@@ -124,9 +122,9 @@ class ChainResult:
             write_json(folder / "chain.json", self.to_json())
             self.scores.to_parquet(folder / "scores.parquet", index=False)
             self.effects.to_parquet(folder / "effects.parquet", index=False)
-            _save_tensors(self.attention, folder / "attention.safetensors")
+            write_tensors(folder / "attention.safetensors", self.attention)
             of_tokens = {f"{name}/{run}": x for name in OF_TOKENS for run, x in getattr(self, name).items()}
-            _save_tensors(of_tokens, folder / "tokens.safetensors")
+            write_tensors(folder / "tokens.safetensors", of_tokens)
         return Path(out)
 
     @classmethod
@@ -179,14 +177,6 @@ def _check(result: ChainResult) -> None:
     missing = {*SCORE_KEYS, "effect"} - set(result.scores.columns)
     if missing:
         raise KeyError(f"the scores have no column {min(missing)}")
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # what it makes of an OSError
-        raise OSError(" ".join(str(error).split())) from error
-    os.chmod(path, 0o644)  # safetensors makes it private
 
 
 def _of_tokens(path: Path) -> dict[str, dict[str, Tensor]]:

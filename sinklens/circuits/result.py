@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sinklens.circuits.nodes import Edge, Node
 from sinklens.errors import InputError
 from sinklens.formation import Formation, formation_from_json, formation_to_json
-from sinklens.records.files import atomic_folder, write_json
+from sinklens.records.files import atomic_folder, write_json, write_tensors
 from sinklens.records.plain import check_kinds
 from sinklens.records.summaries import html, some, summary
 
@@ -121,8 +121,7 @@ class Circuit:
             write_json(folder / "circuit.json", record)
             for name in COLUMNS:
                 getattr(self, name).to_parquet(folder / f"{name}.parquet", index=False)
-            save_file({name: x.contiguous() for name, x in self.attention.items()}, folder / "attention.safetensors")
-            (folder / "attention.safetensors").chmod(0o644)  # safetensors makes it private
+            write_tensors(folder / "attention.safetensors", self.attention)
         return Path(out)
 
     @classmethod

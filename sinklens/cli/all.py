@@ -40,6 +40,7 @@ from sinklens.cli.common import (
     fail,
     given_events,
     load,
+    note,
     progress,
     results_line,
     write_report,
@@ -212,7 +213,7 @@ def _mitigate(study: Any, out: Path) -> None:
     with progress() as (step, rows):
         reason = mitigate_into(out / MITIGATIONS, study, step, rows)
     if reason:
-        typer.echo(f"sinklens: note: {MITIGATIONS} are left out: {in_own_words(reason)}", err=True)
+        note(f"{MITIGATIONS} are left out: {reason}")
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def _several(study: Any, sizes: tuple[int, int] | None, step: Callable[[str], No
     step("looking for the formation events")
     several = of_events(study)
     for name, reason in several.left_out.items():
-        typer.echo(f"sinklens: note: {name} is left out: {in_own_words(reason)}", err=True)
+        note(f"{name} is left out: {reason}")
     return several
 
 

@@ -44,12 +44,11 @@ from sinklens.cli.common import (
     given_events,
     left_out,
     load,
+    note,
     progress,
-    results_line,
     targets_of,
-    write_report,
+    write_pages,
 )
-from sinklens.cli.words import in_own_words
 from sinklens.records.ranges import MOST_REPEATS, integers
 
 
@@ -158,7 +157,7 @@ def chain(
                 run = _all_events if which == ALL else _one_event
                 chains, told = run(loaded, batch, given, options, out, force, step), None
         _print_chains(chains, as_json, told)
-        _report(chains, out, as_json)
+        write_pages([chain.out for chain in chains], as_json, besides=[out])
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ def _all_events(
             errors.append(error)
             measurable = not isinstance(error, (NoSinkError, NotApplicableError))
             parts[name] = Part(name, "failed" if measurable else "not measurable", str(error))
-            typer.echo(f"sinklens: note: event {event} is left out: {in_own_words(str(error))}", err=True)
+            note(f"event {event} is left out: {error}")
     if not results:
         raise errors[0]
     with atomic_folder(out, force=force) as folder:
@@ -324,17 +323,3 @@ def _print_chains(chains: list[_Chain], as_json: bool, agreement: str | None = N
             screen.print(line, markup=False)
     if agreement is not None:
         screen.print(agreement, markup=False, soft_wrap=True)
-
-
-def _report(chains: list[_Chain], out: Path, as_json: bool) -> None:
-    """Write the pages, which nobody has to wait for to see the result: of the folder, and of every chain in it."""
-    from sinklens.cli.tables import console
-
-    sys.stdout.flush()
-    with progress() as (step, _):
-        step("writing the report")
-        folders = dict.fromkeys([out, *(chain.out for chain in chains)])
-        pages = {folder: write_report(folder) for folder in folders}
-    if not as_json:
-        for chain in chains:
-            console().print(results_line(chain.out, pages[chain.out]), markup=False, soft_wrap=True)

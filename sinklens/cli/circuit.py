@@ -38,9 +38,8 @@ from sinklens.cli.common import (
     given_formation,
     load,
     progress,
-    results_line,
     targets_of,
-    write_report,
+    write_pages,
 )
 from sinklens.records.ranges import MOST_REPEATS
 
@@ -127,7 +126,7 @@ def circuit(
         found.config["command"] = command_line()
         found.save(out, force=force)
         _print(found, out, as_json)
-        _report(out, as_json)
+        write_pages([out], as_json)
 
 
 def _print(found: Any, out: Path, as_json: bool) -> None:
@@ -142,15 +141,3 @@ def _print(found: Any, out: Path, as_json: bool) -> None:
     show(screen, circuit_table(found))
     for line in circuit_footer(found):
         screen.print(line, markup=False)
-
-
-def _report(out: Path, as_json: bool) -> None:
-    """Write the page, which nobody has to wait for to see the result."""
-    from sinklens.cli.tables import console
-
-    sys.stdout.flush()
-    with progress() as (step, _):
-        step("writing the report")
-        page = write_report(out)
-    if not as_json:
-        console().print(results_line(out, page), markup=False, soft_wrap=True)

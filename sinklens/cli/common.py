@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -341,7 +341,7 @@ def _remarks() -> Iterator[None]:
     def say(message: str) -> None:
         if message not in said:  # once, wherever it comes from
             said.add(message)
-            typer.echo(f"sinklens: note: {in_own_words(message)}", err=True)
+            note(message)
 
     def ours(message: Any, category: Any, filename: str, *rest: Any) -> None:
         if filename.startswith(here):
@@ -406,11 +406,33 @@ def results_line(out: Path, page: Path | None) -> str:
     return f"Results: {out}" + (f"; report: {page}" if page else "")
 
 
+def write_pages(folders: Iterable[Path], as_json: bool, *, besides: Iterable[Path] = ()) -> None:
+    """Write the pages of finished runs, which nobody has to wait for to see the results, and say where they are.
+
+    Those of ``besides`` come first, and are not told of.
+    """
+    from sinklens.cli.tables import console
+
+    sys.stdout.flush()
+    told = tuple(folders)
+    with progress() as (step, _):
+        step("writing the report")
+        pages = {folder: write_report(folder) for folder in dict.fromkeys([*besides, *told])}
+    if not as_json:
+        for folder in told:
+            console().print(results_line(folder, pages[folder]), markup=False, soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """Tell the user something besides the results, in the command line's words."""
+    typer.echo(f"sinklens: note: {in_own_words(message)}", err=True)
+
+
 def left_out(suite: SuiteResult) -> None:
     """Name the sets of prompts that could not be scored; ends the command with the first's reason when none could."""
     lost = [part for part in suite.parts.values() if part.status != "done"]
     for part in lost:
-        typer.echo(f"sinklens: note: {part.name} is left out: {in_own_words(part.reason)}", err=True)
+        note(f"{part.name} is left out: {part.reason}")
     if len(lost) == len(suite.parts):
         fail(in_own_words(lost[0].reason))
 

@@ -29,9 +29,9 @@ from sinklens.cli.common import (
     errors,
     fail,
     load,
+    note,
     progress,
-    results_line,
-    write_report,
+    write_pages,
 )
 from sinklens.records.ranges import names
 
@@ -96,6 +96,7 @@ def mitigate(
         result.config["command"] = command_line()
         result.save(out, force=force)
         _print(result, out, as_json)
+        write_pages([out], as_json)
 
 
 def mitigate_into(out: Path, study: Study, step: Callable[[str], None], rows: Callable[[int, int], None]) -> str:
@@ -107,10 +108,9 @@ def mitigate_into(out: Path, study: Study, step: Callable[[str], None], rows: Ca
     from sinklens.errors import InputError, NoSinkError, NotApplicableError
     from sinklens.mitigation.result import MitigationResult
     from sinklens.mitigation.run import mitigate as run
-    from sinklens.study import provenance
 
     of = {"seed": study.seed, "all_prompts": study.batch.digest()}  # what is measured is a part of them
-    model = {**provenance(study.model, study.batch), "prompts_digest": None}
+    model = {**study.provenance, "prompts_digest": None}
     try:
         earlier = MitigationResult.load(out)
         if earlier.provenance | {"prompts_digest": None} == model and of.items() <= earlier.config.items():
@@ -136,8 +136,4 @@ def _print(result, out: Path, as_json: bool) -> None:  # noqa: ANN001  (imported
     else:
         show(console(), mitigation_table(result))
     for name, reason in result.left_out.items():
-        typer.echo(f"sinklens: note: {name} is left out: {reason}", err=True)
-    sys.stdout.flush()
-    page = write_report(out)
-    if not as_json:
-        console().print(results_line(out, page), markup=False, soft_wrap=True)
+        note(f"{name} is left out: {reason}")

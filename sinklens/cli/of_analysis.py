@@ -45,8 +45,7 @@ from sinklens.cli.common import (
     left_out,
     load,
     progress,
-    results_line,
-    write_report,
+    write_pages,
 )
 from sinklens.cli.fitting import show
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
@@ -143,7 +142,7 @@ def _run(
         result.config["command"] = command_line()
         result.save(out, force=force)
     _print(result, out, as_json)
-    _report([out], as_json)
+    write_pages([out], as_json)
 
 
 def _several_sets(
@@ -185,8 +184,7 @@ def _several_sets(
             console().print(name, markup=False)
             _print(result, out / name, as_json=False)
         console().print(agree, markup=False, soft_wrap=True)
-    write_report(out)
-    _report([out / name for name in results], as_json)
+    write_pages([out / name for name in results], as_json, besides=[out])
 
 
 def _print(result: AnalysisResult, out: Path, as_json: bool) -> None:
@@ -196,17 +194,6 @@ def _print(result: AnalysisResult, out: Path, as_json: bool) -> None:
     screen = console()
     show(screen, verdict_table(result))
     screen.print(prompts_text(result.config), markup=False)
-
-
-def _report(folders: Sequence[Path], as_json: bool) -> None:
-    """Write the page of every folder, which nobody has to wait for to see the result."""
-    sys.stdout.flush()
-    for folder in folders:
-        with progress() as (step, _):
-            step("writing the report")
-            page = write_report(folder)
-        if not as_json:
-            console().print(results_line(folder, page), markup=False, soft_wrap=True)
 
 
 def main(analysis: Analysis) -> None:

@@ -14,12 +14,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sinklens.errors import InputError
 from sinklens.lab.optimiser import Optimiser
 from sinklens.models.decoder import WEIGHTS, Decoder, save_decoder
-from sinklens.records.files import remove_leftovers, replaced, temporary_name, write_json, writing
+from sinklens.records.files import remove_leftovers, replaced, temporary_name, write_json, write_tensors, writing
 
 FOLDER = "checkpoints"
 """Where they are in a run's folder."""
@@ -46,7 +46,7 @@ def write_checkpoint(run: Path, model: Decoder, optimiser: Optimiser, step: int,
         with replaced(path) as folder:
             folder.mkdir()
             save_decoder(model, folder)
-            save_file(optimiser.state(), folder / OPTIMISER)
+            write_tensors(folder / OPTIMISER, optimiser.state())
             write_json(folder / STATE, {"step": step, **state})
     for earlier, folder in checkpoints(run).items():
         if earlier < step:

@@ -178,13 +178,11 @@ def save_decoder(model: Decoder, folder: Path) -> None:
     What of it may be read by others: ``model.safetensors``, by the names of the parameters, and of what else a variant
     keeps (its persistent buffers).
     """
-    from safetensors.torch import save_file
+    from sinklens.records.files import write_json, write_tensors
 
-    from sinklens.records.files import write_json
-
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
     write_json(folder / "config.json", {"architectures": [ARCHITECTURE], **model.cfg.saved()})
-    save_file(weights, folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, weights)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinklens.errors import InputError
-from sinklens.records.files import replaced
+from sinklens.records.files import replaced, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -172,15 +172,13 @@ def _convert(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def _store_conversion(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the converted model in one step; a cache that cannot be written costs only time on the next load."""
-    from safetensors.torch import save_file
-
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replaced(folder) as draft:  # in place of a broken one, if there is one
             draft.mkdir()
             # lm_head is the embedding again (tied), and safetensors refuses to store one tensor under two names.
             weights = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
-            save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+            write_tensors(draft / "model.safetensors", weights, metadata={"format": "pt"})
             model.config.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
             digests = {path.name: _sha256(path) for path in sorted(draft.iterdir())}

@@ -10,12 +10,15 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sinklens.errors import InputError, WriteError
 from sinklens.records.plain import to_plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RUN_FILES = (
     "chain.json",
@@ -227,6 +230,22 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     with writing(path, "choose another place"), _parents(path), replaced(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors by name as safetensors, that others may read as they may any file.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    except SafetensorError as error:  # what it makes of an OSError
+        raise OSError(" ".join(str(error).split())) from error
+    path.chmod(0o644)  # safetensors makes it private
 
 
 def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:

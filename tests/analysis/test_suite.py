@@ -224,7 +224,7 @@ class Disk:
             (Path, "mkdir"),
             (Path, "write_text"),
             (pd.DataFrame, "to_parquet"),
-            (result_file, "save_file"),
+            (result_file, "write_tensors"),
             (os, "replace"),
         ):
             monkeypatch.setattr(owner, name, self.counted(getattr(owner, name)))

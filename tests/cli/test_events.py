@@ -37,7 +37,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(f"sinklens.cli.{name}.load", lambda *_, **__: (model, batch))
     fast = partial(chain_run.run_chain, stages=(stages.SUPER_NEURONS,))
     monkeypatch.setattr("sinklens.chain.run.run_chain", fast)
-    monkeypatch.setattr("sinklens.cli.chain.write_report", lambda _: None)
+    monkeypatch.setattr("sinklens.cli.common.write_report", lambda _: None)
     return model, batch
 
 
@@ -230,6 +230,6 @@ def test_an_event_that_is_not_there() -> None:
 @pytest.mark.usefixtures("planted")
 def test_the_result_is_printed_before_the_page_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     page = "(the page is written)"
-    monkeypatch.setattr("sinklens.cli.chain.write_report", lambda _: print(page))  # noqa: T201
+    monkeypatch.setattr("sinklens.cli.common.write_report", lambda _: print(page))  # noqa: T201
     out = chain("--event", "1", "--out", "run").out
     assert out.index("super_neurons") < out.index(page) < out.index("Results: run")

@@ -38,8 +38,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     batch = from_tokens(model, tokens)
     for name in COMMANDS:
         monkeypatch.setattr(f"sinklens.cli.{name}.load", lambda *_, **__: (model, batch))
-    monkeypatch.setattr("sinklens.cli.chain.write_report", lambda _: None)
-    monkeypatch.setattr("sinklens.cli.of_analysis.write_report", lambda _: None)
+    monkeypatch.setattr("sinklens.cli.common.write_report", lambda _: None)
     monkeypatch.setattr("sinklens.cli.all.write_report", lambda _: None)
     sizes, run = [], partial(chain_run.run_chain, stages=(stages.SUPER_NEURONS,))
 

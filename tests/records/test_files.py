@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from sinklens.errors import InputError
-from sinklens.records.files import atomic_folder, check_out
+from sinklens.errors import InputError, WriteError
+from sinklens.records.files import atomic_folder, check_out, write_tensors, writing
 from tests.helpers.folders import earlier_run, names
 
 
@@ -159,3 +161,17 @@ def test_a_look_leaves_no_trace(tmp_path: Path) -> None:
     check_out(tmp_path / "a" / "b" / "run", force=False)
     check_out(earlier_run(tmp_path / "run"), force=True)
     assert names(tmp_path) == {"run"} and names(tmp_path / "run") == {"chain.json", "extra.txt"}
+
+
+def test_tensors_on_a_full_disk_are_an_error_of_the_system(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    write_tensors(tmp_path / "x.safetensors", {"x": torch.arange(6.0).view(2, 3).T})  # not contiguous
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], torch.arange(6.0).view(2, 3).T)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(WriteError, match="No space left.*make room"), writing(tmp_path / "run"):
+        write_tensors(tmp_path / "y.safetensors", {"y": torch.ones(1)})

@@ -244,7 +244,7 @@ def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         check_gpus(Cluster(3, 3), 8, "here")
     with pytest.raises(InputError, match="choose at most 2 workers"):  # 0.6 of a GPU twice is more than one GPU
         check_gpus(Cluster(3, 0.6), 2, "here")
-    with pytest.raises(InputError, match="ray_address needs out"):
+    with pytest.raises(InputError, match="ray_address needs a folder"):
         cluster_of("ray", 2, ray_address="auto", folder=False)
 
 
