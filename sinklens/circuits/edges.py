@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from sinklens.circuits.paths import edge_patch, together
 from sinklens.circuits.written import Written, written
 from sinklens.pairs.choice import Direction
 from sinklens.patches import Patch
+from sinklens.readouts.named import NamedReadout
 from sinklens.stages.base import Setting
 
 
@@ -43,7 +45,7 @@ class Edges:
     """What they write in the run without."""
 
     @classmethod
-    def of(cls, setting: Setting, metric: str = METRIC, min_gap: float = 0.01) -> Edges:
+    def of(cls, setting: Setting, metric: str | NamedReadout = METRIC, min_gap: float = 0.01) -> Self:
         """The edges of a setting.
 
         Args:

@@ -14,19 +14,17 @@ from torch import Tensor
 from sinklens.chain.result import METRIC
 from sinklens.circuits.contributions import Contributions
 from sinklens.circuits.direct import Listeners
+from sinklens.circuits.edges import Edges
 from sinklens.circuits.estimates import STEPS, Estimator, rank_correlation
-from sinklens.circuits.exact import exact_edges, exact_rows, other_tokens
-from sinklens.circuits.graph import Graph
+from sinklens.circuits.exact import exact_edges, exact_rows
 from sinklens.circuits.interactions import chosen_nodes, interactions
-from sinklens.circuits.measure import Effects, Measure
-from sinklens.circuits.parts import Parts
+from sinklens.circuits.measure import Effects
 from sinklens.circuits.prune import Pruner
 from sinklens.circuits.result import Circuit, table
 from sinklens.circuits.rewired import Rewiring
 from sinklens.circuits.tested import Tester
 from sinklens.circuits.verify import Verifier
 from sinklens.circuits.views import attention_of
-from sinklens.circuits.written import written
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.state import in_usual_state
@@ -114,11 +112,9 @@ def circuit(
     options: dict[str, Any] = {"given": given, "seed": seed, "memory_budget": memory_budget, "rows": max_rows}
     with progress_of(progress, "circuit") as told:
         study = Study.of(model, batch, formation, **options, progress=told)
-        named = study.named_readout(metric)
-        setting = Setting.of(study, choice, readout_blocks)
-        search = Search(setting, Measure(setting, named, min_gap), share, steps, sample, control_draws)
-        found = search.run()
-    found.config.update(choice.record(), metric=named.name, min_gap=min_gap, seed=seed, **batch.record())
+        edges = Edges.of(Setting.of(study, choice, readout_blocks), metric, min_gap)
+        found = Search(edges, share, steps, sample, control_draws).run()
+    found.config.update(choice.record(), min_gap=min_gap, seed=seed, **batch.record())
     return found
 
 
@@ -126,25 +122,21 @@ class Search:
     """One search for a circuit: what it stands on, and its steps.
 
     Args:
-        setting: the runs with and without the sink.
-        measure: the metric.
+        all_edges: the edges that it chooses from, with the metric.
         share: what part of the sink is to be kept.
         steps: points on the way between the runs.
         sample: edges drawn at random that are run exactly.
         draws: random sets of edges.
     """
 
-    def __init__(self, setting: Setting, measure: Measure, share: float, steps: int, sample: int, draws: int) -> None:
-        self.setting, self.measure, self.share = setting, measure, share
+    def __init__(self, all_edges: Edges, share: float, steps: int, sample: int, draws: int) -> None:
+        self.all_edges, self.share = all_edges, share
         self.steps, self.sample, self.draws = steps, sample, draws
-        formation, pair = setting.formation, setting.pair
-        self.graph = Graph(setting.shape, formation.layer, setting.neurons, max(setting.readout_layers))
-        self.parts = Parts(setting.model, setting.batch.length, formation.layer, setting.neurons)
-        self.with_sink = written(setting, self.graph, self.parts, pair.with_sink)
-        self.without = written(setting, self.graph, self.parts, pair.without)
-        self.change = self.with_sink.nodes - self.without.nodes
-        self.rewiring = Rewiring(setting, self.graph, self.parts, pair.with_sink.run)
-        self.verifier = Verifier(measure, self.graph, self.rewiring)
+        self.measure, self.graph, self.parts = all_edges.measure, all_edges.graph, all_edges.parts
+        self.with_sink, self.without = all_edges.with_sink, all_edges.without
+        self.setting = self.measure.setting
+        self.rewiring = Rewiring(self.setting, self.graph, self.parts, self.setting.pair.with_sink.run)
+        self.verifier = Verifier(self.measure, self.graph, self.rewiring)
         self.seconds: dict[str, float] = {}
 
     def run(self) -> Circuit:
@@ -209,8 +201,7 @@ class Search:
         if pair.is_natural:
             return None
         base = Rewiring(self.setting, self.graph, self.parts, pair.without.run)
-        self._other = other_tokens(self.measure, self.graph, self.parts, self.change, self.without)
-        return base, self.with_sink.nodes, self.without.nodes + self._other
+        return base, self.with_sink.nodes, self.without.nodes + self.all_edges.other_token
 
     def _exact(self, kept: list[int], estimates: dict[tuple[str, str], Effects]) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Exact effects of all edges into the super neurons, of the circuit's and of a random sample; how far
@@ -222,9 +213,11 @@ class Search:
         chosen = sorted({*supers, *kept, *sampled})
         records, agreement = [], []
         own = {edges[e] for e in kept}
-        control = other_tokens(self.measure, self.graph, self.parts, self.change, self.without)
         for direction in self.setting.pair.directions:
-            for method, which, change in (("exact", chosen, self.change), ("other_token", sorted(kept), control)):
+            for method, which, change in (
+                ("exact", chosen, self.all_edges.change),
+                ("other_token", sorted(kept), self.all_edges.other_token),
+            ):
                 some = [edges[e] for e in which]
                 found = exact_edges(self.measure, self.graph, self.parts, some, change, direction)
                 records += exact_rows(some, self.measure.means(found), direction, method, own)
@@ -247,6 +240,7 @@ class Search:
     def _config(self, n_kept: int) -> dict[str, Any]:
         setting, graph = self.setting, self.graph
         return {
+            "metric": self.measure.metric.name,
             "share": self.share,
             "n_kept": n_kept,
             "n_edges": len(graph.edges),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
@@ -65,6 +65,20 @@ class ReadPlace:
     """In which block."""
 
 
+@dataclass(frozen=True)
+class Table:
+    """Values that an edit brings along, and what they must fit."""
+
+    values: Mapping[int, Tensor] | Tensor
+    """Per block, or the same for all."""
+    front: tuple[str, ...] = ()
+    """Axes in front of the site's own: ``prompt``, ``pos``, ``query`` or ``key``, each of just that size."""
+    optional: bool = False
+    """Whether the first of those may be left out: one value for all prompts."""
+    behind: int | None = None
+    """How many of the site's own axes behind the position follow; all, or the last of them, with ``None``."""
+
+
 @dataclass(frozen=True, eq=False)
 class Edit:
     """Base class: a name, the other sites it must see, and a call."""
@@ -97,6 +111,13 @@ class Edit:
     @property
     def needs(self) -> tuple[str, ...]:
         """Identities (:data:`sinklens.models.identities.IDENTITIES`) without which the edit is not what it says."""
+        return ()
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The values that it brings along: the engine and hooks make sure that they fit the model and the prompts, so
+        that none is broadcast or picked from wrongly.
+        """
         return ()
 
     @property
@@ -134,8 +155,32 @@ def select(full: Float[Tensor, "unit ..."], like: Gathered, units: Int[Tensor, "
 
 def select_own(full: Float[Tensor, "prompt unit ..."], like: Gathered, at: EditSite) -> Tensor:
     """The parameters of each pair's own prompt, on the device of ``like`` and in its dtype."""
-    own = full.to(like)[at.prompts.to(like.device)]
+    return units_of_each(full.to(like)[at.prompts.to(like.device)], at)
+
+
+def units_of_each(own: Float[Tensor, "pair unit ..."], at: EditSite) -> Tensor:
+    """The selected units of each pair's own parameters."""
     return own if at.units is None else own[torch.arange(len(own), device=own.device)[:, None], at.units]
+
+
+def among_kept(
+    pattern: Float[Tensor, "pair head key"], kept: Bool[Tensor, "pair 1 key"], *, slot: bool = False
+) -> Float[Tensor, "pair head key"]:
+    """Attention to some keys alone, ``p_j / sum_kept p_j``, computed in float32.
+
+    Of a softmax this is the softmax of the keys that are kept: equal to masking the others with minus infinity before
+    it. Where these have left the kept ones a weight of zero in the pattern's precision the result is NaN.
+
+    Args:
+        pattern: rows of the pattern.
+        kept: which keys are kept.
+        slot: whether what a row lacks of one goes to no key, and stays in the sum.
+    """
+    weights = pattern.float()
+    total = (weights * kept).sum(-1, keepdim=True)
+    if slot:
+        total = total + (1 - weights.sum(-1, keepdim=True)).clamp_min(0)
+    return (weights * kept / total).to(pattern)
 
 
 def need(source: Gathered | None, edit: Edit) -> Gathered:

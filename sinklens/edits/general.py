@@ -10,7 +10,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from sinklens.edits.base import Edit, EditSite, Gathered, Read, SourceEdit, need, select, select_own
+from sinklens.edits.base import (
+    Edit,
+    EditSite,
+    Gathered,
+    Read,
+    SourceEdit,
+    Table,
+    need,
+    select,
+    select_own,
+    units_of_each,
+)
 from sinklens.sites import HookSite
 
 
@@ -68,6 +79,11 @@ class Constant(Edit):
     values: Mapping[int, Float[Tensor, "unit ..."]] | None = None
     """Per block, the constant for every unit of the site; ``None`` is zero."""
 
+    @property
+    @override
+    def tables(self) -> tuple[Table, ...]:
+        return () if self.values is None else (Table(self.values),)
+
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         if self.values is None:
@@ -83,6 +99,11 @@ class PerPrompt(Edit):
     values: Mapping[int, Float[Tensor, "prompt unit *rest"]] = field(default_factory=dict)
     """Per block, the new value of every unit for every prompt."""
 
+    @property
+    @override
+    def tables(self) -> tuple[Table, ...]:
+        return (Table(self.values, ("prompt",)),)
+
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         return select_own(self.values[at.layer], x, at)
@@ -96,11 +117,15 @@ class PerPosition(Edit):
     values: Mapping[int, Float[Tensor, "prompt pos unit *rest"]] = field(default_factory=dict)
     """Per block, the new value of every unit for every prompt and position, of which those of the patch are taken."""
 
+    @property
+    @override
+    def tables(self) -> tuple[Table, ...]:
+        return (Table(self.values, ("prompt", "pos")),)
+
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         full = self.values[at.layer].to(x)
-        own = full[at.prompts.to(x.device), at.positions.to(x.device)]
-        return own if at.units is None else own[torch.arange(len(own), device=own.device)[:, None], at.units]
+        return units_of_each(full[at.prompts.to(x.device), at.positions.to(x.device)], at)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +141,11 @@ class Rescale(Edit):
     """Per block, the mean that is left in place; with one more axis, in front, every prompt has a mean of its own."""
     scale: Mapping[int, Float[Tensor, "..."]] = field(default_factory=dict)
     """Per block, the factor on the deviation; broadcasts against the mean."""
+
+    @property
+    @override
+    def tables(self) -> tuple[Table, ...]:
+        return (Table(self.mean, ("prompt",), optional=True),)
 
     @property
     @override
@@ -148,6 +178,11 @@ class SameNormScaling(Edit):
     @override
     def uses_source(self) -> bool:
         return self.of.uses_source
+
+    @property
+    @override
+    def tables(self) -> tuple[Table, ...]:
+        return self.of.tables
 
     @property
     @override
@@ -228,6 +263,11 @@ class Masked(SourceEdit):
     masks: Mapping[int, Float[Tensor, " unit"]] = field(default_factory=dict)
     """Per block, 1 for the units that are transplanted and 0 for the rest."""
 
+    @property
+    @override
+    def tables(self) -> tuple[Table, ...]:
+        return (Table(self.masks, behind=1),)
+
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
         mask = select(self.masks[at.layer], x, at.units)
@@ -247,6 +287,11 @@ class PermuteWithin(Edit):
     permutation: Int[Tensor, "unit d_head"] = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
     """For every unit, a permutation of its entries."""
 
+    @property
+    @override
+    def tables(self) -> tuple[Table, ...]:
+        return (Table(self.permutation),)
+
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         order = self.permutation.to(x.device)
@@ -261,6 +306,11 @@ class RemoveDirection(Edit):
     name: str = "direction_removed"
     directions: Mapping[int, Float[Tensor, "unit d_head"]] = field(default_factory=dict)
     """Per block, a unit vector for every unit."""
+
+    @property
+    @override
+    def tables(self) -> tuple[Table, ...]:
+        return (Table(self.directions),)
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
@@ -282,6 +332,11 @@ class OfSource(SourceEdit):
     @override
     def reads(self) -> tuple[Read, ...]:
         return self.edit.reads
+
+    @property
+    @override
+    def tables(self) -> tuple[Table, ...]:
+        return self.edit.tables
 
     @property
     @override

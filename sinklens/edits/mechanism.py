@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
-from sinklens.edits.base import Edit, EditSite, Gathered, Read, SourceEdit, need
+from sinklens.edits.base import Edit, EditSite, Gathered, Read, SourceEdit, Table, among_kept, need
 from sinklens.edits.general import Rescale
 from sinklens.errors import InputError
 from sinklens.sites import MLP_POST, RESID_PRE, HookSite
@@ -92,6 +92,11 @@ class AttendTo(Edit):
     weights: Float[Tensor, "prompt key"] = field(default_factory=lambda: torch.zeros(0, 0))
     """For every prompt, the weights of all keys."""
 
+    @property
+    @override
+    def tables(self) -> tuple[Table, ...]:
+        return (Table(self.weights, ("prompt", "key"), behind=0),)
+
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         own = self.weights.to(x)[at.prompts.to(x.device)]
@@ -111,6 +116,11 @@ class MaskKeys(Edit):
 
     @property
     @override
+    def tables(self) -> tuple[Table, ...]:
+        return (Table(self.keep[0] if len(self.keep) == 1 else self.keep, ("prompt", "query", "key"), True, 0),)
+
+    @property
+    @override
     def needs(self) -> tuple[str, ...]:
         return ("pattern_is_softmax",)
 
@@ -118,8 +128,7 @@ class MaskKeys(Edit):
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         keep = self.keep.to(x.device)
         prompts = at.prompts.to(x.device) if len(keep) > 1 else torch.zeros_like(at.prompts, device=x.device)
-        kept = x * keep[prompts, at.positions.to(x.device), : x.shape[-1]][:, None]
-        return kept / kept.sum(-1, keepdim=True)  # 0 / 0 is NaN where nothing is kept, which the engine refuses
+        return among_kept(x, keep[prompts, at.positions.to(x.device)][:, None])
 
 
 def contribution(post: Float[Tensor, "pair d_mlp"], neurons: tuple[int, ...], rows: Tensor) -> Tensor:

@@ -12,16 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from sinklens.edits.base import Edit, EditSite, Gathered
+from sinklens.edits.base import Edit, EditSite, Gathered, among_kept
 
 
 @dataclass(frozen=True, eq=False)
 class KeepKeys(Edit):
     """Let a query see the first keys and the last ones alone: what is evicted from a key-value cache is not there.
 
-    On ``hook_pattern``, ``p_ij / sum_kept p_ij``: of a softmax this is the softmax of the keys that are kept, so that
-    it equals masking the others with minus infinity before it. Pitfall: where the evicted keys have left all others a
-    weight of zero in the pattern's precision, the result is NaN.
+    On ``hook_pattern``, as masking the others with minus infinity before the softmax does. Pitfall: where the evicted
+    keys have left all others a weight of zero in the pattern's precision, the result is NaN.
     """
 
     name: str = "evicted"
@@ -35,12 +34,8 @@ class KeepKeys(Edit):
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
         keys, queries = torch.arange(x.shape[-1], device=x.device), at.positions.to(x.device)[:, None]
-        kept = ((keys < self.first) | (keys >= queries - self.window))[:, None]
-        weights = x.float()
-        total = (weights * kept).sum(-1, keepdim=True)
-        if self.slot:
-            total = total + (1 - weights.sum(-1, keepdim=True)).clamp_min(0)
-        return (weights * kept / total).to(x)
+        kept = (keys < self.first) | (keys >= queries - self.window)
+        return among_kept(x, kept[:, None], slot=self.slot)
 
 
 @dataclass(frozen=True, eq=False)

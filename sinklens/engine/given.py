@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from sinklens.edits import Constant, Edit, PerPosition, PerPrompt, Rescale
+from sinklens.edits import Edit
+from sinklens.edits.base import Table
 from sinklens.errors import InputError
-from sinklens.models.view import ModelShape
 from sinklens.patches import Patch, Runs
 from sinklens.readouts.base import Readout
 
@@ -77,49 +76,56 @@ def check_own_values(patches: Sequence[Patch], runs: Runs, n_prompts: int) -> No
 
 def check_count(edit: Edit, n_prompts: int) -> None:
     """:func:`check_own_values` of one edit."""
-    if not isinstance(edit, PerPrompt | PerPosition):
-        return
-    for layer, values in edit.values.items():
-        if isinstance(values, Tensor) and values.ndim and len(values) != n_prompts:
-            raise InputError(
-                f"the edit {edit.name!r} has values of {len(values)} prompts in block {layer}, and {n_prompts} are run"
-            )
+    for table in edit.tables:
+        if table.front[:1] != ("prompt",) or table.optional:
+            continue
+        for layer, values in table.values.items() if isinstance(table.values, Mapping) else [(None, table.values)]:
+            if isinstance(values, Tensor) and values.ndim and len(values) != n_prompts:
+                where = "" if layer is None else f" in block {layer}"
+                raise InputError(
+                    f"the edit {edit.name!r} has values of {len(values)} prompts{where}, and {n_prompts} are run"
+                )
 
 
-def check_values(patch: Patch, shape: ModelShape, n_prompts: int, length: int) -> None:
+def check_values(patch: Patch, sizes: Mapping[str, int]) -> None:
     """Make sure that an edit's values are there for its blocks and have the size of its place.
+
+    Args:
+        patch: the patch, of whose edit :attr:`~sinklens.edits.Edit.tables` are looked at.
+        sizes: how long the axes are, ``prompt`` and those of the patch's site; one that is not named may be anything.
 
     Raises:
         InputError: they do not.
     """
-    edit = patch.edit
-    table = edit.mean if isinstance(edit, Rescale) else getattr(edit, "values", None)
-    if not isinstance(edit, Constant | PerPrompt | PerPosition | Rescale) or table is None:
-        return
-    sizes = {"head": shape.n_heads, "kv_head": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
-    sizes |= {"query": length, "key": length}
-    axes = [axis for axis in patch.site.axes[1:] if patch.site.axes.index(axis) != patch.site.pos_axis]
-    wanted = [sizes.get(axis) for axis in axes]
-    for layer in patch.layers:
-        where = f"the edit {edit.name!r} at {patch.site.at(layer)}"
-        if layer not in table:
-            raise InputError(f"{where} has no values for block {layer}, only for {sorted(table)}")
-        values: object = table[layer]
-        if not isinstance(values, torch.Tensor):
-            raise InputError(f"{where} needs values that are tensors, not of type {type(values).__name__}")
-        own = isinstance(edit, PerPrompt | PerPosition) or (isinstance(edit, Rescale) and values.ndim > len(wanted))
-        found = list(values.shape[1:] if own else values.shape)
-        if own and (not values.ndim or len(values) < n_prompts):
-            raise InputError(f"{where} needs a value for each of {n_prompts} prompts, but got {tuple(values.shape)}")
-        if isinstance(edit, PerPosition):
-            if not found or found[0] != length:
-                raise InputError(f"{where} needs a value for each of {length} positions, but got {tuple(values.shape)}")
-            found = found[1:]
-        fits = len(found) <= len(wanted) and all(
-            mine in (1, size) or size is None for mine, size in zip(found[::-1], wanted[::-1], strict=False)
-        )
-        if not fits:
-            names = " ".join(
-                f"{axis}={size}" if size is not None else axis for axis, size in zip(axes, wanted, strict=True)
-            )
-            raise InputError(f"{where} needs values [{names}], but got {tuple(values.shape)}")
+    for table in patch.edit.tables:
+        for layer in patch.layers:
+            where = f"the edit {patch.edit.name!r} at {patch.site.at(layer)}"
+            if isinstance(table.values, Mapping) and layer not in table.values:
+                raise InputError(f"{where} has no values for block {layer}, only for {sorted(table.values)}")
+            _check_table(where, patch, table, layer, sizes)
+
+
+def _check_table(where: str, patch: Patch, table: Table, layer: int, sizes: Mapping[str, int]) -> None:
+    values: object = table.values[layer] if isinstance(table.values, Mapping) else table.values
+    if not isinstance(values, Tensor):
+        raise InputError(f"{where} needs values that are tensors, not of type {type(values).__name__}")
+    axes = [axis for i, axis in enumerate(patch.site.axes) if i not in (0, patch.site.pos_axis)]
+    behind = axes if table.behind is None else axes[: table.behind]
+    front = list(table.front)
+    if table.optional and values.ndim < len(front) + len(behind):
+        del front[0]
+    wanted = [sizes.get(axis) for axis in (*front, *behind)]
+    found = list(values.shape)
+    # Chosen units are picked from the values: an axis that is broadcast has not got them.
+    broadcast = patch.units is None
+    if broadcast:
+        found[len(front) : len(front)] = [1] * (len(wanted) - len(found))
+    fits = len(found) == len(wanted) and all(
+        want is None or size == want or (broadcast and size == 1 and i >= len(front))
+        for i, (size, want) in enumerate(zip(found, wanted, strict=True))
+    )
+    if not fits:
+        names = [
+            axis if size is None else f"{axis}={size}" for axis, size in zip((*front, *behind), wanted, strict=True)
+        ]
+        raise InputError(f"{where} needs values [{' '.join(names)}], but got {tuple(values.shape)}")

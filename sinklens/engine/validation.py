@@ -52,6 +52,8 @@ def validate(
     measured = identities(model)
     for readout in readouts:
         measured.check_layout(readout.site.template, readout.layers)
+    sizes = {"prompt": n_prompts, "pos": length, "query": length, "key": length}
+    sizes |= {"head": shape.n_heads, "kv_head": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
     for run, roots in runs.items():
         for root in roots:
             if root.source is not None:
@@ -59,14 +61,19 @@ def validate(
                     f"root patches cannot have a source run, but one in {run!r} has: "
                     f"{root.describe()}; give its values with the edit PerPosition"
                 )
-            _validate_patch(root, shape, n_prompts, length)
-    seen: set[tuple] = set()  # a sweep repeats few places in thousands of patches
+            for part in root.parts:
+                _validate_patch(part, shape, n_prompts, length)
+                check_values(part, sizes)
+    seen: set[tuple] = set()  # a sweep repeats few places, and edits, in thousands of patches
     for patch in patches:
         for part in patch.parts:
             places = (part.site, part.layers, part.positions, part.units, part.source and part.source.positions)
             if places not in seen:
                 _validate_patch(part, shape, n_prompts, length)
                 seen.add(places)
+            if (id(part.edit), *places) not in seen:
+                check_values(part, sizes)
+                seen.add((id(part.edit), *places))
             if part.run not in runs or (part.source is not None and part.source.run not in runs):
                 unknown = min({part.run, *([part.source.run] if part.source else [])} - set(runs))
                 raise InputError(f"unknown run {unknown!r} in patch {part.describe()}; the runs are {sorted(runs)}")
@@ -96,7 +103,6 @@ def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int
     if any(len(set(positions)) != len(positions) for positions in patch.where.rows):
         raise InputError(f"positions {patch.where} repeat: {patch.describe()}")
     _validate_reads(patch)
-    check_values(patch, shape, n_prompts, length)
     if patch.units is not None:
         size = unit_count(patch.site, shape)
         if size is None:

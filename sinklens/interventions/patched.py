@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinklens import edits
 from sinklens.engine.apply import Op, apply_edit, gather
+from sinklens.engine.given import check_values
 from sinklens.engine.places import group_of, pairs_of
 from sinklens.errors import InputError
 from sinklens.interventions.cached import Span
@@ -123,15 +123,11 @@ def _check_places(patch: Patch, act: Tensor, end: int) -> None:
         raise InputError(f"{what} is for unit {max(patch.units)}, but there are {size} ({patch.site.unit_name})")
 
 
-def _check_values(patch: Patch, layer: int, act: Tensor) -> None:
+def _check_values(patch: Patch, layer: int, act: Tensor, first: int) -> None:
     """Refuse values of another size than the activation's, which would be broadcast or picked from wrongly."""
-    edit = patch.edit
-    if not isinstance(edit, edits.Constant | edits.PerPrompt) or edit.values is None:
-        return
-    values, shape = tuple(edit.values[layer].shape), tuple(patch.site.to_canonical(act).shape[2:])
-    wanted = shape if isinstance(edit, edits.Constant) else (len(act), *shape)
-    if values != wanted:
-        raise InputError(f"the edit {edit.name!r} at {patch.site.at(layer)} needs values {wanted}, but got {values}")
+    end = first + act.shape[patch.site.pos_axis]
+    sizes = dict(zip(patch.site.axes[1:], act.shape[1:], strict=True)) | {"prompt": len(act)}
+    check_values(replace(patch, layers=(layer,)), sizes | dict.fromkeys(("pos", "query", "key"), end))
 
 
 def _check_source(op: Op, name: str, source: Mapping[str, Tensor], pos_axis: int) -> None:
@@ -180,10 +176,10 @@ def edited(
         _check_source(op, name, source, site.pos_axis)
         return gather(site.to_canonical(source[name]), (op.prompts, op.source_positions), units)
 
-    _check_values(patch, layer, act)
     op = _op(patch, layer, act, first)
     if not len(op.positions):
         return None
+    _check_values(patch, layer, act, first)
     new, places = act.clone(), patch.edit.reads_in(layer)
     reads = {place.key: gather(place.site.to_canonical(live[place.key]), op.address, None) for place in places}
     apply_edit(patch.site.to_canonical(new), op, reads, source_of, None)

@@ -425,7 +425,7 @@ EVERY_EDIT: dict[str, Edit] = {
     "masked": edits.Masked("masked", {3: tensor([0.0, 1, 0])}),
     "written_by": edits.WrittenBy("written_by", torch.eye(3)[:, :1], ((RESID_PRE, 3),)),
     "attend_to": edits.AttendTo("attend_to", torch.full((2, 2), 0.5)),
-    "mask_keys": edits.MaskKeys(keep=torch.tensor([[[True, True, False]] * 3])),
+    "mask_keys": edits.MaskKeys(keep=torch.tensor([[[True, False], [True, True], [False, True]]])),
     "drop_dims": edits.DropDimsBeforeNorm("drop_dims", (1,)),
     "evicted": edits.KeepKeys(window=0),
     "attenuated": edits.Attenuate(dims=(0,), weights={3: torch.ones(3)}),

@@ -89,13 +89,41 @@ WRONG: dict[str, Callable[[Any], Any]] = {
     "'mine' has values of 5 prompts": lambda model: swept(
         model, stages="resid_pre", layers="1", units=None, edits=edits.PerPrompt("mine", {1: torch.zeros(5, D_MODEL)})
     ),
-    r"a value for each of \d+ positions, but got \(3, 32\)": lambda model: read(
+    r"needs values \[prompt=3 pos=12 d_model=32\], but got \(3, 32\)": lambda model: read(
         model, patches=[zero(edits.PerPosition("mine", {1: VALUES}))]
+    ),
+    r"needs values \[prompt=3 pos=12 d_model=32\], but got \(3, 11, 32\)": lambda model: read(
+        model, patches=[zero(edits.PerPosition("mine", {1: torch.zeros(3, 11, D_MODEL)}))]
+    ),
+    r"needs values \[d_model=32\], but got \(8,\)": lambda model: read(  # at a place that was looked at before
+        model, patches=[zero(), zero(edits.Constant("mine", {1: torch.zeros(8)}))]
+    ),
+    r"needs values \[d_model=32\], but got \(1,\)": lambda model: read(  # there is one value, and the third is chosen
+        model, patches=[zero(edits.Constant("mine", {1: torch.zeros(1)}), units=(3,))]
+    ),
+    r"needs values \[prompt=3 d_model=32\], but got \(3, 9\)": lambda model: read(
+        model, patches=[zero(edits.SameNormScaling("same", edits.PerPrompt("mine", {1: torch.zeros(3, 9)})))]
+    ),
+    r"needs values \[d_model=32\], but got \(10,\)": lambda model: read(
+        model,
+        patches=[zero(edits.OfSource("of", edits.Constant("mine", {1: torch.zeros(10)})), source=Source("base"))],
+    ),
+    r"needs values \[d_model=32\], but got \(6,\)": lambda model: read(
+        model, patches=[zero(edits.Masked("mine", {1: torch.zeros(6)}), source=Source("base"))]
+    ),
+    r"needs values \[d_model=32\], but got \(4,\)": lambda model: read(
+        model, runs={"base": [zero(also=(zero(edits.Constant("mine", {1: torch.zeros(4)}), positions=(5,)),))]}
+    ),
+    r"needs values \[prompt=3 query=12 key=12\], but got \(2, 12, 12\)": lambda model: read(
+        model, patches=[zero(edits.MaskKeys(keep=torch.ones(2, 12, 12, dtype=torch.bool)), site=sites.PATTERN)]
+    ),
+    "has values of 4 prompts, and 3 are run": lambda model: read(
+        model, patches=[zero(edits.AttendTo(weights=torch.ones(4, 12)), site=sites.PATTERN)]
     ),
     "give its values with the edit PerPosition": lambda model: read(
         model, runs={"base": (), "other": [zero(edits.Transplant(), source=Source("base"), run="other")]}
     ),
-    r"for each of 3 prompts, but got \(2, 32\)": lambda model: read(
+    r"needs values \[prompt=3 d_model=32\], but got \(2, 32\)": lambda model: read(
         model, patches=[zero(edits.Rescale("mine", {1: VALUES[:2]}, {1: torch.tensor(2.0)}))]
     ),
     "must be a loaded one .* not of type str": lambda _: read("smollm2"),

@@ -484,11 +484,17 @@ BEYOND: dict[str, Callable[[], Hooks]] = {
     r"unit 999, but there are \d+ \(d_mlp\)": lambda: interventions.ablate_neurons(1, [3, 999], [5]),
     r"unit 999, but there are \d+ \(d_model\)": lambda: interventions.ablate_dims(1, [999], [5]),
     r"unit 99, but there are \d+ \(head\)": lambda: interventions.ablate_heads(1, [99], [5]),
-    r"needs values \(\d+,\), but got \(1,\)": lambda: interventions.ablate_neurons(
+    r"needs values \[d_mlp=\d+\], but got \(1,\)": lambda: interventions.ablate_neurons(
         1, [3], [5], mode="mean", values=torch.ones(1)
     ),
-    r"needs values \(3, \d+,? ?\d*\), but got \(2, 9\)": lambda: interventions.ablate_heads(
+    r"needs values \[prompt=3 head=\d+ d_head=\d+\], but got \(2, 9\)": lambda: interventions.ablate_heads(
         1, [0], [5], mode="resample", values=torch.ones(2, 9)
+    ),
+    r"needs values \[prompt=3 pos=10 d_model=\d+\], but got \(4, 10, \d+\)": lambda: interventions.hooks_of(
+        Patch(sites.MLP_OUT, (1,), (3,), edits.PerPosition("mine", {1: torch.zeros(4, 10, D_MODEL)}))
+    ),
+    r"needs values \[query=10 key=10\], but got \(10, 1\)": lambda: interventions.hooks_of(
+        Patch(sites.PATTERN, (1,), (3,), edits.MaskKeys(keep=torch.ones(1, 10, 1, dtype=torch.bool)))
     ),
     "positions for 2 prompts, but the batch has 3": lambda: interventions.hooks_of(
         Patch(sites.MLP_OUT, (1,), ((3,), (4,)), edits.Constant())
