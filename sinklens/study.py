@@ -171,15 +171,6 @@ class Study:
         other.formation = formation
         return other
 
-    def at_event(self, event: int) -> Study:
-        """The same study with another event explained, by its strongest block (see :attr:`Formation.steps`).
-
-        Raises:
-            InputError: there is no event of that number.
-            NoSinkError: its block has no super neurons.
-        """
-        return self.at_block(self.formation.step(event).layer)
-
     def first(self, n: int) -> Study:
         """The same study on its first ``n`` prompts (all, when there are fewer), with the formation found on all."""
         n = min(n, self.batch.n)

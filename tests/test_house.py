@@ -31,6 +31,7 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module or ''}.{alias.name}" for alias in node.names)
 
 
+@pytest.mark.slow
 def test_no_test_is_imported() -> None:
     """What two tests share is in ``helpers`` or in a ``conftest.py``."""
     files = [path for folder in ("tests", "sinklens", "analyses") for path in (ROOT / folder).rglob("*.py")]

@@ -62,6 +62,7 @@ def test_the_first_page_is_short():
     assert len(TEXT.splitlines()) <= 160
 
 
+@pytest.mark.slow
 def test_every_analysis_has_its_row(rows):
     assert set(rows) == set(list_analyses())
     assert [name for name in ORDER if name in rows] == list(rows)
@@ -111,6 +112,7 @@ def test_every_command_that_is_named_exists(page: Path):
     assert set(re.findall(r"`sinklens ([a-z]+)", page.read_text(encoding="utf-8"))) <= known
 
 
+@pytest.mark.slow
 @each_page
 def test_every_command_in_a_block_has_its_options(page: Path):
     for words in named_commands(page.read_text(encoding="utf-8")):
@@ -169,6 +171,7 @@ def test_the_first_page_s_example_can_be_run_twice():
         assert ".save(" not in line or "force=True" in line, line
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_your_own_question_runs(tiny_llama, capsys):
     """Every block of the page, one after the other, on a tiny model in place of the real one."""

@@ -109,6 +109,7 @@ def test_names_of_the_package_stay_what_they_are(
     assert own.items() <= known_things.items() and thing is not another(thing)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("known")
 def test_registered_names_are_swept(tiny_llama: Any) -> None:
     found = run(tiny_llama, stages="mid", units=None, edits="ten", readouts="first_dim", readout_layers="3")

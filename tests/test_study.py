@@ -82,13 +82,11 @@ def test_another_event_of_the_same_sink():
     batch = from_tokens(model, prompts(16)[1:].repeat(3, 1))
     here = Study(model, batch, given={"super_neurons": (3,), "neuron_z": 4.0})
     assert (here.formation.layer, here.neurons) == (2, (3,))
-    assert here.at_event(2) is here  # what is given of the block that is explained stays
-    other = here.at_event(1)
+    assert here.at_block(2) is here  # what is given of the block that is explained stays
+    other = here.at_block(0)
     assert (other.formation.layer, other.neurons, other.formation.dims) == (0, (SUPER,), (OUTLIER,))
     assert other.given == {"neuron_z": 4.0, "layer": 0} and other.sinks.tolist() == here.sinks.tolist()
     assert (other.after_formation(), here.after_formation()) == ((1,), (3,))
-    with pytest.raises(InputError, match="there is no event 3"):
-        here.at_event(3)
     with pytest.raises(NoSinkError, match="no super neuron in block 1"):
         here.at_block(1)
 
@@ -112,6 +110,7 @@ def _grouped(groups: str, *, same: bool = False) -> Any:
     return Study(model, from_tokens(model, tokens, groups=groups), seed=3)
 
 
+@pytest.mark.slow
 def test_a_study_draws_texts_where_prompts_share_one() -> None:
     values = [0.0, 0.1, 0.5, 0.6, 1.0]
     grouped, plain = _grouped("aabbc"), _grouped("abcde")
@@ -146,6 +145,7 @@ ENTRIES: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_what_the_model_cannot_read_is_refused_at_once(entry: str, backend: Any):

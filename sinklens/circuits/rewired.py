@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sinklens.circuits.graph import Graph, Input
 from sinklens.circuits.parts import Parts, attention_shares, mlp_shares
-from sinklens.edits.base import EditSite
+from sinklens.engine.apply import Op, edited
 from sinklens.engine.capture import capture_runs
 from sinklens.engine.packed.blocks import turned
 from sinklens.engine.packed.weights import Norm, PackedBlock
@@ -132,7 +132,8 @@ class Rewiring:
 
 
 def _edited(root: Patch, layer: int, x: Tensor, prompts: Tensor, positions: Tensor) -> Tensor:
-    return root.edit(x, None, EditSite(layer, prompts, positions)).to(x)
+    op = Op(root.site, layer, root.edit, (torch.arange(len(x), device=x.device),), prompts, positions)
+    return edited(op, x, {}, None)
 
 
 class _State:

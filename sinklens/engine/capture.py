@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -47,8 +47,6 @@ from sinklens.prompts import check_ids
 from sinklens.readouts.base import PositionReadout, Readout, Rows
 from sinklens.sites import RESID_POST, HookSite
 
-Passing = Callable[..., Mapping[tuple[str, int], Tensor]]
-"""``(tokens, program, stop_at=) -> readings``: a forward pass over whole prompts."""
 Places = Mapping[tuple[HookSite, int], tuple[int, ...] | None]
 """Activations to keep of a run, with their positions."""
 

@@ -87,12 +87,13 @@ def check_count(edit: Edit, n_prompts: int) -> None:
                 )
 
 
-def check_values(patch: Patch, sizes: Mapping[str, int]) -> None:
+def check_values(patch: Patch, sizes: Mapping[str, int], *, more_prompts: bool = False) -> None:
     """Make sure that an edit's values are there for its blocks and have the size of its place.
 
     Args:
         patch: the patch, of whose edit :attr:`~sinklens.edits.Edit.tables` are looked at.
         sizes: how long the axes are, ``prompt`` and those of the patch's site; one that is not named may be anything.
+        more_prompts: whether there may be values of more prompts, of which the first are run.
 
     Raises:
         InputError: they do not.
@@ -102,10 +103,12 @@ def check_values(patch: Patch, sizes: Mapping[str, int]) -> None:
             where = f"the edit {patch.edit.name!r} at {patch.site.at(layer)}"
             if isinstance(table.values, Mapping) and layer not in table.values:
                 raise InputError(f"{where} has no values for block {layer}, only for {sorted(table.values)}")
-            _check_table(where, patch, table, layer, sizes)
+            _check_table(where, patch, table, layer, sizes, more_prompts)
 
 
-def _check_table(where: str, patch: Patch, table: Table, layer: int, sizes: Mapping[str, int]) -> None:
+def _check_table(
+    where: str, patch: Patch, table: Table, layer: int, sizes: Mapping[str, int], more_prompts: bool
+) -> None:
     values: object = table.values[layer] if isinstance(table.values, Mapping) else table.values
     if not isinstance(values, Tensor):
         raise InputError(f"{where} needs values that are tensors, not of type {type(values).__name__}")
@@ -116,6 +119,8 @@ def _check_table(where: str, patch: Patch, table: Table, layer: int, sizes: Mapp
         del front[0]
     wanted = [sizes.get(axis) for axis in (*front, *behind)]
     found = list(values.shape)
+    if more_prompts and front[:1] == ["prompt"] and found:
+        found[0] = min(found[0], sizes["prompt"])
     # Chosen units are picked from the values: an axis that is broadcast has not got them.
     broadcast = patch.units is None
     if broadcast:

@@ -25,7 +25,7 @@ from sinklens import edits
 from sinklens.edits.mechanism import check_amplification
 from sinklens.errors import InputError
 from sinklens.interventions.cached import Span
-from sinklens.interventions.patched import Hooks, edited, first_of, hooks_of, seers
+from sinklens.interventions.patched import Hooks, first_of, hooks_of, seers, with_patch
 from sinklens.models.identities import block_weights, check_writes_directly
 from sinklens.models.view import Model, model_shape
 from sinklens.patches import Patch
@@ -89,7 +89,7 @@ def amplify_variance(
             _check_mean(mean is None, axis, len(act), first)
             if at[0] < first:
                 return None
-            return edited(Patch(Z, (layer,), at, edit_for(layer, act, at[0] - first)), layer, act, first, {}, None)
+            return with_patch(Patch(Z, (layer,), at, edit_for(layer, act, at[0] - first)), layer, act, first, {}, None)
 
         return [*seers(Z, layer, span), (Z.at(layer), amplify)]
 

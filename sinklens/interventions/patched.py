@@ -153,12 +153,12 @@ def _reader(key: str, live: dict[str, Tensor]) -> Hook:
 
 def _writer(patch: Patch, layer: int, live: dict[str, Tensor], source: Mapping[str, Tensor] | None, span: Span) -> Hook:
     def write(act: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
-        return edited(patch, layer, act, first_of(span, patch.site, act), live, source)
+        return with_patch(patch, layer, act, first_of(span, patch.site, act), live, source)
 
     return write
 
 
-def edited(
+def with_patch(
     patch: Patch,
     layer: int,
     act: Tensor,

@@ -19,7 +19,6 @@ from sinklens.models.view import (
     is_bridge,
     model_id,
     model_shape,
-    supports_resume,
 )
 
 __all__ = [
@@ -43,6 +42,5 @@ __all__ = [
     "model_id",
     "model_shape",
     "register_model",
-    "supports_resume",
     "weight_digest",
 ]

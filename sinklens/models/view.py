@@ -173,9 +173,6 @@ def can_resume(model: Model) -> bool:
     return not is_bridge(model)
 
 
-supports_resume = can_resume  # its name when it was first published
-
-
 def model_id(model: Model) -> str:
     """The model's name for people: what `load_model` was asked for, else the name in the model's own config."""
     return str(_inside(model).cfg.model_name)

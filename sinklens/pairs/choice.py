@@ -110,20 +110,6 @@ class PairChoice:
             **({} if self.axis == "prompts" else {"pair_axis": self.axis}),
         }
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> PairChoice:
-        """The inverse of :meth:`record`."""
-        layers = record["pair_layers"]
-        options: dict[str, Any] = {} if record["strength"] is None else {"strength": record["strength"]}
-        if not is_natural(record):
-            options["kind"] = record["pair"]
-        return cls(
-            target=record["target"],
-            layers=None if layers is None else tuple(layers),
-            axis=record.get("pair_axis", "prompts"),
-            **options,
-        )
-
 
 def _position(target: Any) -> Any:
     """A whole number as Python's own; all else as it is, for :meth:`PairChoice.check` to refuse."""

@@ -36,6 +36,16 @@ class Shifted(Edit):
     def uses_source(self) -> bool:
         return self.edit.uses_source
 
+    @property
+    @override
+    def needs(self) -> tuple[str, ...]:
+        return self.edit.needs
+
+    @property
+    @override
+    def strength(self) -> float:
+        return self.edit.strength
+
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
         return self.edit(x, source, replace(at, prompts=at.prompts + self.offset))

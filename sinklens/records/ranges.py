@@ -119,10 +119,8 @@ def check_number(name: str, value: Any, limits: Between, *, whole: bool = False)
 
 SEEDS = Between(0, 2**63 - 1)
 """The seeds that every generator takes."""
-MOST_DRAWS = 100_000
-"""The most random draws for a null: more would hardly change it, and take for ever."""
 MOST_REPEATS = 1000
-"""The same where every draw is patched into the model."""
+"""The most random draws where each is patched into the model: more would hardly change a mean, and take for ever."""
 
 
 def check_seed(seed: int) -> int:

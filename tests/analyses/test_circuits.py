@@ -58,6 +58,7 @@ def parts(result: AnalysisResult) -> dict[str, str]:
     return {part.name: part.outcome for part in result.findings.verdict.parts}
 
 
+@pytest.mark.slow
 def test_an_mlp_between_refutes_the_claim(by_mlp: Study) -> None:
     """All of the sink is MLP 0's edge into the gate: heads do nothing directly, though head 0.0 makes MLP 0 fire."""
     result = run("upstream", by_mlp)
@@ -76,6 +77,7 @@ def test_an_mlp_between_refutes_the_claim(by_mlp: Study) -> None:
         assert together["heads", direction] == NONE
 
 
+@pytest.mark.slow
 def test_a_head_that_is_read_directly_bears_it_out() -> None:
     """The same model, in which the super neuron reads what head 0.0 writes: the verdict turns."""
     result = run("upstream", one_branch(heads_fire=True))
@@ -90,6 +92,7 @@ def test_a_head_that_is_read_directly_bears_it_out() -> None:
     assert first == "edges of head 0.0 (denoise)" and numbers[first].value == WHOLE  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_both_branches_count_half_where_the_sink_has_two() -> None:
     """The planted circuit as it is: MLP 0 reaches half of the sink by the super neuron."""
     numbers = run("upstream", planted_setting(planted_circuit()).study).findings.numbers
@@ -101,6 +104,7 @@ def test_both_branches_count_half_where_the_sink_has_two() -> None:
 # -- Which heads use the sink's key ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_key_carries_all(by_mlp: Study) -> None:
     result = run("downstream", by_mlp)
     enough, needed, few = result.findings.verdict.parts
@@ -117,6 +121,7 @@ def test_one_key_carries_all(by_mlp: Study) -> None:
         assert single.drop(("super 1", "head 2.0", direction)).xs(direction, level=2).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_a_key_of_something_else_refutes_it() -> None:
     """The reading head's key is what the other neuron writes: the super neurons do nothing, and the MLP's edge all."""
     result = run("downstream", one_branch(others_are_read=True))
@@ -140,12 +145,14 @@ def test_how_many_heads_make_half_by_hand(by_mlp: Study) -> None:
 # -- As a group, and on a random model -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_they_run_when_they_are_asked_for() -> None:
     assert GROUP in list_groups()
     assert tuple(list_analyses(group=GROUP)) == NAMES
     assert not set(NAMES) & set(list_analyses())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_verdict_is_complete(name: str, tmp_path: Path) -> None:
     """Grouped heads, gate and linear branch, and an excluded prompt: nothing is counted that has no effect."""
@@ -161,6 +168,7 @@ def test_a_verdict_is_complete(name: str, tmp_path: Path) -> None:
     assert hooks_left(study.model) == []
 
 
+@pytest.mark.slow
 def test_a_prompt_without_a_sink_is_left_out_and_not_zero() -> None:
     """Sums over edges are means over the prompts that have a sink."""
     study = setting_for(tiny_model("llama")).study

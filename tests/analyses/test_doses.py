@@ -68,6 +68,7 @@ def test_where_half_is_reached(result: sl.AnalysisResult) -> None:
     assert curve(result, "spike")[0.0] == pytest.approx([0, 0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_no_dose_where_nothing_varies(study: sl.Study) -> None:
     """Prompts that begin alike: the sink's value has no deviation, and its natural factor is not known."""
     tokens = prompts(LENGTH)
@@ -80,6 +81,7 @@ def test_no_dose_where_nothing_varies(study: sl.Study) -> None:
     assert {"spike", "value_aggregation"} <= set(found.findings.table.curve)
 
 
+@pytest.mark.slow
 def test_it_is_drawn(result: sl.AnalysisResult) -> None:
     pytest.importorskip("plotly")
     figure: Any = DOSES.draw(result.findings)

@@ -62,6 +62,7 @@ def test_every_checkpoint_is_measured(trained: Path) -> None:
     assert list(dict.fromkeys(found.table.step)) == [0, 5, 20, 100]
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_lacks(trained: Path, tmp_path: Path) -> None:
     checkpoint = trained / "checkpoints" / "step-000100"
     words = ["analyse", "emergence", "--model", str(checkpoint), "--prompts", "random", "--n", "2", "--length", "12"]

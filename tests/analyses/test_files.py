@@ -101,6 +101,7 @@ def test_the_template_s_stage_on_the_planted_model():
         assert scores["transplant", "random_neurons", direction] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_residual_s_direction_carries_the_planted_sink():
     """A key is read off the normalised residual, so its direction is all that counts, and its norm nothing."""
     scores = planted_scores(load("residual_direction").STAGE)
@@ -120,6 +121,7 @@ def test_the_example_from_scratch_by_hand():
     assert ratios[0] == pytest.approx((4 + 5) / (1 + 2)) and np.isnan(ratios[1])
 
 
+@pytest.mark.slow
 def test_the_example_from_scratch_on_the_planted_model():
     """There every later query gives the sink the same, and no verdict is needed where nothing is diluted."""
     import sinklens as sl
@@ -157,6 +159,7 @@ def test_the_readme_s_stage_runs():
     assert scores["transplant", "", "noise"] == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_new_stage_shows_up_in_the_table_of_a_random_model():
     model = tiny_model("llama")
     generator = np.random.default_rng(0)

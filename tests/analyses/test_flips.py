@@ -30,6 +30,7 @@ def _analysis(name: str) -> Analysis:
     return Analysis(name, name, "So.", run, lambda _: pytest.importorskip("plotly.graph_objects").Figure())
 
 
+@pytest.mark.slow
 def test_one_thing_is_changed_at_a_time(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "list_analyses", lambda: {"onset": ""})
     monkeypatch.setattr(suite, "load_analysis", _analysis)

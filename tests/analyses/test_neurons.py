@@ -53,6 +53,7 @@ def robust_z(x: np.ndarray) -> np.ndarray:
 # --- super_neurons ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_planted_neuron_is_found_by_activation_and_its_weights_outlie(many_neurons):
     result = run("super_neurons", planted_study(many_neurons))
     mlp = many_neurons.blocks[0].mlp
@@ -67,6 +68,7 @@ def test_the_planted_neuron_is_found_by_activation_and_its_weights_outlie(many_n
     assert np.isinf(table.selectivity[SUPER])  # it is silent elsewhere
 
 
+@pytest.mark.slow
 def test_small_weights_that_fire_for_the_sink_do_not_outlie(many_neurons):
     """The same activation pattern and the same contribution, of a neuron whose columns are short."""
     mlp = many_neurons.blocks[0].mlp
@@ -79,6 +81,7 @@ def test_small_weights_that_fire_for_the_sink_do_not_outlie(many_neurons):
     assert result.findings.verdict.parts[0].outcome == "does not hold"
 
 
+@pytest.mark.slow
 def test_large_weights_that_do_not_fire_for_the_sink_do_not_count(many_neurons):
     """A neuron with the longest columns of all that fires for everyone is not picked."""
     before = run("super_neurons", planted_study(many_neurons)).findings
@@ -93,6 +96,7 @@ def test_large_weights_that_do_not_fire_for_the_sink_do_not_count(many_neurons):
     assert after.verdict.estimate.value < 2 * before.verdict.estimate.value < after.table.gate_score[5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_norms_and_selectivity_against_numpy(arch):
     study = tiny_study(arch)
@@ -110,6 +114,7 @@ def test_norms_and_selectivity_against_numpy(arch):
     assert ("gate_norm" in table) == (arch == "llama")
 
 
+@pytest.mark.slow
 def test_a_percentile_is_one():
     result = run("super_neurons", tiny_study(), score="percentile", top=2)
     scores = result.findings.table.up_score
@@ -121,6 +126,7 @@ def test_a_percentile_is_one():
 # --- selective_activation ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_the_planted_sink_is_high_on_both(many_neurons):
     verdict = run("selective_activation", planted_study(many_neurons)).findings.verdict
     assert verdict.parts[0].outcome == "holds"
@@ -129,6 +135,7 @@ def test_only_the_planted_sink_is_high_on_both(many_neurons):
     assert verdict.control_estimate is not None and verdict.control_estimate.value == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", ["W_gate", "W_in"])
 def test_one_factor_alone_is_not_enough(many_neurons, matrix):
     """With a gate, or a linear branch, that reads the constant, the sink is high on the other factor only."""
@@ -141,6 +148,7 @@ def test_one_factor_alone_is_not_enough(many_neurons, matrix):
     assert verdict.parts[0].outcome == "does not hold"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3"])
 def test_both_factors_against_the_mlp_s_own_hooks(arch):
     """What the model itself multiplies: ``hook_pre`` is x . w_gate, ``hook_pre_linear`` x . w_up."""
@@ -159,6 +167,7 @@ def test_both_factors_against_the_mlp_s_own_hooks(arch):
     assert not set(table.neuron[table.kind == "other"]) & {3, 7}
 
 
+@pytest.mark.slow
 def test_a_plain_mlp_has_one_matrix_for_both():
     table = run("selective_activation", tiny_study("gpt2")).findings.table
     assert (np.sign(table.gate_cosine) == np.sign(table.linear_branch)).all()
@@ -176,6 +185,7 @@ def with_rows(rows: torch.Tensor) -> Study:
     return study
 
 
+@pytest.mark.slow
 def test_rows_with_one_entry_are_heavy_tailed():
     rows = torch.zeros(2, 32)
     rows[0, 4], rows[1, 9] = 3.0, -0.2
@@ -187,6 +197,7 @@ def test_rows_with_one_entry_are_heavy_tailed():
     assert verdict.parts[0].outcome == "holds"
 
 
+@pytest.mark.slow
 def test_dense_rows_are_not_however_long_they_are():
     rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(5))
     short, long = (run("down_projection", with_rows(size * rows), k=1).findings for size in (1, 1000))
@@ -195,6 +206,7 @@ def test_dense_rows_are_not_however_long_they_are():
     assert short.verdict.estimate.value == pytest.approx(long.verdict.estimate.value, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_heavy_tails_that_all_neurons_have_are_not_the_super_neurons(many_neurons):
     """In the planted model every row of W_out has one large entry."""
     verdict = run("down_projection", planted_study(many_neurons), k=1).findings.verdict
@@ -203,6 +215,7 @@ def test_heavy_tails_that_all_neurons_have_are_not_the_super_neurons(many_neuron
     assert verdict.parts[0].outcome == "does not hold"
 
 
+@pytest.mark.slow
 def test_the_shape_of_rows_against_scipy():
     study = tiny_study()
     table = run("down_projection", study, k=3).findings.table
@@ -219,11 +232,13 @@ def test_the_shape_of_rows_against_scipy():
     assert table.top_share[table.kind == "normal"].mean() == pytest.approx(share.mean(), abs=0.01)
 
 
+@pytest.mark.slow
 def test_more_entries_than_dimensions_are_refused():
     with pytest.raises(InputError, match="k=32"):
         run("down_projection", tiny_study(), k=32)
 
 
+@pytest.mark.slow
 def test_a_model_with_a_norm_behind_its_mlps_has_no_rows_to_read():
     result = run("down_projection", tiny_study("gemma2"))
     assert result.findings.verdict.outcome == "not measurable" and "W_out" in result.findings.verdict.reason

@@ -71,6 +71,7 @@ def planted_study(model: Any, **changes: Any) -> Study:
 # --- dominance --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_huge_dimension_dominates_the_sink():
     model = tiny_model("llama")
     without = run("dominance", first_is_sink(model))
@@ -89,6 +90,7 @@ def test_one_huge_dimension_dominates_the_sink():
     assert number(result, "massive activations, ordinary, before the norm") == 0
 
 
+@pytest.mark.slow
 def test_a_norm_s_weight_can_undo_dominance():
     """Before the norm the sink is dominated, after it no more: then the claim, which is about both, does not hold."""
     model = tiny_model("llama")
@@ -106,6 +108,7 @@ def test_a_norm_s_weight_can_undo_dominance():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_dominance_against_numpy(arch):
     study = tiny_study(arch)
@@ -125,6 +128,7 @@ def test_dominance_against_numpy(arch):
                 assert ratios[stage, "ordinary", layer, prompt] == pytest.approx(mean, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_rmsnorm_alone_leaves_the_ratio_as_it_was_and_centring_does_not():
     rms, layer_norm = (run("dominance", tiny_study(arch), weighted=False).findings.table for arch in ("llama", "gpt2"))
     for table, same in ((rms, True), (layer_norm, False)):
@@ -137,6 +141,7 @@ def test_rmsnorm_alone_leaves_the_ratio_as_it_was_and_centring_does_not():
 # --- rmsnorm_filter ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_planted_sink_is_a_constant_and_its_outlier_is_all_that_attention_needs():
     result = run("rmsnorm_filter", planted_study(planted()))
     share, control = estimates(result)
@@ -153,6 +158,7 @@ def test_the_planted_sink_is_a_constant_and_its_outlier_is_all_that_attention_ne
     assert result.findings.verdict.parts[0].outcome == "holds"
 
 
+@pytest.mark.slow
 def test_a_sink_by_what_it_lacks_needs_no_outlier():
     """The key reads the constant, and repels: the sink has least of it, because its norm divides it away."""
     model = planted()
@@ -167,6 +173,7 @@ def test_a_sink_by_what_it_lacks_needs_no_outlier():
     assert control.value > 0.5 and result.findings.verdict.parts[0].outcome == "does not hold"
 
 
+@pytest.mark.slow
 def test_sinks_that_differ_between_prompts_are_no_constant():
     """The outlier's sign follows the token: half of the pairs are opposite."""
     study = planted_study(planted())
@@ -191,6 +198,7 @@ def test_the_same_first_token_says_nothing_of_constancy():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:A forward hook edited")
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "olmo"])
 def test_what_is_kept_against_a_hook_of_one_s_own(arch):
@@ -223,6 +231,7 @@ def test_what_is_kept_against_a_hook_of_one_s_own(arch):
     assert mine["value"].tolist() == pytest.approx(patterns[1] / patterns[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_norm_without_a_weight_can_be_edited():
     """OLMo's on a bridge: what is put back as it was leaves everything as it was, and double of it does not."""
     study = tiny_study("olmo")
@@ -236,6 +245,7 @@ def test_a_norm_without_a_weight_can_be_edited():
 # --- qk_locking -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_planted_key_lies_on_the_queries():
     result = run("qk_locking", planted_study(planted()))
     aligned, control = estimates(result)
@@ -245,6 +255,7 @@ def test_the_planted_key_lies_on_the_queries():
     assert result.findings.verdict.parts[0].outcome == "holds"
 
 
+@pytest.mark.slow
 def test_a_key_that_is_opposite_or_across_is_not_aligned():
     for entry, expected in (((0, OUTLIER, 0), -1.0), ((0, OUTLIER, 1), 0.0)):
         model = planted()
@@ -263,6 +274,7 @@ def test_a_key_that_is_opposite_or_across_is_not_aligned():
         assert (aligned, positive) == (("holds", "does not hold") if expected else ("does not hold", "not measurable"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["head", "group"])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize(
@@ -315,6 +327,7 @@ def of_full_rank() -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_the_planted_collapse_is_the_sink_s_alone():
     result = run("effective_rank", planted_study(of_full_rank()))
     ratio, without = estimates(result)
@@ -324,6 +337,7 @@ def test_the_planted_collapse_is_the_sink_s_alone():
     assert "the sink token's norm alone" in result.findings.verdict.control
 
 
+@pytest.mark.slow
 def test_without_an_outlier_nothing_collapses():
     model = of_full_rank()
     study = planted_study(model)
@@ -337,6 +351,7 @@ def test_without_an_outlier_nothing_collapses():
     assert estimates(result)[0].value == pytest.approx(1, abs=0.3)
 
 
+@pytest.mark.slow
 def test_a_collapse_of_all_tokens_is_told_apart():
     """Block 1 of the tiny model writes one direction, with a size of its own, into every token."""
     study = tiny_study()
@@ -349,6 +364,7 @@ def test_a_collapse_of_all_tokens_is_told_apart():
     assert "the other tokens collapse as well" in result.findings.verdict.control
 
 
+@pytest.mark.slow
 def test_ranks_against_numpy():
     study = tiny_study()
     table = run("effective_rank", study, lengths=(9, 24)).findings.table

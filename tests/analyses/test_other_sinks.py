@@ -86,6 +86,7 @@ def unseen(act: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
 # -- As a group -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_they_run_when_they_are_asked_for() -> None:
     assert GROUP in list_groups()
     assert {"no_op", "streaming", "gradient_sinks", "value_drain"} <= set(NAMES)
@@ -93,6 +94,7 @@ def test_they_run_when_they_are_asked_for() -> None:
     assert set(NAMES) < set(list_analyses(alone=True))
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_group_and_says_what_it_does_not_know(tmp_path: Path) -> None:
     from sinklens.cli import app
     from sinklens.cli.all import _own
@@ -134,6 +136,7 @@ def test_no_hook_is_left(here: Study, results: dict[str, AnalysisResult]) -> Non
 # -- Each by hand -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_op_by_hand(here: Study, results: dict[str, AnalysisResult]) -> None:
     """The value's norm from a cache; the cost of a value of zero over that of no sink to look at, by plain hooks."""
     model, tokens = here.model, here.batch.tokens
@@ -171,6 +174,7 @@ def test_implicit_bias_by_hand(here: Study, results: dict[str, AnalysisResult]) 
     assert estimate is not None and estimate.value == pytest.approx(added, abs=2e-6)
 
 
+@pytest.mark.slow
 def test_overmixing_by_hand(here: Study) -> None:
     """Two prompts that differ in a token, without the sink as a key, through the model's own scores."""
     file, position = functions("overmixing"), 5
@@ -185,6 +189,7 @@ def test_overmixing_by_hand(here: Study) -> None:
     assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_sinks_against_autograd_on_the_hugging_face_model(backend: Any) -> None:
@@ -224,6 +229,7 @@ def test_gradient_sinks_against_autograd_on_the_hugging_face_model(backend: Any)
         assert_close(flow["Compress", "sink"][i], compress, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_values_of_other_axes_are_refused() -> None:
     """Latent attention has its heads where positions are elsewhere: an index would pick something all the same."""
     model = tiny_model("deepseek_v3", "bridge")
@@ -233,6 +239,7 @@ def test_values_of_other_axes_are_refused() -> None:
         assert verdict.outcome == "not measurable" and "attn.hook" in verdict.reason
 
 
+@pytest.mark.slow
 def test_a_gradient_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     file = functions("gradient_sinks")
 
@@ -244,6 +251,7 @@ def test_a_gradient_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPat
         file["gradients"](study(), range(N_LAYERS), 4)
 
 
+@pytest.mark.slow
 def test_which_token_is_put_where(here: Study, results: dict[str, AnalysisResult]) -> None:
     file, tokens = functions("position"), here.batch.tokens
     kinds = file["prompts"](here, 7)
@@ -264,6 +272,7 @@ def test_what_is_kept_of_a_window() -> None:
     assert not seen[1, 0, 1], "no key is seen before it is there"
 
 
+@pytest.mark.slow
 def test_streaming_against_hugging_face_with_a_mask(here: Study) -> None:
     """The same windows as a mask of four axes; and those of the eviction of the package."""
     file, tokens = functions("streaming"), here.batch.tokens
@@ -301,6 +310,7 @@ def test_silenced_heads_by_hand(here: Study) -> None:
     assert_close(added.float(), expected, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_massive_activations_by_hand(here: Study, results: dict[str, AnalysisResult]) -> None:
     """Counts from a cache, and the loss with every entry beyond the data's bound at zero in the other prompts."""
     file, model = functions("massive_activations"), here.model
@@ -338,6 +348,7 @@ def test_secondary_sinks_of_hidden_states_by_hand(here: Study) -> None:
     assert file["in_one_range"](here, states).sum(0)[1].nonzero().flatten().tolist() == [6, 9]
 
 
+@pytest.mark.slow
 def test_an_exchanged_write_by_hand(here: Study) -> None:
     """What the MLP writes at one token times a factor, by a plain hook."""
     file, model, tokens = functions("secondary_sinks"), here.model, here.batch.tokens
@@ -362,6 +373,7 @@ def test_an_exchanged_write_by_hand(here: Study) -> None:
     assert_close(lost.float(), (before - after) / (before - usual), atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_small_value_is_no_link_of_the_planted_sink() -> None:
     """Its key alone makes the planted sink: the value moves nothing, and the key all."""
     pytest.importorskip("transformer_lens.HookedTransformer")

@@ -29,6 +29,7 @@ def result(setting: sl.stages.Setting) -> sl.AnalysisResult:
     return sl.run_analysis(READING, sl.Study.of(setting.model, batch, setting.formation), target=TARGET)
 
 
+@pytest.mark.slow
 def test_each_run_is_captured_once_for_all_that_is_asked(
     setting: sl.stages.Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def numbers_of(findings: sl.Findings) -> list[float]:
     return [value for values in flat for value in values] + table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", slow_but("llama", "gpt2", of=(arch for arch in ARCHITECTURES if arch != "olmo2")))
 def test_every_family_is_measured_and_drawn(arch, monkeypatch):
     monkeypatch.setattr(statistics.bootstrap_estimate, "__defaults__", (20,))  # intervals are not asked for here
@@ -132,6 +133,7 @@ def test_blocks_are_the_onset_unless_named(tiny_llama):
         study.blocks((4,))
 
 
+@pytest.mark.slow
 def test_variance_decay_is_that_of_a_plain_run(tiny_llama):
     study = study_of(tiny_llama)
     findings = run("variance_decay", study, layers=(0, 2))
@@ -181,6 +183,7 @@ def test_variance_decay_says_what_the_same_rule_finds_on_half_of_the_tokens():
     assert [part.detail for part in parts] == ["on the first 12 tokens alone: holds", ""]
 
 
+@pytest.mark.slow
 def test_variance_decay_takes_both_an_outlier_and_a_decay():
     tokens, model = coin_tosses(), planted_model()
     tokens[:, 0] = PLUS  # as a BOS would be: no variance at the first position
@@ -194,6 +197,7 @@ def test_variance_decay_takes_both_an_outlier_and_a_decay():
     np.testing.assert_allclose(table["aggregated"], table["not aggregated"], rtol=1e-5)  # nothing was averaged
 
 
+@pytest.mark.slow
 def test_w_o_alignment_is_that_of_a_plain_run(tiny_llama):
     study = study_of(tiny_llama)
     findings = run("w_o_alignment", study, layers=(1, 3))
@@ -240,6 +244,7 @@ def scaled_values(scale: torch.Tensor) -> Any:
     return hook
 
 
+@pytest.mark.slow
 def test_w_o_alignment_holds_where_w_o_weighs_what_varies_and_not_where_it_weighs_the_rest(monkeypatch):
     # Where attention goes does not matter here: the sink is the first token by decree.
     monkeypatch.setattr(sl.Study, "sinks", property(lambda study: torch.zeros(study.batch.n, dtype=torch.long)))
@@ -263,6 +268,7 @@ def test_w_o_alignment_cannot_be_asked_of_a_token_that_is_always_the_same():
     assert "the same in all prompts" in result.findings.verdict.reason
 
 
+@pytest.mark.slow
 def test_w_o_alignment_draws_at_least_one_of_each(tiny_llama):
     assert len(run("w_o_alignment", study_of(tiny_llama), outputs=5).table.query("token == 'sink'")) == 10
     for option in ("outputs", "permutations"):
@@ -280,6 +286,7 @@ def test_permuted_variances_stay_together_where_heads_share_values(tiny_llama):
     assert len(found.unique(dim=0)) == 50
 
 
+@pytest.mark.slow
 def test_head_imbalance_is_that_of_a_plain_run(tiny_llama):
     study = study_of(tiny_llama)
     findings = run("head_imbalance", study)
@@ -298,6 +305,7 @@ def test_head_imbalance_is_that_of_a_plain_run(tiny_llama):
     assert findings.numbers["tau in all blocks"].value == pytest.approx(np.mean(taus), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_heads_after_formation_are_those_before_the_next_event(tiny_llama):
     """Blocks 0 and 2 as two events: of the first, block 1 alone is behind it and before the next."""
     study = study_of(tiny_llama)
@@ -431,6 +439,7 @@ def test_a_gate_that_adds_noise_where_there_is_little_lessens_the_ratio(monkeypa
     assert outcomes[0.0].estimate.value == pytest.approx(1, abs=0.15)
 
 
+@pytest.mark.slow
 def test_a_gate_on_a_token_that_rarely_varies_is_measured_and_on_one_that_never_does_is_not(monkeypatch, tiny_llama):
     monkeypatch.setattr(sl.Study, "sinks", property(lambda study: torch.zeros(study.batch.n, dtype=torch.long)))
     tokens = tiny_tokens(4, 24)

@@ -66,6 +66,7 @@ def test_a_folder_of_before_verdicts_had_parts_is_read(tmp_path):
     assert again.parts == () and again.outcome == "holds" and again.which == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [{"about": "nothing"}, {"outcome": "holds in part"}, {"name": 3}, {"p_value": "x"}, {"smallest": []}, {"more": 1}],
@@ -92,6 +93,7 @@ def test_a_verdict_of_parts_is_that_of_all_and_shows_the_first():
             verdict_of("A claim.", parts)
 
 
+@pytest.mark.slow
 def test_parts_of_several_analyses_are_corrected_together():
     def result(name: str, p_value: float) -> AnalysisResult:
         made = run_analysis(SIMPLE, study())
@@ -131,6 +133,7 @@ def test_mistakes_and_bugs_are_not_results(error):
         run_analysis(failing(error), study())
 
 
+@pytest.mark.slow
 def test_the_configuration_tells_runs_apart():
     def config(*, changes: Any = (), **options: Any) -> dict[str, Any]:
         return run_analysis(SIMPLE, study(**dict(changes)), **options).config
@@ -144,6 +147,7 @@ def test_the_configuration_tells_runs_apart():
 # -- Discovery and command line ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_file_that_has_an_analysis_is_listed_with_one_line():
     listed = list_analyses(alone=True)
     for name, line in listed.items():
@@ -153,6 +157,7 @@ def test_every_file_that_has_an_analysis_is_listed_with_one_line():
     assert files == set(listed)
 
 
+@pytest.mark.slow
 def test_an_analysis_of_ones_own_is_loaded_by_its_path(tmp_path):
     assert load_analysis(FOLDER / "_template.py").name == "gate"
     (tmp_path / "empty.py").write_text("")

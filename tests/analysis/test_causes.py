@@ -36,6 +36,7 @@ def planted(*, symmetric: bool = False) -> Study:
     return Study.of(model, batch, replace(formation, sink_positions=(0, 0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("symmetric", "outcome"), [(False, "does not hold"), (True, "holds")])
 def test_variance_decay_tells_the_model_in_which_variance_is_the_cause(symmetric, outcome):
     found = run_analysis(load_analysis("variance_decay"), planted(symmetric=symmetric), target=TARGET, permutations=50)
@@ -54,6 +55,7 @@ def test_the_planted_neuron_is_the_cause_and_the_reason_is_said():
     assert "position 5" in silenced.statistic and silenced.p_value is not None
 
 
+@pytest.mark.slow
 def test_what_was_scored_is_not_scored_again(monkeypatch: pytest.MonkeyPatch):
     here, calls = planted(), []
 
@@ -101,6 +103,7 @@ def test_a_sink_is_made_where_the_prompts_have_room():
         scored(Study.of(here.model, tight, here.formation), stages.SUPER_NEURONS, None)
 
 
+@pytest.mark.slow
 def test_an_analysis_of_a_stage_makes_no_views(monkeypatch):
     """It shows the scores and the stage's own readout: checks and views of the pair would be passes for nothing."""
 

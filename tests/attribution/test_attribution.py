@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sinklens import edits, readouts, sites
-from sinklens.attribution import Attributor, attribution_map, estimate, grad_drop, screen
-from sinklens.attribution.screening import compare
+from sinklens.attribution import Attributor, attribution_map, estimate, grad_drop
+from sinklens.attribution.screening import KINDS, choose, rank_correlations
 from sinklens.engine.run import run_patches
 from sinklens.errors import EngineError, InputError, NotApplicableError
 from sinklens.models.load import load_model
@@ -220,6 +220,7 @@ def test_several_blocks_and_places_add(tiny):
         torch.testing.assert_close(changes(tiny, parts, received()).sum(0, keepdim=True), together)
 
 
+@pytest.mark.slow
 def test_batches_and_order_do_not_matter(tiny):
     patches = [
         transplant(site, (layer,), positions=places, run=run, source=Source(other))
@@ -303,6 +304,7 @@ def test_what_does_not_exist_is_refused(llama, options, match):
         changes(llama, patches, received())
 
 
+@pytest.mark.slow
 def test_a_bridge_gives_the_same_estimates(llama):
     """Those of queries and keys with the fix and without; a bridge's norm passes no gradient on there."""
     bridge = tiny_model("llama", "bridge")
@@ -328,6 +330,7 @@ OTHERWISE = ("gemma2", "olmo2", "olmo3", "olmoe", "mpt", "bloom", "gpt_oss")
 """And those of which it is another: caps, norms over all heads, biases by position, attention to nothing."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", on_both("llama", "qwen3", "gpt2", "gpt_neox", "cohere", of=MEETING))
 def test_the_softmax_is_exact_on_a_bridge(family):
     """Rotations of all or some dimensions, in halves or of neighbours; norms; learned positions; biases."""
@@ -348,6 +351,7 @@ def test_the_softmax_is_exact_on_a_bridge(family):
     torch.testing.assert_close(changes(bridge, patches, block), expected, atol=2e-7, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", on_both("gemma2", "olmo2", "bloom", of=OTHERWISE))
 def test_attention_of_another_kind_is_refused_with_what_can_be_done(family):
     """From a sweep, the command line and these functions; a cap also where it does nothing in the run."""
@@ -368,6 +372,7 @@ def test_rows_know_their_prompts(llama):
     torch.testing.assert_close(result, exact(llama, patches, own), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_attributor_traces_a_site_once(llama):
     """The same numbers as one call each; new passes for a new site or run, and for nothing else."""
     keeper = Attributor(llama, tokens_for(llama), [received()], runs=RUNS, max_rows=2)
@@ -386,63 +391,41 @@ def test_an_attributor_traces_a_site_once(llama):
 NEURONS = [transplant(sites.MLP_POST, (1,), units=(unit,)) for unit in range(48)]
 
 
-def test_screening_runs_the_top_and_a_random_sample(llama):
-    tokens = tokens_for(llama)
-    result = screen(llama, tokens, NEURONS, received(), runs=RUNS, top=6, sample=10, seed=3)
-    table = result.table()
-    truth = exact(llama, NEURONS, received())
-    guess = changes(llama, NEURONS, received())
-    assert len(table) == 48 * N
-    for _, row in table.iterrows():
-        assert row.estimate == pytest.approx(float(guess[row.patch, row.prompt]), abs=1e-9)
-        if row.kind == "estimate":
-            assert row.exact != row.exact  # NaN
-        else:
-            assert row.exact == pytest.approx(float(truth[row.patch, row.prompt]), abs=1e-6)
-    order = guess.mean(-1).abs().argsort(descending=True)
-    assert result.top.tolist() == order[:6].tolist()
-    assert {*table[table.kind == "top"].patch} == {*order[:6].tolist()}
-    assert {*table[table.sampled].patch} == {*result.sample.tolist()}
-    assert len(result.sample) == 10
-    assert len(result.table(everything=False)) == N * len({*result.top.tolist(), *result.sample.tolist()})
-    outside = [i for i in result.sample.tolist() if i not in result.top.tolist()]
-    assert result.largest_missed == pytest.approx(float(truth[outside].mean(-1).abs().max()), abs=1e-6)
+def test_the_largest_estimates_are_run_and_a_random_sample():
+    """The same seed draws the same; one of the top may be drawn, and is run once."""
+    estimates = torch.randn(48, N, generator=torch.Generator().manual_seed(5))
+    found, again, other = (choose(estimates, 6, 10, seed) for seed in (1, 1, 2))
+    assert found.top.tolist() == estimates.mean(-1).abs().argsort(descending=True)[:6].tolist()
+    assert len({*found.sample.tolist()}) == 10
+    assert found.sample.tolist() == again.sample.tolist() != other.sample.tolist()
+    assert found.verified.tolist() == sorted({*found.top.tolist(), *found.sample.tolist()})
+    kinds = [KINDS[kind] for kind in found.kinds(torch.arange(48))]
+    assert {i for i, kind in enumerate(kinds) if kind == "top"} == {*found.top.tolist()}
+    assert {i for i, kind in enumerate(kinds) if kind == "sample"} == {*found.sample.tolist()} - {*found.top.tolist()}
+    assert found.sampled(torch.arange(48)).nonzero()[0].tolist() == found.sample.tolist()
 
 
-def test_the_correlation_is_that_of_the_sample(llama):
-    """Not of the top; and the same seed draws the same sample."""
-    tokens, options = tokens_for(llama), {"runs": RUNS, "top": 4, "sample": 12}
-    first, again = (screen(llama, tokens, NEURONS, received(), seed=1, **options) for _ in range(2))
-    other = screen(llama, tokens, NEURONS, received(), seed=2, **options)
-    x = changes(llama, NEURONS, received()).mean(-1).numpy()[first.sample]
-    y = exact(llama, NEURONS, received()).mean(-1).numpy()[first.sample]
-    assert first.spearman.value == pytest.approx(ranked(x, y))
-    assert first.spearman_size.value == pytest.approx(ranked(abs(x), abs(y)))
-    assert first.kendall.value == pytest.approx(
-        np.sign(np.subtract.outer(x, x) * np.subtract.outer(y, y)).sum() / (12 * 11)
-    )
-    assert first.spearman.low <= first.spearman.value <= first.spearman.high
-    assert first.spearman.n == 12
-    assert first.sample.tolist() == again.sample.tolist() != other.sample.tolist()
-    assert first.spearman == again.spearman
+def test_estimates_are_judged_by_rank():
+    """By the formulas, of values without ties; what is reversed ranks in reverse, and its sizes as before."""
+    generator = np.random.default_rng(3)
+    x, y = generator.normal(size=12), generator.normal(size=12)
+    found = rank_correlations(x, y, seed=1)
+    assert found["spearman"].value == pytest.approx(ranked(x, y))
+    assert found["spearman_size"].value == pytest.approx(ranked(abs(x), abs(y)))
+    concordant = np.sign(np.subtract.outer(x, x) * np.subtract.outer(y, y)).sum()
+    assert found["kendall"].value == pytest.approx(concordant / (12 * 11))
+    assert found["spearman"].low <= found["spearman"].value <= found["spearman"].high
+    assert found["spearman"].n == 12
+    assert rank_correlations(x, y, seed=1) == found
+    reversed_ = rank_correlations(-x, x, seed=0)
+    assert reversed_["spearman"].value == pytest.approx(-1)
+    assert reversed_["spearman_size"].value == pytest.approx(1)
 
 
 def ranked(x: Any, y: Any) -> float:
     """Spearman's correlation, of values without ties, by its formula."""
     squared = (x.argsort().argsort() - y.argsort().argsort()) ** 2.0
     return 1 - 6 * squared.sum() / (len(x) * (len(x) ** 2 - 1))
-
-
-def test_screening_a_linear_path_ranks_perfectly(llama):
-    """And estimates that are reversed rank in reverse: the correlation is of the two, not of one with itself."""
-    weight = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    linear = Readout("linear", sites.RESID_POST, (3,), lambda act, _rows: act[:, TARGET] @ weight)
-    patches = [transplant(sites.RESID_POST, (3,), units=(unit,)) for unit in range(32)]
-    result = screen(llama, tokens_for(llama), patches, linear, runs=RUNS, top=5, sample=30)
-    assert result.spearman.value == pytest.approx(1)
-    reversed_ = compare("linear", -result.estimates, result.exact, chosen=result.chosen, seed=0)
-    assert reversed_.spearman.value == pytest.approx(-1)
-    assert reversed_.spearman_size.value == pytest.approx(1)
 
 
 class Lazy(Sequence):
@@ -457,18 +440,8 @@ class Lazy(Sequence):
         return transplant(sites.MLP_POST, (1,), units=(index,), edit=edits.Transplant())
 
 
-def test_a_lazy_grid_is_screened_like_a_list(llama):
-    options: dict[str, Any] = {"runs": RUNS, "top": 4, "sample": 8}
-    found = screen(llama, tokens_for(llama), Lazy(), received(), **options)
-    expected = screen(llama, tokens_for(llama), NEURONS, received(), **options)
-    torch.testing.assert_close(found.estimates, expected.estimates)
-    torch.testing.assert_close(found.exact, expected.exact)
-
-
-@pytest.mark.parametrize("options", [{"top": 0}, {"sample": 2}])
-def test_a_screen_of_nothing_is_refused(llama, options):
-    with pytest.raises(InputError, match="at least"):
-        screen(llama, tokens_for(llama), NEURONS, received(), runs=RUNS, **options)
+def test_a_lazy_grid_is_estimated_like_a_list(llama):
+    torch.testing.assert_close(changes(llama, Lazy(), received()), changes(llama, NEURONS, received()))
 
 
 def test_a_list_may_change_between_calls(llama):
@@ -479,6 +452,7 @@ def test_a_list_may_change_between_calls(llama):
     assert not torch.equal(keeper.estimate(patches).changes[SINK], first)
 
 
+@pytest.mark.slow
 def test_half_precision_gives_nearly_the_same_ranks(llama):
     """With the fix as well: a pattern in bfloat16 is recognised."""
     half = load_model(tiny_hf("llama"), device="cpu", dtype="bfloat16")
@@ -549,15 +523,7 @@ class Plus(edits.Edit):
         return x + self.what
 
 
-def test_a_screen_by_sizes_without_blocks(llama):
-    options: dict[str, Any] = {"runs": RUNS, "top": 5, "sample": 8}
-    found = screen(llama, tokens_for(llama), NEURONS, received(), drop_blocks=True, **options)
-    sizes = grad_drop(llama, tokens_for(llama), NEURONS, [received()], runs=RUNS).changes[SINK].mean(-1)
-    assert found.top.tolist() == sizes.argsort(descending=True)[:5].tolist()
-    plain = screen(llama, tokens_for(llama), NEURONS, received(), **options)
-    torch.testing.assert_close(found.estimates, plain.estimates)
-
-
+@pytest.mark.slow
 def test_somebody_s_hooks_on_gradients_are_refused(llama):
     """They would change estimates, which stand for exact effects that they do not change."""
     tokens, wanted = tokens_for(llama), [received()]

@@ -79,6 +79,7 @@ def test_a_number_of_patches_comes_out_exactly() -> None:
     assert len(part.cells) == 7 and set(part.cells) <= set(work.cells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformer_lens", "sinklens", "nnsight", "pyvene"])
 @pytest.mark.parametrize("sweep", ["late", "chain"])
 def test_peers_agree_with_one_run_with_hooks_for_each_patch(
@@ -115,6 +116,7 @@ def test_the_reference_by_hand(models: shapes.Models, chain: workload.Workload) 
     torch.testing.assert_close(peers.RunWithHooks(models).run(chain, 0)[1].float(), by_hand, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_peer_that_patches_nothing_differs_by_one(models: shapes.Models, late: workload.Workload) -> None:
     reference = peers.RunWithHooks(models)
     expected, clean = reference.run(late, 0), reference.clean(late)
@@ -139,6 +141,7 @@ def run_with(names: list[str], models: shapes.Models, out: Path) -> record.Recor
     return run.run_benchmark(models, todo, names, FAST, out, settings={}, screen=console())
 
 
+@pytest.mark.slow
 def test_an_unequal_peer_is_refused_before_it_is_timed(
     models: shapes.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +173,7 @@ def test_in_bfloat16_code_is_held_to_float32_first(tmp_path: Path, monkeypatch: 
     assert "by 0.1 of" in done.left_out["slightly_off"]
 
 
+@pytest.mark.slow
 def test_wrong_numbers_of_sinklens_stop_everything(
     models: shapes.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +262,7 @@ def test_the_command_leaves_table_json_and_figure(tmp_path: Path, capsys: pytest
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_line_for_each_peer_on_logarithmic_axes(models: shapes.Models, tmp_path: Path) -> None:
     done = run_with(["transformer_lens", "sinklens"], models, tmp_path)
     table = done.table

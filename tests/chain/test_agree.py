@@ -48,6 +48,7 @@ def test_a_chain_agrees_with_itself() -> None:
     assert table.control.sum() == (result.scores.control != "").sum()
 
 
+@pytest.mark.slow
 def test_several_targets() -> None:
     pytest.importorskip("transformer_lens.HookedTransformer")
     model = planted_model()

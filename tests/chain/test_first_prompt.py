@@ -16,6 +16,7 @@ from tests.helpers.tiny import tiny_model
 pytest.importorskip("transformer_lens.HookedTransformer")
 
 
+@pytest.mark.slow
 def test_the_planted_sink_is_seen_token_by_token():
     model, target = planted_model(), 5
     batch = from_tokens(model, prompts(16))
@@ -32,6 +33,7 @@ def test_the_planted_sink_is_seen_token_by_token():
     assert anchored[target] > base[target]
 
 
+@pytest.mark.slow
 def test_a_natural_run_is_the_model_as_it_is():
     model = tiny_model("llama")
     tokens = torch.tensor(np.random.default_rng(0).integers(3, model.cfg.d_vocab, (3, 12)))

@@ -63,6 +63,7 @@ def test_what_applies_equals_plain_hooks_and_the_rest_is_named(arch: str) -> Non
         np.testing.assert_allclose(found[number], expected, atol=1e-5, rtol=1e-4, err_msg=str(trials[number]))
 
 
+@pytest.mark.slow
 def test_a_model_of_attention_alone() -> None:
     lens = pytest.importorskip("transformer_lens")
     sizes: dict[str, Any] = {"n_layers": 3, "d_model": 32, "n_heads": 4, "d_head": 8, "n_ctx": 64, "d_vocab": 101}

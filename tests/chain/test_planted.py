@@ -245,6 +245,7 @@ def test_the_natural_sink(model):
     np.testing.assert_allclose(rows.effect, 0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_root_is_known_by_where_it_is_not_by_its_name(model, batch, formation):
     """Under another name a stage at the pair's own site is still held to an effect of exactly 1."""
     renamed = replace(stages.VALUE_AGGREGATION, name="other")
@@ -261,6 +262,7 @@ def test_the_root_is_known_by_where_it_is_not_by_its_name(model, batch, formatio
         run_chain(model, batch, target=TARGET, formation=formation, stages=(wrong,))
 
 
+@pytest.mark.slow
 def test_another_metric(model, batch, formation):
     """The norm of what enters the readout block: it is measured, divided and named as such."""
     keys = {"target": TARGET, "formation": formation, "stages": (stages.VALUE_AGGREGATION,)}

@@ -30,6 +30,7 @@ def own_inputs(made, run):
     return [kept[name][rows, position][:, list(made.graph.neurons)] for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", slow_but("llama", "gpt2", of=FAMILIES))
 def test_they_add_up(family) -> None:
     made = made_for(tiny_model(family))
@@ -42,6 +43,7 @@ def test_they_add_up(family) -> None:
         torch.testing.assert_close(mine.difference(key).sum(0), with_sink[i] - without[i], **tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", slow_but("llama", of=FAMILIES))
 def test_tokens_add_up_to_the_heads(family) -> None:
     made = made_for(tiny_model(family))

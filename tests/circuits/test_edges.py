@@ -30,6 +30,7 @@ def test_an_edge_alone_is_the_exact_edge(edges: Edges, direction) -> None:
     np.testing.assert_allclose(edges.effects(some, direction), exact, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_several_edges_at_once_are_plain_hooks(direction) -> None:
     """Two senders into one key, one of them into another key of the block, into a value and into an MLP."""

@@ -16,6 +16,7 @@ def estimator_of(made):
     return Estimator(made.measure, made.graph, verifier.rewiring, made.with_sink, made.without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", slow_but("llama", of=("llama", "gpt2", "gpt_neox", "gemma2", "qwen3")))
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_eap_is_the_slope_of_the_exact_edges(family, direction) -> None:
@@ -33,6 +34,7 @@ def test_eap_is_the_slope_of_the_exact_edges(family, direction) -> None:
     np.testing.assert_allclose(estimate, slope, atol=0.03 * np.abs(slope).max())
 
 
+@pytest.mark.slow
 def test_on_the_way_between_the_runs_the_ends_are_theirs(tiny_llama) -> None:
     """Many points average the gradients that single ones have; at the ends they are those of the runs."""
     made = made_for(tiny_llama)
@@ -46,6 +48,7 @@ def test_on_the_way_between_the_runs_the_ends_are_theirs(tiny_llama) -> None:
     np.testing.assert_allclose(estimator.eap_ig("denoise", 2), halves, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_integrated_gradients_of_the_natural_sink_are_finite() -> None:
     made = made_for(tiny_model("llama"), "natural")
     found = estimator_of(made).eap_ig("noise", 3)

@@ -30,6 +30,7 @@ def some_edges(made, per_branch=4):
     return chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_edges_are_transformer_lens_s_path_patching(family, direction) -> None:
@@ -51,6 +52,7 @@ def test_edges_are_transformer_lens_s_path_patching(family, direction) -> None:
         np.testing.assert_allclose(effects, expected, atol=2e-3, rtol=2e-3, err_msg=edge.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_edges_into_super_neurons_are_plain_hooks(tiny_llama, direction) -> None:
     made = made_for(tiny_llama)
@@ -81,6 +83,7 @@ def test_edges_into_super_neurons_are_plain_hooks(tiny_llama, direction) -> None
         np.testing.assert_allclose(effects, expected, atol=2e-3, rtol=2e-3, err_msg=edge.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", slow_but("llama", "gpt_neox", of=HOOKED))
 @pytest.mark.parametrize("kind", ["block_aggregation", "natural"])
 def test_a_rewired_edge_is_the_exact_edge(family, kind) -> None:
@@ -100,6 +103,7 @@ def test_a_rewired_edge_is_the_exact_edge(family, kind) -> None:
     np.testing.assert_allclose(1 - shares[: len(edges)], exact, atol=5e-3, rtol=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", slow_but("llama", of=("llama", "gpt2", "gpt_neox", "qwen3", "gemma2")))
 def test_a_bridge_has_the_same_edges(family) -> None:
     edges = None
@@ -112,6 +116,7 @@ def test_a_bridge_has_the_same_edges(family) -> None:
     assert np.abs(found[0]).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_paths_hand_on_what_changes_and_nobody_else_hears(direction) -> None:
     """Hop by hop with plain hooks: what a node makes of what it hears, and then the next alone hears that."""

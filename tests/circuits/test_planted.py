@@ -59,6 +59,7 @@ def test_the_circuit_is_all_of_it_whatever_the_others_hear(found) -> None:
     assert tests["random", "other run"] < 0.1
 
 
+@pytest.mark.slow
 def test_half_of_the_sink_takes_one_branch(model) -> None:
     batch, formation = planted_formation(model)
     half = circuit(

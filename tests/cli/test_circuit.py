@@ -17,6 +17,7 @@ def circuit(folder, *arguments):
     return invoke("circuit", "--model", str(folder), *OPTIONS, *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here", "quick_load")
 def test_a_folder_is_written(tiny_folder) -> None:
     outcome = circuit(tiny_folder, "--share", "0.6", "--out", "found")

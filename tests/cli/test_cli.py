@@ -70,6 +70,7 @@ def test_bad_arguments(chain: Run, arguments: list[str], parts: list[str]) -> No
     refused(chain(*arguments), *parts)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_model")
 def test_output_that_cannot_be_used(chain: Run, here: Path) -> None:
     earlier_run(here / "run")
@@ -91,6 +92,7 @@ def test_a_mistyped_command(here: Path) -> None:
     assert snapshot(here).keys() == {"texts.txt"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     "line, parts",
@@ -131,6 +133,7 @@ def test_a_line_end_in_a_name(here: Path) -> None:
     assert snapshot(here).keys() == {"texts.txt"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_load")
 def test_everything_refuses_a_block_as_the_chain_does(here: Path, tiny_folder: Path) -> None:
     before = snapshot(here)

@@ -57,6 +57,7 @@ def test_find_lists_events_and_marks_the_one_that_is_explained() -> None:
     assert told["steps"] == [{"number": 1, "blocks": [0], "layer": 0}, {"number": 2, "blocks": [2], "layer": 2}]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_one_event_is_a_run_as_ever() -> None:
     told = json.loads(chain("--event", "1", "--out", "run", "--json").out)
@@ -64,6 +65,7 @@ def test_one_event_is_a_run_as_ever() -> None:
     assert ChainResult.load("run").formation.layer == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_all_events_have_a_folder_each() -> None:
     outcome = chain("--event", "all", "--out", "run")
@@ -78,6 +80,7 @@ def test_all_events_have_a_folder_each() -> None:
     assert [item["formation"]["event"] for item in told] == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_an_event_that_cannot_be_scored_is_named_and_the_others_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     from sinklens import formation
@@ -105,6 +108,7 @@ def test_an_event_that_cannot_be_scored_is_named_and_the_others_are_scored(monke
     assert snapshot(Path()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_an_option_that_fits_one_event_alone() -> None:
     """The pair's blocks end at the formation block: 0 to 2 will do for the second event, and not for the first."""
@@ -114,6 +118,7 @@ def test_an_option_that_fits_one_event_alone() -> None:
     assert json.loads(Path("run/run.json").read_text())["parts"]["event-1"]["status"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_an_analysis_of_an_event() -> None:
     assert invoke("analyse", "onset", "--event", "1", "--out", "run").code == 0
@@ -121,6 +126,7 @@ def test_an_analysis_of_an_event() -> None:
     assert found.config["given"] == {"event": 1} and found.provenance["formation"]["layer"] == 0
 
 
+@pytest.mark.slow
 def test_everything_of_an_event(planted: Any, tmp_path: Path) -> None:
     study = Study(*planted, given={"event": 1})
     result = run_all(study, tmp_path / "run", target=5, only=("formation", "onset"))
@@ -131,6 +137,7 @@ def test_everything_of_an_event(planted: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_everything_of_every_event_has_a_folder_each_and_is_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("plotly")
@@ -163,6 +170,7 @@ def test_everything_of_every_event_has_a_folder_each_and_is_taken_up(monkeypatch
     refused(invoke(*ask[:-1], "run/event-1"), "not the folder of an earlier run of every event")
 
 
+@pytest.mark.slow
 def test_every_event_is_one_event_with_its_number(planted: Any, tmp_path: Path) -> None:
     """What is found for all events is what is found for each: the same part, kept and not made again."""
     names = ("formation", "onset")
@@ -178,6 +186,7 @@ def test_every_event_is_one_event_with_its_number(planted: Any, tmp_path: Path) 
         run_all_events(Study(*planted, given={"layer": 0}), tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_an_event_that_cannot_be_explained_is_left_out_of_everything(planted: Any, tmp_path: Path) -> None:
     from sinklens.analysis import several
 
@@ -221,12 +230,14 @@ def test_events_that_cannot_be_meant(chain: Run, arguments: list[str], parts: li
     refused(chain(*arguments), *parts)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_an_event_that_is_not_there() -> None:
     for command in (["find"], ["chain", "--target", "5", "--length", "16"], ["analyse", "onset"]):
         refused(invoke(*command, "--event", "7"), "there is no event 7", "1 (block 0), 2 (block 2)")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_the_result_is_printed_before_the_page_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     page = "(the page is written)"

@@ -28,6 +28,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_prints_its_table_and_writes_its_page(planted: Path) -> None:
     done = invoke("mitigate", "--what", "massive-zero,bias,silence", "--n", "6", "--generate", "2", "--out", "out")
     assert done.code == 0, done.err
@@ -58,6 +59,7 @@ def test_bad_input_is_one_sentence(planted: Path, arguments: list[str], words: s
     assert not (planted / "out").exists()
 
 
+@pytest.mark.slow
 def test_all_takes_them_with_it_and_keeps_them(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sinklens.cli.mitigate import load
     from sinklens.mitigation.run import mitigate
@@ -78,6 +80,7 @@ def test_all_takes_them_with_it_and_keeps_them(planted: Path, monkeypatch: pytes
     assert done.code == 0 and (found / "mitigation.json").read_bytes() != before, done.err
 
 
+@pytest.mark.slow
 def test_all_has_mitigations_of_one_run_alone(planted: Path) -> None:
     done = invoke("all", "--with", "mitigations", "--event", "all", "--out", "out")
     assert done.code == 2 and "one event and one set of prompts" in done.err

@@ -24,6 +24,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
     return int(stopped.value.code or 0)
 
 
+@pytest.mark.slow
 def test_the_command_has_the_analysis_s_own_options(tmp_path, monkeypatch, capsys):
     args = ("--positions", "1-3,9", "--strengths", "0.5,2", "--axis", "global", "--top", "7", "--json")
     assert command(tmp_path, monkeypatch, *args) == 0
@@ -37,6 +38,7 @@ def test_the_command_has_the_analysis_s_own_options(tmp_path, monkeypatch, capsy
     assert printed == json.loads((tmp_path / "out" / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_verdict(tmp_path, monkeypatch, capsys):
     assert command(tmp_path, monkeypatch) == 0
     out = capsys.readouterr().out

@@ -20,6 +20,7 @@ def command(*arguments: str) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page(tmp_path):
     put(tmp_path / "run", onset=made_analysis())
     code, out, err = command(str(tmp_path / "run"), "--out", str(tmp_path / "sent" / "page.html"))
@@ -52,6 +53,7 @@ def test_a_damaged_run_is_one_sentence(tmp_path):
     assert not list(tmp_path.rglob("report.html"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [made_analysis, made_result])
 def test_a_command_that_made_a_result_also_writes_its_page(tmp_path, made):
     made().save(tmp_path / "run")

@@ -75,6 +75,7 @@ def test_a_bos_may_be_asked_for_as_before(written: str, read: str) -> None:
     assert spelt_out(written.split()) == read.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("written", "said"),
     [
@@ -99,6 +100,7 @@ def test_a_word_for_the_bos_that_there_is_not(tmp_path: Path, monkeypatch: pytes
 # -- Several targets --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_targets_have_a_folder_each_and_a_line(planted: list[int]) -> None:
     done = chain("--target", "5,7", "--out", "run")
     assert done.code == 0, done.err
@@ -112,6 +114,7 @@ def test_several_targets_have_a_folder_each_and_a_line(planted: list[int]) -> No
     assert set(table.n_runs) == {2} and {"verdict: 5", "value: 7"} <= set(table)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_one_target_is_a_run_as_ever() -> None:
     told = json.loads(chain("--target", "5", "--out", "run", "--json").out)
@@ -139,6 +142,7 @@ def test_what_cannot_be_asked(arguments: list[str], parts: list[str]) -> None:
 # -- Several sets of prompts ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sets_of_prompts_are_disjoint_and_taken_up_again(planted: list[int]) -> None:
     ask = ("--target", "5", "--n", "2", "--replicate", "3", "--out", "run")
     done = chain(*ask)
@@ -162,6 +166,7 @@ def test_too_few_prompts_for_so_many_sets() -> None:
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_a_folder_of_something_else_is_left_alone() -> None:
     assert chain("--target", "5", "--out", "run").code == 0
@@ -191,6 +196,7 @@ def test_an_analysis_on_several_sets(capsys: pytest.CaptureFixture[str]) -> None
     assert row["spread"] == pytest.approx(max(values) - min(values))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_everything_on_several_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "list_analyses", lambda: {"length": ""})

@@ -18,6 +18,7 @@ from tests.helpers.sweeps import until
 SMALL = ["--stages", "z,resid_pre", "--layers", "0-2", "--positions", "9-11", "--units", "heads", "--task-size", "20"]
 
 
+@pytest.mark.slow
 def test_a_sweep(sweep: Any, here: Path) -> None:
     done: Outcome = sweep(*SMALL)
     assert done.code == 0, done.err
@@ -37,12 +38,14 @@ def test_a_sweep(sweep: Any, here: Path) -> None:
     assert again.out.split("rows in")[0] == done.out.split("rows in")[0] and snapshot(here) == before
 
 
+@pytest.mark.slow
 def test_json(sweep: Any) -> None:
     done: Outcome = sweep(*SMALL, "--json")
     data = json.loads(done.out)
     assert data["tasks"]["n_patches"] == 90 and data["choices"]["units"] == "heads" and len(data["overview"]) == 4
 
 
+@pytest.mark.slow
 def test_shards_and_gather(sweep: Any, here: Path) -> None:
     one: Outcome = sweep(*SMALL, "--out", "one", "--shard", "1/2")
     assert one.code == 0 and "2 of 5 tasks are left to other shards; results so far: one" in one.out
@@ -57,6 +60,7 @@ def test_shards_and_gather(sweep: Any, here: Path) -> None:
     assert SweepResult.load(here / "all.parquet").table.equals(SweepResult.load(here / "whole").table)
 
 
+@pytest.mark.slow
 def test_another_sweep_in_the_folder(sweep: Any, here: Path) -> None:
     sweep(*SMALL)
     before = snapshot(here)
@@ -112,6 +116,7 @@ def test_ranges_beyond_the_model_leave_nothing(sweep: Any, here: Path) -> None:
     assert snapshot(here) == before
 
 
+@pytest.mark.slow
 def test_interrupted(sweep: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Worker.run
 

@@ -18,6 +18,7 @@ def run(*args: str):
     return CliRunner().invoke(app, ["train", *args], env={"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"})
 
 
+@pytest.mark.slow
 def test_arms_are_trained_and_told(tmp_path: Path):
     done = run("--variant", "softmax,sigmoid:normalised=true", *QUICK, str(tmp_path))
     assert done.exit_code == 0, done.output
@@ -49,6 +50,7 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, args: list[str], words: str):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused(tmp_path: Path):
     trained(tmp_path, steps=3, watch_points=2)
     done = run(*QUICK, str(tmp_path), "--lr", "0.5")

@@ -57,6 +57,7 @@ def test_an_argument_is_told_as_the_option_that_it_is(python: str, written: str)
     assert in_own_words(python) == python
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_load")
 def test_commands_say_what_one_can_type(chain: Run, here: Path, tiny_folder: Path) -> None:
     earlier_run(here / "run")
@@ -81,6 +82,7 @@ def _texts(node: ast.AST) -> str:
     return " ".join(found)
 
 
+@pytest.mark.slow
 def test_the_library_speaks_of_arguments() -> None:
     """Who calls a function has no ``--force`` to give: options are named in the commands' own files alone."""
     files = [*(ROOT / "sinklens").rglob("*.py"), *(ROOT / "analyses").glob("*.py")]

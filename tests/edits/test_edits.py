@@ -653,6 +653,7 @@ def test_few_rows_are_rotated_by_few_draws(n):
     close(edits.rotate_rows(torch.zeros(n, 16), generator), torch.zeros(n, 16))
 
 
+@pytest.mark.slow
 def test_random_rotations_lean_to_no_side():
     """Means over draws of the entries and of their products are those of a uniform rotation: 0, and 1 / d."""
     generator = torch.Generator().manual_seed(5)

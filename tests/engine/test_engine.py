@@ -95,6 +95,7 @@ PAIRS = [
 """A pair of one kind on every model, of the others on two."""
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize(("tiny", "kind"), PAIRS, indirect=["tiny"])
 def test_every_stage_equals_one_patch_at_a_time(tiny, kind):
@@ -114,6 +115,7 @@ def test_every_stage_equals_one_patch_at_a_time(tiny, kind):
             assert found == pytest.approx(expected, abs=1e-5, rel=1e-5), label
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("max_rows", [1, 3, 7, 1000])
 def test_order_and_batch_size_do_not_matter(tiny, anchored, max_rows):
@@ -284,13 +286,13 @@ def test_a_small_memory_budget_makes_small_batches(llama):
 def test_work_is_resumed_and_stopped_early(llama, monkeypatch):
     """A patch in block 2 that is read in block 2 runs block 2 alone."""
     blocks: list[tuple[int, int]] = []
-    real = PackedPass._block
+    real = PackedPass._attention
 
     def spy(self: PackedPass, x: Tensor, layer: int, stop: int) -> Tensor:
         blocks.append((layer, len(x)))
         return real(self, x, layer, stop)
 
-    monkeypatch.setattr(PackedPass, "_block", spy)
+    monkeypatch.setattr(PackedPass, "_attention", spy)
     run_patches(llama, tokens_for(llama), [transplant(layers=(2,), site=sites.K)], [received((2,))])
     check = LENGTH + LENGTH // 2  # the first prompt, unpatched, whole and from the middle
     assert blocks == [(2, check + N * (LENGTH - TARGET))]

@@ -45,6 +45,7 @@ def attribute(model: Any) -> Any:
     return estimate(model, TOKENS, [zero()], [LOGIT])
 
 
+@pytest.mark.slow
 def test_other_forms_of_the_same(model: Any) -> None:
     expected = read(model)
     for patches in (zero(), (zero(),), (patch for patch in [zero()]), [zero(also=None)]):
@@ -134,6 +135,7 @@ WRONG: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", WRONG)
 def test_something_else_is_refused_in_a_sentence(told: str, model: Any) -> None:
     with pytest.raises(InputError, match=told):

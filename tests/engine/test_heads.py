@@ -57,6 +57,7 @@ def _run(patches: list[Patch], wanted: list[Readout], monkeypatch: pytest.Monkey
     return result, sum(n_heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_rows", [3, 64])
 def test_rows_with_heads_give_what_whole_rows_give(max_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     places = ((LAYER, 2), (LAYER, LENGTH // 2), (0, 3))
@@ -89,6 +90,7 @@ def _n_heads(patch: Patch, wanted: list[Readout], monkeypatch: pytest.MonkeyPatc
     return _run([patch], wanted, monkeypatch)[1]
 
 
+@pytest.mark.slow
 def test_only_what_reaches_no_other_token_has_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
     late = [_read((3,))]
     for site in sites_of(kept_model("llama")):

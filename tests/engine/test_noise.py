@@ -112,6 +112,7 @@ class Planted(PackedModel):
         return self.change(block) if layer == 2 else block
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", list(WRONG))
@@ -122,6 +123,7 @@ def test_a_wrong_part_is_found(name: str, dtype: str) -> None:
         assert why is not None and why.startswith("blocks.2."), (times, why)
 
 
+@pytest.mark.slow
 def test_a_reading_that_rounding_moves_does_not_end_the_packed_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that a wrong part moves does."""
     pytest.importorskip("transformer_lens.HookedTransformer")  # a bridge is held to more, before
@@ -168,6 +170,7 @@ def is_found(model: Any, change: Callable[[PackedBlock], PackedBlock], monkeypat
     return found.why_not is not None or 2 in found.whole
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize(("dtype", "seed", "times"), SHARP)
 def test_the_proof_of_a_sharp_bridge_knows_its_noise(
@@ -180,6 +183,7 @@ def test_the_proof_of_a_sharp_bridge_knows_its_noise(
     assert proof_of.prove(model).why_not is not None, "not sharp: this tests nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("name", list(WRONG))
 def test_the_proof_of_a_bridge_in_16_bits_finds_a_wrong_part(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from tests.helpers.tiny import slow_but, tiny_model
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gpt2", "gpt_neox", "gptj")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", slow_but("llama", "gpt2", of=FAMILIES))
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=grids(), max_rows=st.sampled_from((1, 4, 64)))
@@ -163,6 +164,7 @@ def test_rows_see_their_prompt() -> None:
     assert found.tolist() == [[0.0, 10.0, 20.0]] * 4
 
 
+@pytest.mark.slow
 def test_half_precision_is_within_rounding() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     tokens, wanted = tokens_for(model), [readouts.attention_received("r", (3,), (0,), N)]

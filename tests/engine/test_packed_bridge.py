@@ -102,6 +102,7 @@ def check(model: Any, patches: list[Patch], *, path: str = "packed", **options: 
 RANDOM = settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", slow_but("llama", "gpt2", of=KNOWN))
 @RANDOM
 @given(drawn=grids(), max_rows=st.sampled_from((1, 4, 64)))
@@ -112,6 +113,7 @@ def test_any_grid_equals_one_patch_at_a_time(family: str, drawn: list[tuple], ma
     check(model, [patch_of(model, item, choice) for item in drawn], max_rows=max_rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", slow_but("gemma3", of=WINDOWS))
 @RANDOM
 @given(drawn=grids(), max_rows=st.sampled_from((1, 4, 64)))
@@ -129,6 +131,7 @@ def seen_by(model: Any, length: int) -> list[Tensor | None]:
     return [bridged.block_parts(model, i, length, one).attention.seen for i, one in enumerate(given)]
 
 
+@pytest.mark.slow
 def test_a_window_that_only_long_prompts_reach() -> None:
     """The proof is made with 13 tokens, which a window of 16 does not touch."""
     model = model_of("mistral", sliding_window=16)
@@ -153,6 +156,7 @@ def test_what_is_not_known_runs_through_transformer_lens_and_is_named(family: st
     assert (result.stats.path, result.stats.reason) == ("model", why)
 
 
+@pytest.mark.slow
 def test_nothing_inside_an_mlp_that_is_run_whole_is_packed() -> None:
     model = model_of("mixtral")
     inside = HookSite("blocks.{layer}.mlp.hook_pre", ("batch", "pos", "d_mlp"))
@@ -180,6 +184,7 @@ def test_captures_are_those_of_the_hooks(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(mine.before[key], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_runner_uses_the_models_forward_pass_for_the_check_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = tiny_model("llama", "bridge"), []
     unpackable(model, LENGTH, [], RUNS)  # the proof is made, and the length known
@@ -233,6 +238,7 @@ PLANTED: dict[str, Callable[[PackedBlock], PackedBlock]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but("another scale", "a window", of=PLANTED))
 @pytest.mark.parametrize("proved", [False, True], ids=["before", "after the proof"])
 def test_a_wrong_pass_is_found(name: str, proved: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
@@ -259,6 +265,7 @@ def test_a_wrong_pass_is_found(name: str, proved: bool, monkeypatch: pytest.Monk
     assert again.stats.reason == result.stats.reason
 
 
+@pytest.mark.slow
 def test_a_class_that_somebody_has_changed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """No module, weight or setting of the model says so."""
     model = tiny_model("llama", "bridge")

@@ -57,6 +57,7 @@ def _results(model: Any, layers: tuple[int, ...] = (0,)) -> tuple[Any, list[Patc
     return run_patches(model, tokens_for(model), patches, wanted, runs=RUNS), patches, wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, LIKE_GEMMA], ids=["windows", "like gemma"])
 def test_every_site_gives_what_one_patch_at_a_time_gives(options: dict[str, Any]) -> None:
     model = _model(**options)
@@ -69,6 +70,7 @@ def test_every_site_gives_what_one_patch_at_a_time_gives(options: dict[str, Any]
             assert found == pytest.approx(expected, abs=1e-5, rel=2e-5), (readout.name, patch.describe())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["window", "no window", "cap", "norm behind attention", "norm behind the MLP"])
 def test_a_wrong_part_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, take_apart = _model(**LIKE_GEMMA), of_hooked.HookedModel.take_apart

@@ -120,6 +120,7 @@ def check(model: Any, patches: list[Patch], runs: Any = RUNS, path: str = "packe
     assert not hooks_left(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_the_packed_pass(family: str) -> None:
     model = tiny_model(family, "hooked")
@@ -127,11 +128,13 @@ def test_the_packed_pass(family: str) -> None:
     check(model, patches_that_read()[::-1], max_rows=4)
 
 
+@pytest.mark.slow
 def test_the_pass_through_transformer_lens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "unpackable", lambda *_, **__: "for this test")
     check(tiny_model("llama", "hooked"), patches_that_read(), path="model")
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_a_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", "bridge")
@@ -141,6 +144,7 @@ def test_a_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
     check(model, patches_that_read(), path="model")
 
 
+@pytest.mark.slow
 def test_a_root_edit_that_reads_an_earlier_block() -> None:
     """Its run is captured with it, and rows that begin behind what it reads have that from their run."""
     root = Patch(sites.RESID_PRE, (3,), (4,), read_1(), run="other")
@@ -210,6 +214,7 @@ def several() -> list[Patch]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_several_edits_at_the_same_time(family: str) -> None:
     model = tiny_model(family, "hooked")
@@ -219,6 +224,7 @@ def test_several_edits_at_the_same_time(family: str) -> None:
     assert torch.allclose(values[0], values[1], atol=1e-5) and not torch.allclose(values[3], values[4], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_several_edits_on_a_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", "bridge")

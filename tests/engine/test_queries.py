@@ -52,6 +52,7 @@ def is_writable(patch: Patch) -> bool:
     return patch.site != sites.RESID_MID and ".mlp." not in patch.site.template
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", slow_but("llama", "gpt2", of=FAMILIES))
 @settings(
     max_examples=5,
@@ -79,6 +80,7 @@ def test_pieces_are_one_patch_at_a_time(family: str, drawn: list[tuple], max_row
                 assert found == pytest.approx(expected, abs=1e-5, rel=2e-5), (readout.name, patch.describe(), prompt)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     starts=st.lists(st.integers(0, 6), min_size=1, max_size=5),
@@ -124,6 +126,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_a_sweep_of_long_prompts_has_no_pattern_of_whole_prompts() -> None:
     length = 2048
     model: Any = tiny_model("llama", max_position_embeddings=length)
@@ -145,6 +148,7 @@ def test_a_sweep_of_long_prompts_has_no_pattern_of_whole_prompts() -> None:
     assert largest.entries * 4 <= budget // 4 < heads * length * length * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "bridge"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gptj"])
 def test_without_a_look_at_a_pattern_none_is_computed(family: str, backend: str, monkeypatch) -> None:

@@ -49,6 +49,7 @@ def made(model: Any) -> list[Patch]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2"])
 def test_patches_of_a_bridge_are_those_by_hand(family: str) -> None:
@@ -70,6 +71,7 @@ def test_patches_of_a_bridge_are_those_by_hand(family: str) -> None:
     torch.testing.assert_close(next(iter(found.values.values()))[0].float(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_bridge_gives_what_a_hooked_transformer_gives(family: str) -> None:
     pytest.importorskip("transformer_lens.HookedTransformer")
@@ -84,6 +86,7 @@ def test_a_bridge_gives_what_a_hooked_transformer_gives(family: str) -> None:
         torch.testing.assert_close(values[1][name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_what_else_happens_at_attentions_output_is_not_mixed_up() -> None:
     """There the patch would be another one: it stays refused."""
@@ -106,6 +109,7 @@ def test_what_else_happens_at_attentions_output_is_not_mixed_up() -> None:
     assert run_patches(model, tokens, [one, other], [total(RESID_POST)]).values, "two patches are two rows"
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_only_what_must_be_is_written_otherwise() -> None:
     hooked, bridge = (tiny_model("llama", backend) for backend in ("auto", "bridge"))

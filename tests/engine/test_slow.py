@@ -12,6 +12,7 @@ from tests.helpers.sweeps import FORMATION
 from tests.helpers.tiny import tiny_model, tiny_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_what_is_slow_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(run, "unpackable", lambda *_: "a test says so")

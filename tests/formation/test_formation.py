@@ -37,6 +37,7 @@ def test_formation_is_found():
     assert found.outlier_dims[0].written == pytest.approx(100 * 10 * 0.5 * 10 / (3 / 8), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_outlier_dimensions_behind_a_norm_are_those_that_the_mlp_adds_to():
     model = tiny_model("gemma2", "bridge")

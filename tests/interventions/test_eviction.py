@@ -119,6 +119,7 @@ def test_as_a_loop_with_a_trimmed_cache(named: tuple[str, Any], model: Any, firs
         assert torch.equal(again, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but("llama", of=[name for name in ROTARY if "neox" not in name]))
 def test_reindexed_as_a_loop_that_rotates_by_the_place_in_the_cache(name: str) -> None:
     tokens, model = tiny_tokens(N, LENGTH), tiny_model(*MODELS[name])

@@ -148,6 +148,7 @@ def test_a_position_that_the_prompt_does_not_have(model: Any, cached: bool) -> N
             generated(model, tiny_tokens(2, LENGTH), hooks, cached=cached)
 
 
+@pytest.mark.slow
 def test_a_cache_that_keeps_a_window_alone_is_refused() -> None:
     """Its keys say no more what was before them."""
     model = tiny_model("mistral", "bridge", sliding_window=LENGTH + 2)

@@ -457,6 +457,7 @@ def test_an_exception_leaves_no_hook(model, tokens, way, cache):
     assert torch.equal(logits_of(model, tokens, []), clean)
 
 
+@pytest.mark.slow
 def test_hooks_can_be_used_again(model, tokens, cache):
     """On another batch, of another size and length, too: nothing of the first run is kept."""
     for name, hooks in every_hook(model, cache).items():

@@ -96,6 +96,7 @@ def test_what_was_planted_is_found(model: Any, batch: PromptBatch) -> None:
     assert set(found.median_dims) == set(far.argsort()[:2].tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("mode", ["zero", "mean", "clamp"])
 def test_replaced_as_by_hand(model: Any, batch: PromptBatch, mode: Any, control: bool) -> None:

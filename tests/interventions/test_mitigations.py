@@ -166,6 +166,7 @@ def test_the_control_calibrates_as_many_others(model: Any, batch: PromptBatch) -
     assert not (drawn[0] & sinks).any() and not drawn[0][..., 0].any()
 
 
+@pytest.mark.slow
 def test_heads_are_found_by_the_loss(model: Any, batch: PromptBatch) -> None:
     def loss(hooks: Any) -> float:
         with torch.no_grad():

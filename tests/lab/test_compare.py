@@ -114,6 +114,7 @@ def test_what_does_not_compare_is_refused(tmp_path: Path) -> None:
         sl.compare([one, other])
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_and_a_page(tmp_path: Path) -> None:
     runs, out = trained(tmp_path / "lab"), tmp_path / "out"
     told = CliRunner().invoke(app, ["compare", str(runs), "--out", str(out)])

@@ -50,6 +50,7 @@ class _Of(nn.Module):
             return getattr(self.block, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [
@@ -66,6 +67,7 @@ def test_a_compiled_model_that_learns_something_else_is_refused(function, tmp_pa
         trained(tmp_path / "one", steps=12, compile=True)
 
 
+@pytest.mark.slow
 def test_blocks_that_are_the_models_own_pass(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda one: one)
     monkeypatch.setattr(compiling, "by_blocks", of_other_blocks(lambda block: _Of(block, lambda out, _x: out)))
@@ -73,6 +75,7 @@ def test_blocks_that_are_the_models_own_pass(tmp_path, monkeypatch):
     assert one.loss.loss.tolist() == two.loss.loss.tolist()
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_compiled_is_refused_in_one_sentence(tmp_path, monkeypatch):
     def failing(_model):
         raise RuntimeError("no such luck")

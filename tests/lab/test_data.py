@@ -137,6 +137,7 @@ def test_the_cache_goes_by_content(texts, tmp_path):
     assert open_data(copy, LENGTH, vocab=300).folder != first.folder  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_long_text_is_several_documents(tmp_path):
     path = tmp_path / "long.txt"
     path.write_text("".join(f"line {i} of many\n" for i in range(20_000)))

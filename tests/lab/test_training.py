@@ -84,6 +84,7 @@ def test_losses_are_those_of_a_loop_by_hand(run):
         optimiser.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"optimiser": "muon"}, {"variant": "head_rmsnorm"}], ids=str)
 def test_interrupted_and_started_again_it_has_the_same_curve_and_weights(tmp_path, options):
     whole = trained(tmp_path / "whole", **options)
@@ -100,11 +101,13 @@ def test_a_finished_run_is_left_as_it_is(run, monkeypatch):
     assert curve(trained(run.folder.parent)).equals(curve(run))
 
 
+@pytest.mark.slow
 def test_a_batch_may_be_split(run, tmp_path):
     split = trained(tmp_path, accumulate=4)
     assert np.allclose(split.loss.loss, run.loss.loss, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_arms_of_a_seed_see_the_same_rows_and_start_alike(run, tmp_path):
     other = trained(tmp_path, "head_rmsnorm")
     at = [one.watch[(one.watch.step == 0) & (one.watch.measure == "loss")].value.iloc[0] for one in (run, other)]
@@ -114,6 +117,7 @@ def test_arms_of_a_seed_see_the_same_rows_and_start_alike(run, tmp_path):
     assert seed.loss.loss[0] != run.loss.loss[0]
 
 
+@pytest.mark.slow
 def test_several_arms(tmp_path):
     options = {"size": "mini", "steps": 2, "device": "cpu", "watch_points": 2, "out": tmp_path}
     arms = ("softmax", "sigmoid:normalised=true")
@@ -124,6 +128,7 @@ def test_several_arms(tmp_path):
     assert sl.load_model(second[-1].folder).cfg.variant_options["normalised"] is True
 
 
+@pytest.mark.slow
 def test_text(texts, tmp_path):
     one = trained(tmp_path, data=texts)
     model = sl.load_model(one.folder)
@@ -144,6 +149,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         trained(tmp_path)
 
 
+@pytest.mark.slow
 def test_nan_is_refused_and_checkpoints_are_kept(tmp_path, monkeypatch):
     def poisoned(logits, rows):
         return row_loss(logits, rows) * (float("nan") if next(calls) >= 9 else 1)
@@ -156,6 +162,7 @@ def test_nan_is_refused_and_checkpoints_are_kept(tmp_path, monkeypatch):
     assert kept == ["step-000004", "step-000008"]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted_at(5, tmp_path)
@@ -165,6 +172,7 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
         trained(tmp_path)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_weights_in_float32(tmp_path):
     one = trained(tmp_path, dtype="bfloat16")
     assert {w.dtype for w in weights(one).values()} == {torch.float32}

@@ -68,6 +68,7 @@ def test_controls_leave_the_sink(result: MitigationResult) -> None:
         assert result.estimate(name, "first_share", control=True).value == pytest.approx(untouched, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_table(result: MitigationResult) -> None:
     table = result.table.set_index("mitigation")
     assert list(table.index) == ["untouched", *WHAT]
@@ -88,6 +89,7 @@ def test_what_cannot_be_done_is_told(result: MitigationResult, model: Any, batch
         sl.mitigate(model, batch, ["silence"])
 
 
+@pytest.mark.slow
 def test_saved_and_read_back(result: MitigationResult, tmp_path: Path) -> None:
     again = MitigationResult.load(result.save(tmp_path / "out"))
     assert (again.rows, again.said, again.left_out, again.groups) == (
@@ -117,6 +119,7 @@ def test_one_seed_gives_one_result(model: Any, batch: PromptBatch, result: Mitig
     ]
 
 
+@pytest.mark.slow
 def test_greedy_generation_is_the_model_s_own(tiny_llama: Any) -> None:
     """With a cache and without one."""
     tokens = tiny_tokens(1, 6)
@@ -180,6 +183,7 @@ def test_every_mitigation_says_what_it_is() -> None:
 # --- What people see -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_report_escapes_what_a_model_says(result: MitigationResult, tmp_path: Path) -> None:
     said = replace(result.said[0], continuation="<script>alert(1)</script>", text="<b>bold</b>")
     row = replace(result.rows[0], said="<img src=x>")
@@ -193,6 +197,7 @@ def test_the_report_escapes_what_a_model_says(result: MitigationResult, tmp_path
     assert "silence" in page and "sink heads to gate" in page
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_point_for_each_and_for_its_control(result: MitigationResult) -> None:
     drawn = sl.viz.mitigation_points(result.table)
     assert len(drawn) == 2 * len(WHAT)
@@ -204,6 +209,7 @@ def test_the_figure_has_a_point_for_each_and_for_its_control(result: MitigationR
     assert set(WHAT) <= texts
 
 
+@pytest.mark.slow
 def test_short_table(result: MitigationResult) -> None:
     lines = texts_of(result)
     assert [line[0] for line in lines] == ["untouched", *WHAT]

@@ -207,6 +207,7 @@ def test_what_is_saved_is_loaded(case: str, tmp_path: Path) -> None:
     assert load_model(folder, device="cpu", dtype="bfloat16").cfg.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_tokenizer_comes_with_it(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

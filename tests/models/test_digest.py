@@ -179,6 +179,7 @@ def test_names_shapes_dtypes_and_ties_count() -> None:
         assert weight_digest(models[0]) == weight_digest(made(b=b.clone(), a=a.clone()))
 
 
+@pytest.mark.slow
 def test_no_large_copy_is_made() -> None:
     """On the CPU, as torch counts it."""
     from torch.profiler import ProfilerActivity, profile

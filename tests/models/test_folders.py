@@ -42,6 +42,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_json_that_is_none_or_of_another_type(name: str, folder: Path) -> None:
     for text in BROKEN:

@@ -168,6 +168,7 @@ RIGHT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", RIGHT)
@@ -189,6 +190,7 @@ def test_wrappers_are_taken_off(wrap: Callable[[Any], Any]) -> None:
     assert (logits(load_model(wrap(hf), device="cpu")) - outputs(hf)).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_a_subclass_is_known_by_the_class_it_derives_from() -> None:
     from transformers import LlamaForCausalLM
@@ -211,6 +213,7 @@ def test_a_subclass_is_known_by_the_class_it_derives_from() -> None:
             assert (logits(ours) - outputs(hf)).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_a_model_is_independent_of_the_object_it_was_made_from() -> None:
     for backend in BACKENDS:
@@ -223,6 +226,7 @@ def test_a_model_is_independent_of_the_object_it_was_made_from() -> None:
         assert torch.equal(logits(model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_as_the_caller_has_it(backend: Any) -> None:
@@ -398,6 +402,7 @@ def _of_another_kind() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_what_is_no_causal_transformer() -> None:
     for told, models in _of_another_kind().items():

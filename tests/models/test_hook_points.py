@@ -82,6 +82,7 @@ def test_what_a_setting_leaves_out_is_refused(model: Any) -> None:
     assert not hooks_left(model)
 
 
+@pytest.mark.slow
 def test_a_bridge_s_names_are_looked_up_once_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many hooks, patches and passes there are; the table takes a bridge a pass's time and more."""
     model = tiny_model("llama", "bridge")

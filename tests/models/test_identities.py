@@ -61,6 +61,7 @@ def failing(model: Any) -> set[str]:
     return {name for name in IDENTITIES if not identities(model).holds(name)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", slow_but("llama", "gpt2", "gptj", of=HOOKED))
 def test_all_holds_where_sublayers_read_through_a_norm_and_add(arch: str) -> None:
     pytest.importorskip("transformer_lens.HookedTransformer")
@@ -70,12 +71,14 @@ def test_all_holds_where_sublayers_read_through_a_norm_and_add(arch: str) -> Non
         check_writable(model, "blocks.{layer}." + name, ALL)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("arch", slow_but("llama", "gemma2", "gptj", "olmo2", of=ON_A_BRIDGE))
 def test_what_fails_on_a_bridge(arch: str) -> None:
     assert failing(tiny_model(arch, "bridge")) == FAILS.get(arch, SHOWN_ONLY.get(arch, set()))
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -86,6 +89,7 @@ def test_rounding_to_sixteen_bits_is_no_failure(backend: Any, dtype: str) -> Non
 # --- Planted faults --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
@@ -121,6 +125,7 @@ def test_a_model_is_measured_again_when_its_weights_have_changed() -> None:
     assert identities(model) is not before
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_the_model_is_left_as_it_was_and_its_hooks_do_not_count() -> None:
     model = tiny_model("llama", "bridge")
@@ -160,6 +165,7 @@ def test_a_hook_whose_return_is_ignored_is_found(name: str, monkeypatch: pytest.
         check_writable(model, "blocks.{layer}." + name, (0,))
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_edits_that_a_bridge_ignores_are_refused() -> None:
     with pytest.raises(NotApplicableError, match=r"blocks\.0\.attn\.hook_pattern has no effect"):
@@ -172,6 +178,7 @@ def test_edits_that_a_bridge_ignores_are_refused() -> None:
             check_writable(llama, "blocks.{layer}." + name, ALL)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_what_is_measured_without_patches_is_held_to_the_same() -> None:
     """A study's own passes: an edit that the model ignores, and an activation with other axes than its site says."""
@@ -187,6 +194,7 @@ def test_what_is_measured_without_patches_is_held_to_the_same() -> None:
         other.activations(sites.V, (0,))
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_norms_without_weights_are_no_obstacle() -> None:
     """OPT can have them: logits are Hugging Face's, and an edit of what they give is not lost."""

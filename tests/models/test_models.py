@@ -22,13 +22,13 @@ from sinklens.models.given import has_lost_weights, private_copy
 from sinklens.models.identities import block_weights, check_writes_directly
 from sinklens.models.load import REGISTRY, ModelSource, list_models, load_model, register_model
 from sinklens.models.view import (
+    can_resume,
     check_hook_name,
     forward,
     has_hook,
     is_bridge,
     model_id,
     model_shape,
-    supports_resume,
 )
 from tests.helpers.tiny import (
     ARCHITECTURES,
@@ -195,6 +195,7 @@ def test_smollm2_loads_in_time(smollm2: Any) -> None:
 # -- Backends agree with Hugging Face and with each other -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("arch", slow_but(*QUICK, of=ARCHITECTURES))
 @torch.no_grad()
@@ -210,6 +211,7 @@ def test_logits_agree_with_hugging_face(arch: str) -> None:
     assert torch.equal(hf(tokens).logits, theirs)  # the caller's object is untouched
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("arch", slow_but(*QUICK, of=ARCHITECTURES))
 def test_shape(arch: str) -> None:
@@ -226,6 +228,7 @@ def test_shape(arch: str) -> None:
         assert shape.rotary is (arch != "gpt2")
 
 
+@pytest.mark.slow
 @needs_hooked
 @pytest.mark.backend
 @pytest.mark.parametrize("arch", slow_but(*QUICK, of=HOOKED))
@@ -239,6 +242,7 @@ def test_block_weights_are_the_same_on_both_backends(arch: str) -> None:
             assert a is None or torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("arch", slow_but(*QUICK, of=(arch for arch in ARCHITECTURES if arch != "olmo2")))
 @torch.no_grad()
@@ -270,6 +274,7 @@ def test_block_weights_do_what_the_block_does(arch: str) -> None:
             torch.testing.assert_close(read @ weights.W_gate, cache["blocks.1.mlp.hook_pre"], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @torch.no_grad()
 def test_gemma_norm_multiplier_includes_its_one() -> None:
@@ -279,11 +284,13 @@ def test_gemma_norm_multiplier_includes_its_one() -> None:
     torch.testing.assert_close(weights.ln1_w, stored + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_a_norm_without_weights_multiplies_by_one() -> None:
     assert torch.equal(block_weights(tiny_model("olmo"), 0).ln1_w, torch.ones(D_MODEL))
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("arch", ["gptj", "phi"])
 def test_one_norm_for_both_branches(arch: str) -> None:
@@ -291,6 +298,7 @@ def test_one_norm_for_both_branches(arch: str) -> None:
     assert torch.equal(weights.ln1_w, weights.ln2_w)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_a_norm_behind_a_sublayer_leaves_the_weights_and_takes_what_is_read_off_them() -> None:
     model, hf = tiny_model("olmo2"), tiny_hf("olmo2")
@@ -302,12 +310,13 @@ def test_a_norm_behind_a_sublayer_leaves_the_weights_and_takes_what_is_read_off_
 # -- Forward ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_hooked
 @pytest.mark.parametrize("arch", slow_but(*QUICK, of=HOOKED))
 @torch.no_grad()
 def test_resuming_gives_the_same_numbers(arch: str) -> None:
     model, tokens = tiny_model(arch, "hooked"), tiny_tokens()
-    assert supports_resume(model)
+    assert can_resume(model)
     logits = forward(model, tokens, return_type="logits")
     for start in range(N_LAYERS):
         residual = model.run_with_cache(tokens)[1][f"blocks.{start}.hook_resid_pre"]
@@ -329,6 +338,7 @@ def test_resuming_skips_the_blocks_before() -> None:
     assert ran == ["blocks.2.hook_resid_pre"]
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox"])
 @torch.no_grad()
@@ -373,7 +383,7 @@ def test_impossible_ranges_are_refused(tiny_llama: Any, tiny_bridge: Any) -> Non
                 forward(model, tokens, start_at=start, stop_at=stop)
         with pytest.raises(EngineError, match="not tokens"):
             forward(model, tokens, start_at=1)
-    assert not supports_resume(tiny_bridge)
+    assert not can_resume(tiny_bridge)
     with pytest.raises(EngineError, match="cannot start from a residual"):
         forward(tiny_bridge, torch.zeros(1, 4, D_MODEL), start_at=1)
 
@@ -396,6 +406,7 @@ def test_hook_names(tiny_llama: Any, tiny_bridge: Any) -> None:
 # -- Folders, names, digests ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @torch.no_grad()
@@ -465,6 +476,7 @@ def test_a_registered_model_loads_and_is_listed(monkeypatch: pytest.MonkeyPatch,
     assert [(row.name, row.path) for row in list_models()][-1] == ("toy", tmp_path)
 
 
+@pytest.mark.slow
 @needs_hooked
 @pytest.mark.parametrize("arch", BRIDGE_ONLY)
 def test_what_hooked_transformer_cannot_load(arch: str) -> None:
@@ -473,6 +485,7 @@ def test_what_hooked_transformer_cannot_load(arch: str) -> None:
     assert is_bridge(load_model(tiny_hf(arch), device="cpu"))
 
 
+@pytest.mark.slow
 @needs_hooked
 def test_a_wrong_conversion_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = tiny_hf("llama")
@@ -497,6 +510,7 @@ def test_an_object_keeps_its_weights_and_shares_none(dtype: str) -> None:
     assert all(weight.is_contiguous() and weight.requires_grad for weight in model.parameters())
 
 
+@pytest.mark.slow
 @needs_hooked
 def test_weights_are_converted_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that were read from files are let go of as they are converted."""
@@ -517,6 +531,7 @@ def test_weights_are_converted_one_after_the_other(tmp_path: Path, monkeypatch: 
     assert weight_digest(model) == weight_digest(load_model(tiny_hf("llama"), device="cpu", dtype="bfloat16"))
 
 
+@pytest.mark.slow
 @needs_hooked
 def test_lost_weights_are_read_again_for_a_bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*_: Any) -> None:
@@ -530,6 +545,7 @@ def test_lost_weights_are_read_again_for_a_bridge(tmp_path: Path, monkeypatch: p
     assert weight_digest(model) == weight_digest(other)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_hooked_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "has_hooked_transformer", lambda: False)
@@ -540,6 +556,7 @@ def test_hooked_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model(tiny_hf("llama"), backend="nnsight")  # pyright: ignore[reportArgumentType]: that is the point
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
@@ -570,6 +587,7 @@ def test_devices_and_dtypes_that_are_not_there(monkeypatch: pytest.MonkeyPatch) 
         load_model(hf, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_the_digest_follows_the_weights(tiny_bridge: Any) -> None:
     model = tiny_model("llama")
@@ -582,6 +600,7 @@ def test_the_digest_follows_the_weights(tiny_bridge: Any) -> None:
     assert digest != weight_digest(model)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_a_tokenizer_encodes_as_it_would_by_itself(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, pre_tokenizers, processors

@@ -39,6 +39,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hub")
 def test_a_revision_is_the_one_that_was_asked_for() -> None:
     for name, value in (("we/grown", 0.1), ("we/grown@main", 0.1), ("we/grown@step10", 0.2)):

@@ -24,7 +24,6 @@ from sinklens.models.view import (
     devices_of,
     dtype_of,
     moved_to,
-    supports_resume,
     tokenizer_of,
     vocabulary_size,
 )
@@ -90,7 +89,7 @@ OF_A_MODEL = {
     "generate",
 }
 """Names that mean one on a model, and something else on other things."""
-BACKENDS = {"is_bridge", "supports_resume", "HookedTransformer", "TransformerBridge"}
+BACKENDS = {"is_bridge", "HookedTransformer", "TransformerBridge"}
 """What may not be imported: code outside asks what a model can do, not which it is."""
 
 
@@ -160,7 +159,7 @@ def test_what_both_backends_answer(tiny_llama: Any, tiny_bridge: Any) -> None:
         assert moved_to(model, "cpu") is model
         weights = sum(parameter.numel() for parameter in model.parameters())
         assert bytes_of(model) >= 4 * weights
-        assert can_resume(model) == supports_resume(model) == can_take_apart(model)
+        assert can_resume(model) == can_take_apart(model)
         assert backend_name(model) == type(model).__name__
         assert not foreign_hooks(model)
         with model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: x)]):  # noqa: ARG005

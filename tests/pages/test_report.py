@@ -87,6 +87,7 @@ def test_headings_and_regions_are_in_order(page):
             assert attributes.get("tabindex") == "0" and attributes.get("aria-label")
 
 
+@pytest.mark.slow
 def test_table_has_every_score():
     result = made_result()
     text = re.sub(r"\s+", " ", Parsed(render(result)).text)
@@ -95,12 +96,14 @@ def test_table_has_every_score():
         assert interval_text(row["ci_low"], row["ci_high"]) in text
 
 
+@pytest.mark.slow
 def test_natural_page_speaks_of_one_direction():
     text = Parsed(render(made_result(natural=True))).text
     assert "natural sink" in text and "only the noise direction exists" in text
     assert "matrix-denoise" not in text
 
 
+@pytest.mark.slow
 def test_scores_without_predictions_have_no_verdict():
     result = made_result()
     result.scores["predicted"] = float("nan")
@@ -108,12 +111,14 @@ def test_scores_without_predictions_have_no_verdict():
     assert "no prediction" in render(result)
 
 
+@pytest.mark.slow
 def test_what_a_model_does_not_allow_is_said():
     result = made_result()
     result.config["not_applicable"] = {"w_o_alignment/reading_subspace": "a norm stands behind the MLP"}
     assert "W_O alignment, reading subspace: a norm stands behind the MLP" in Parsed(render(result)).text
 
 
+@pytest.mark.slow
 def test_command_is_shown_as_it_was_given():
     result = made_result()
     assert "sl.run_chain(" in render(result)
@@ -121,6 +126,7 @@ def test_command_is_shown_as_it_was_given():
     assert "sinklens chain --target 2 --prompts 'a <b>.txt'" in Parsed(render(result)).text
 
 
+@pytest.mark.slow
 def test_report_of_a_folder_and_of_a_result(tmp_path):
     made_result().save(tmp_path / "run")
     path = report(tmp_path / "run")
@@ -135,6 +141,7 @@ def test_report_of_a_folder_and_of_a_result(tmp_path):
         report(tmp_path / "empty")
 
 
+@pytest.mark.slow
 def test_report_appears_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     made_result().save(tmp_path / "run")
     path = report(tmp_path / "run")
@@ -151,6 +158,7 @@ def test_report_appears_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "run")) == before
 
 
+@pytest.mark.slow
 def test_report_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):

@@ -18,6 +18,7 @@ pytest.importorskip("plotly")
 pytest.importorskip("circuitsvis")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [" ".join(HOSTILE), LONG, "half a pair \ud800"], ids=["hostile", "long", "half"])
 def test_hostile_text_is_text_wherever_it_stands(tmp_path, text):
     chain = made_result(name=text, source=text, tokens=[text, *HOSTILE])

@@ -67,6 +67,7 @@ def test_what_is_written_on_the_command_line(tmp_path: Path) -> None:
     assert from_words(str(tmp_path / "a:b@c")) == (str(tmp_path / "a:b@c"), None, None)
 
 
+@pytest.mark.slow
 def test_commands_take_a_data_set(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     datasets.Dataset.from_dict({"text": LINES}).save_to_disk(tmp_path / "saved")

@@ -67,6 +67,7 @@ def test_a_chain_s_table_has_intervals_and_predictions() -> None:
         assert f"<th>{name}</th>" in page, name
 
 
+@pytest.mark.slow
 def test_what_a_sweep_says_of_itself(tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def mine(logits: Any, _rows: Any) -> Any:
         return logits[:, -1, 0]

@@ -20,6 +20,7 @@ from tests.helpers.settings import TARGET, N, setting_for, tokens_for
 from tests.helpers.tiny import tiny_model
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_a_norm_behind_the_mlp_is_not_passed_over():
     """Gemma-2 normalises what its MLP writes: contributions read off W_out would be wrong, and are refused."""

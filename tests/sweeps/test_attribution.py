@@ -59,6 +59,7 @@ def test_rows_are_those_of_an_exact_sweep(model, batch, formation, estimated):
     assert abs(exact.table.value - estimated.table.value).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 def test_a_bridge_s_sweep_estimates_the_same(batch, formation, estimated):
     """Keys among it: the same numbers from another class of models, and the only one that newer versions have."""
@@ -69,6 +70,7 @@ def test_a_bridge_s_sweep_estimates_the_same(batch, formation, estimated):
     )
 
 
+@pytest.mark.slow
 def test_effects_are_estimated_changes_over_the_pair_s_difference(model, batch, formation, estimated):
     """Denoised it counts from the run without the sink, noised from the run with it."""
     pair = induced_pair(model, batch, formation, TARGET)
@@ -151,6 +153,7 @@ def screened(model: Any, batch: Any, formation: Any, tmp_path_factory: Any) -> A
     )
 
 
+@pytest.mark.slow
 def test_a_screened_sweep_runs_its_strongest_and_a_sample(model, batch, formation, screened):
     verified = screened.verified
     exact = sweep(
@@ -192,6 +195,7 @@ def test_a_screened_sweep_is_read_back_and_not_run_again(model, batch, formation
     assert_same(again.verified, screened.verified)
 
 
+@pytest.mark.slow
 def test_shards_are_screened_when_all_are_there(model, batch, formation, screened, tmp_path):
     options: dict[str, Any] = {"formation": formation, "readouts": ("attention_received", "residual_norm")}
     options |= {"out": tmp_path / "s"} | SCREEN | GRID
@@ -201,6 +205,7 @@ def test_shards_are_screened_when_all_are_there(model, batch, formation, screene
     assert_same(second.verified, screened.verified, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_estimates_are_judged_by_the_sample_alone():
     """Made rows: the top agrees perfectly, the sample runs the other way."""
     rows = [
@@ -214,6 +219,7 @@ def test_estimates_are_judged_by_the_sample_alone():
     assert found["kendall"] == pytest.approx(-1)
 
 
+@pytest.mark.slow
 def test_a_screened_sweep_judges_its_estimates(screened):
     judged = screened.judged()
     assert list(judged.readout) == [*screened.table.readout.unique()]
@@ -227,6 +233,7 @@ def test_an_exact_sweep_has_nothing_verified(estimated):
     assert estimated.config["method"] == "attribution"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("readout", ["loss", "logit_diff", lambda logits, _rows: logits[:, -1, 5]])
 def test_readouts_of_the_logits_are_estimated(model, batch, formation, readout):
     """They stand behind the last block, which has no block behind it."""

@@ -41,6 +41,7 @@ def received(batch: Any, pair: SinkPair, layers: list[int]) -> list[Readout]:
     return [attention_received("attention_received", tuple(layers), pair.target, batch.n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("natural", [False, True])
 def test_two_companions_are_held_in_every_row(tiny_llama: Any, natural: bool) -> None:
     batch = tiny_batch(tiny_llama)

@@ -44,6 +44,7 @@ def by_loops(grid: Grid) -> list[tuple]:
     return found
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(grid=grids(), data=st.data())
 def test_patches_are_numbered_as_nested_loops_do(grid: Grid, data: st.DataObject) -> None:
@@ -88,6 +89,7 @@ def test_names_of_tasks_depend_on_what_is_computed() -> None:
 # -- Ten million cells ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ten_million_cells_begin_at_once_in_little_memory(
     tiny_llama: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

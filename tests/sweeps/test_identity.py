@@ -107,6 +107,7 @@ def names() -> Iterator[None]:
         known.pop(name, None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("names")
 def test_a_name_that_means_something_else(tiny_llama: Any, tmp_path: Path) -> None:
     """A site, a stage, an edit or a readout that was registered anew."""
@@ -153,6 +154,7 @@ def test_what_cannot_be_told_again_is_refused_with_a_folder_alone(tiny_llama: An
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_bridge"])
 def test_hooks_on_the_model_are_refused_with_a_folder(
     model: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -178,6 +180,7 @@ def test_hooks_on_the_model_are_refused_with_a_folder(
     assert np.array_equal(run(model_, tmp_path, **SMALL).table.value, plain.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{"sliding_window": 6}, {"rms_norm_eps": 0.1}, {"hidden_act": "relu"}])
 def test_the_same_weights_under_another_config_are_another_model(config: dict[str, Any], tmp_path: Path) -> None:
     """A window, an epsilon or an activation function changes every number and no weight."""

@@ -43,6 +43,7 @@ def natural(tiny_llama: Any) -> SweepResult:
     return sl.sweep(tiny_llama, tiny_batch(tiny_llama), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 200, 1 << 21])
 def test_summary_is_the_mean_over_prompts(result: SweepResult, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sinklens.sweeps.result.ROWS_AT_ONCE", rows)
@@ -59,6 +60,7 @@ def test_summary_is_the_mean_over_prompts(result: SweepResult, rows: int, monkey
         np.testing.assert_allclose(found[name].loc[expected.index], expected[name], rtol=1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 def test_strongest_cells_and_overview(result: SweepResult, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sinklens.sweeps.result.ROWS_AT_ONCE", 200)
     summary = result.summary()
@@ -75,6 +77,7 @@ def test_strongest_cells_and_overview(result: SweepResult, monkeypatch: pytest.M
         assert (row.strongest, row.layer, row.position) == (best.effect, best.layer, best.position)
 
 
+@pytest.mark.slow
 def test_every_row_is_in_its_place_in_the_tensor(result: SweepResult) -> None:
     for readout, value in (("loss", "effect"), ("loss", "value"), ("attention_received", "base")):
         tensor: LabelledTensor = result.to_tensor(readout, value)  # pyright: ignore[reportArgumentType]: a literal
@@ -90,6 +93,7 @@ def test_every_row_is_in_its_place_in_the_tensor(result: SweepResult) -> None:
     assert tensor.select(stage="resid_pre", unit=1).values.isnan().all()
 
 
+@pytest.mark.slow
 def test_change_is_counted_from_the_run_that_was_patched(result: SweepResult) -> None:
     change, value = result.to_tensor("loss", "change"), result.to_tensor("loss", "value")
     start = {"denoise": result.to_tensor("loss", "base"), "noise": result.to_tensor("loss", "anchored")}
@@ -146,6 +150,7 @@ def test_the_record(result: SweepResult) -> None:
 # -- Figures ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_heatmap_of_layers_and_positions(result: SweepResult) -> None:
     figure: Any = sl.viz.heatmap(result.to_tensor("attention_received").select(stage="resid_pre", unit=None))
     assert len(figure.data) == 4  # edits x directions
@@ -163,6 +168,7 @@ def test_heatmap_of_layers_and_positions(result: SweepResult) -> None:
     assert figure.layout.yaxis.autorange == "reversed" and figure.layout.yaxis.title.text == "block"
 
 
+@pytest.mark.slow
 def test_heatmap_of_other_axes(result: SweepResult) -> None:
     tensor = result.to_tensor("loss", "value").select(stage="z", edit="zero", direction="noise")
     heads: Any = sl.viz.heatmap(tensor.select(position=5), x="unit")

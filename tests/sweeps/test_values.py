@@ -71,6 +71,7 @@ def check_rows(model: Any, batch: Any, pair: Any, result: Any, chosen: list[int]
     assert table.effect[same].isna().all()
 
 
+@pytest.mark.slow
 @QUICK
 @given(data=st.data())
 def test_every_cell_is_what_one_patch_at_a_time_gives(tiny_llama: Any, data: st.DataObject) -> None:
@@ -105,6 +106,7 @@ def test_every_cell_is_what_one_patch_at_a_time_gives(tiny_llama: Any, data: st.
     check_rows(tiny_llama, batch, pair, result, data.draw(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["tiny_gpt2", "tiny_neox", "tiny_bridge"])
 def test_other_models(request: pytest.FixtureRequest, arch: str) -> None:
     model = request.getfixturevalue(arch)
@@ -115,6 +117,7 @@ def test_other_models(request: pytest.FixtureRequest, arch: str) -> None:
     check_rows(model, batch, pair, result, list(range(0, len(result.table), 37)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["block_aggregation", "amplify_variance", "natural"])
 def test_groups_of_prompts_and_tasks_change_nothing(tiny_llama: Any, pair: str) -> None:
     batch = tiny_batch(tiny_llama)

@@ -13,6 +13,7 @@ from tests.helpers.grids import LENGTH, RUNS, N, measured, patch_of, sites_of, t
 from tests.helpers.one_at_a_time import OneAtATime
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_patch_at_every_site_equals_one_at_a_time(case: str) -> None:
     """Of one or two blocks, at positions of each prompt's own; with patterns whole, and a few queries at a time."""

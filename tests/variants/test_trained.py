@@ -19,6 +19,7 @@ def mean_of(one) -> torch.Tensor:
     return sl.load_model(one.folder).blocks[1].attn.variant.mean.detach()
 
 
+@pytest.mark.slow
 def test_a_running_mean_survives_an_interruption_and_knows_nothing_of_split_batches(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", "affine_scaled")
     with pytest.raises(KeyboardInterrupt):
@@ -31,6 +32,7 @@ def test_a_running_mean_survives_an_interruption_and_knows_nothing_of_split_batc
     torch.testing.assert_close(mean_of(split), mean_of(whole), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_variant_of_one_s_own_is_trained_by_its_file(tmp_path: Path) -> None:
     try:
         one = trained(tmp_path, f"{TEMPLATE}:start=0.5", steps=4)

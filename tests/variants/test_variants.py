@@ -174,6 +174,7 @@ def test_options_are_all_that_it_takes_to_make_it_again(case: str) -> None:
     assert made.__doc__
 
 
+@pytest.mark.slow
 def test_common_parameters_start_alike_whatever_the_variant() -> None:
     start = dict(Decoder(DecoderConfig(**SIZES), seed=3).named_parameters())
     other = dict(Decoder(DecoderConfig(**SIZES), seed=4).named_parameters())

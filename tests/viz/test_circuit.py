@@ -86,6 +86,7 @@ def test_many_edges_are_cut_to_the_strongest(monkeypatch: pytest.MonkeyPatch) ->
     assert names == ["embed → mlp 0 (in)", "super 2 → kv 3.0 (k)", "mlp 0 → super 2 (linear)"]  # the strongest on top
 
 
+@pytest.mark.slow
 def test_charts_hold_the_numbers() -> None:
     circuit = made_circuit()
     figure: Any = viz.contributions_figure(circuit, most=2)

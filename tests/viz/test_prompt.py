@@ -25,6 +25,7 @@ def model() -> Any:
     return tiny_model("llama")
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("backend", ["usual", "bridge"])
 def test_numbers_are_the_cache_s(backend: str) -> None:
@@ -46,6 +47,7 @@ def test_numbers_are_the_cache_s(backend: str) -> None:
     assert not hooks_left(model)
 
 
+@pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("backend", ["usual", "bridge"])
 def test_the_lens_behind_the_last_block_is_the_model(backend: str) -> None:

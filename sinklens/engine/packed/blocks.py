@@ -54,7 +54,10 @@ class PackedPass:
                 self.layout, x = self.layout.on(device), x.to(device)
                 x = self._joined(x, layer)
                 stop = len(SITES) if layer < last or logits or to_end else points.last(layer)
-                x = self._block(x, layer, stop)
+                x, h = self._attention(x, layer, stop)
+                if h is None:  # nothing is read behind
+                    return x
+                x = self._mlp(x, h, layer)
             if logits:
                 points.logits(x, self.model.logits)
         return x
@@ -72,31 +75,45 @@ class PackedPass:
 
     def one_block(self, x: Float[Tensor, "token d_model"], layer: int) -> Float[Tensor, "token d_model"]:
         """One block alone, to its end."""
-        return self._block(x, layer, len(SITES))
+        x, h = self._attention(x, layer, len(SITES))
+        assert h is not None
+        return self._mlp(x, h, layer)
 
-    def _block(self, x: Tensor, layer: int, stop: int) -> Tensor:
+    def _attention(self, x: Tensor, layer: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """The first half of a block: the residual stream with attention's output, and what the MLP is given.
+
+        That is None where nothing is asked for behind ``stop``, an index of the block's sites.
+        """
         self._n_rows = self.layout.n_rows(layer)
         weights, visit = self.model.block(layer), self.points.visit
         x = visit("blocks.{layer}.hook_resid_pre", layer, x)
         if stop < 1:
-            return x
+            return x, None
         h = self._normalized(weights.ln1, "blocks.{layer}.ln1.hook_normalized", layer, x)
         if stop < 2:
-            return x
-        out = self._attention(weights, h, layer, stop)
-        if out is None:
-            return x
+            return x, None
+        q, k, v = self._projected(weights, h, layer)
+        if stop < SITES.index(SCORES):
+            return x, None
+        looked_at = self._looked_at(weights, layer, q)
+        if looked_at is None:
+            z = self._explicit(weights, q, k, v, h, layer, stop)
+        else:
+            z = self._in_pieces(weights, q, k, v, h, layer, stop, looked_at)
+        if z is None:
+            return x, None
+        z = z if weights.z_changed is None else weights.z_changed(z, h)
+        out = weights.out(visit("blocks.{layer}.attn.hook_z", layer, z).flatten(1))
+        out = self._added(weights, out if weights.ln1_post is None else weights.ln1_post(out))
+        out = visit("blocks.{layer}.hook_attn_out", layer, out)
         if self.model.parallel:
             if weights.ln2 is not None:
                 h = self._normalized(weights.ln2, "blocks.{layer}.ln2.hook_normalized", layer, x)
-            x = x + out
-        else:
-            x = visit("blocks.{layer}.hook_resid_mid", layer, out.add_(x))
-            if stop <= SITES.index("blocks.{layer}.hook_resid_mid"):
-                return x
-            h = self._normalized(weights.ln2, "blocks.{layer}.ln2.hook_normalized", layer, x)
-        out = self._mlp(weights, h, layer)
-        return visit("blocks.{layer}.hook_resid_post", layer, out.add_(x))
+            return x + out, h
+        x = visit("blocks.{layer}.hook_resid_mid", layer, out.add_(x))
+        if stop <= SITES.index("blocks.{layer}.hook_resid_mid"):
+            return x, None
+        return x, self._normalized(weights.ln2, "blocks.{layer}.ln2.hook_normalized", layer, x)
 
     def _normalized(self, norm: Norm | None, template: str, layer: int, x: Tensor) -> Tensor:
         if norm is None:
@@ -105,10 +122,17 @@ class PackedPass:
             return norm(x)
         return norm.scaled(self.points.visit(template, layer, norm.normalized(x)))
 
-    def _attention(self, weights: PackedBlock, h: Tensor, layer: int, stop: int) -> Tensor | None:
-        """Attention's output for every token; None when nothing behind the pattern is asked for."""
-        visit = self.points.visit
-        q, k, v = self._projected(weights, h)
+    def _projected(
+        self, weights: PackedBlock, h: Tensor, layer: int
+    ) -> tuple[
+        Float[Tensor, "token head d_head"], Float[Tensor, "token kv_head d_head"], Float[Tensor, "token kv_head d_head"]
+    ]:
+        """Queries, keys and values as attention has them."""
+        visit, model = self.points.visit, self.model
+        width, kv_width = model.n_heads * model.d_head, model.n_kv_heads * model.d_head
+        parts = [product(h) for product in weights.qkv]
+        parts = parts[0].split([width, kv_width, kv_width], -1) if len(parts) == 1 else parts
+        q, k, v = (part.view(len(h), -1, model.d_head) for part in parts)
         q, k = visit("blocks.{layer}.attn.hook_q", layer, q), visit("blocks.{layer}.attn.hook_k", layer, k)
         v = visit("blocks.{layer}.attn.hook_v", layer, v)
         q = q if weights.q_norm is None else weights.q_norm(q)
@@ -116,28 +140,7 @@ class PackedPass:
         if self.model.rotary:
             q = visit("blocks.{layer}.attn.hook_rot_q", layer, self._turned(weights.rotary, q))
             k = visit("blocks.{layer}.attn.hook_rot_k", layer, self._turned(weights.rotary, k))
-        k = visit(KEYS.template, layer, k)
-        if stop < SITES.index(SCORES):
-            return None
-        looked_at = self._looked_at(weights, layer, q)
-        if looked_at is None:
-            z = self._explicit(weights, q, k, v, h, layer, stop)
-        else:
-            z = self._in_pieces(weights, q, k, v, h, layer, stop, looked_at)
-        if z is None:
-            return None
-        z = z if weights.z_changed is None else weights.z_changed(z, h)
-        out = weights.out(visit("blocks.{layer}.attn.hook_z", layer, z).flatten(1))
-        out = self._added(weights, out if weights.ln1_post is None else weights.ln1_post(out))
-        return visit("blocks.{layer}.hook_attn_out", layer, out)
-
-    def _projected(self, weights: PackedBlock, h: Tensor) -> list[Float[Tensor, "token head d_head"]]:
-        """Queries, keys and values."""
-        model = self.model
-        width, kv_width = model.n_heads * model.d_head, model.n_kv_heads * model.d_head
-        parts = [product(h) for product in weights.qkv]
-        parts = parts[0].split([width, kv_width, kv_width], -1) if len(parts) == 1 else parts
-        return [part.view(len(h), -1, model.d_head) for part in parts]
+        return q, visit(KEYS.template, layer, k), v
 
     def _added(self, weights: PackedBlock, out: Tensor) -> Tensor:
         return out if weights.added == 1 else out * weights.added
@@ -270,8 +273,10 @@ class PackedPass:
         # A copy of an expanded view is several times faster on a CPU than repeat_interleave.
         return x if n == 1 else x.unsqueeze(3).expand(-1, -1, -1, n, -1).flatten(2, 3)
 
-    def _mlp(self, weights: PackedBlock, h: Tensor, layer: int) -> Tensor:
-        visit, mlp = self.points.visit, weights.mlp_parts
+    def _mlp(self, x: Tensor, h: Tensor, layer: int) -> Tensor:
+        """The second half: the residual stream with what the MLP makes of ``h``."""
+        weights, visit = self.model.block(layer), self.points.visit
+        mlp = weights.mlp_parts
         if mlp is None:
             assert weights.whole_mlp is not None
             out = weights.whole_mlp(h)
@@ -285,7 +290,8 @@ class PackedPass:
                 post = post if mlp.offset is None else post + mlp.offset
             out = mlp.down(visit("blocks.{layer}.mlp.hook_post", layer, post))
         out = self._added(weights, out if weights.ln2_post is None else weights.ln2_post(out))
-        return visit("blocks.{layer}.hook_mlp_out", layer, out)
+        out = visit("blocks.{layer}.hook_mlp_out", layer, out)
+        return visit("blocks.{layer}.hook_resid_post", layer, out.add_(x))
 
 
 def turned(
