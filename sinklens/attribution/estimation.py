@@ -10,8 +10,8 @@ the sum of its parts.
 
 Pitfalls: it is the first order of an effect that is rarely small. Behind a normalisation, and where the patch turns
 a sink on or off, it can have the wrong size or sign; direct and indirect effects that cancel are missed
-(:func:`grad_drop` finds these). It screens: verify what it finds with :func:`sinklens.attribution.screen`, and never
-report it as the effect.
+(:func:`grad_drop` finds these). It screens: a sweep runs what it finds exactly (``verify=``); never
+report an estimate as the effect.
 """
 
 from __future__ import annotations

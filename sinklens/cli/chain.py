@@ -63,7 +63,11 @@ def chain(
     ] = "10",
     pair: Annotated[Pair, typer.Option(help="How the sink is made at the target.")] = Pair.block_aggregation,
     metric: Annotated[
-        str, typer.Option(help="What is measured of the sink: attention_received, alpha, sink_rate, logit_diff, ...")
+        str,
+        typer.Option(
+            help="What is measured of the sink: attention_received, alpha, sink_rate, residual_norm, dominance, "
+            "logit_diff, loss or kl."
+        ),
     ] = "attention_received",
     strength: Annotated[float, typer.Option(help="Lambda of amplify_variance.")] = 8.0,
     pair_layers: Annotated[

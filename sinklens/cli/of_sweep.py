@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +33,6 @@ from sinklens.cli.common import (
     NeuronsOption,
     PromptsOption,
     budget,
-    fail,
     given_formation,
     load,
 )
@@ -48,21 +46,13 @@ from sinklens.pairs.choice import Target, target_from_text
 from sinklens.prompts import prompts_text
 from sinklens.readouts.named import ReadoutLike
 from sinklens.records.plain import to_plain
-from sinklens.records.ranges import Range, integers, names, shown
+from sinklens.records.ranges import Range, integers, names, one_of_several
 from sinklens.sweeps.companions import Companions
 from sinklens.sweeps.execution import Execution
 from sinklens.sweeps.places import Place
 from sinklens.sweeps.request import Request
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.run import prepare, run_sweep
-
-
-def _shard(option: str, text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-    if found is None:
-        fail(f"{option} {shown(text)!r} must be I/N, such as 1/4")
-    return int(found[1]), int(found[2])
-
 
 NAMES = Form(names, ",".join)
 FORMS = {
@@ -74,7 +64,7 @@ FORMS = {
     Range: Form(),  # ranges are read by the request
     Sequence[int]: Form(integers),
     Target: Form(lambda _option, text: target_from_text(text), str),
-    tuple[int, int]: Form(_shard),
+    tuple[int, int]: Form(one_of_several),
 }
 """How the arguments of a sweep are written."""
 FLAGS = {"companions": "--with"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,27 +13,19 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sinklens.cli.common import JsonOption, command_line, fail
+from sinklens.cli.common import JsonOption, command_line
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
 from sinklens.cli.tables import console
 from sinklens.lab.arms import train as function
 from sinklens.lab.training import Report, Trained
-from sinklens.records.ranges import shown
+from sinklens.records.ranges import one_of_several
 from sinklens.records.text import number, seconds_text
-
-
-def _arm(option: str, text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-    if found is None:
-        fail(f"{option} {shown(text)!r} must be I/N, such as 1/4")
-    return int(found[1]), int(found[2])
-
 
 FORMS = {
     str | Sequence[str]: Form(lambda _option, text: text.split(","), lambda value: value),
     str | Path: Form(),
     int | str: Form(),
-    tuple[int, int]: Form(_arm),
+    tuple[int, int]: Form(one_of_several),
 }
 """How the arguments are written."""
 ON_ALL = ("command", "report")

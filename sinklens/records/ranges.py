@@ -244,6 +244,18 @@ def integers(option: str, text: str) -> tuple[int, ...]:
         raise InputError(f"{option} {shown(text)!r} must be whole numbers such as 0-2 or 0,3 or 1-9:4") from None
 
 
+def one_of_several(option: str, text: str) -> tuple[int, int]:
+    """``2/4`` as ``(2, 4)``: which of how many parts, as an option's value on the command line.
+
+    Raises:
+        InputError: anything else.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if found is None:
+        raise InputError(f"{option} {shown(text)!r} must be I/N, such as 1/4")
+    return int(found[1]), int(found[2])
+
+
 def names(option: str, text: str) -> tuple[str, ...]:
     """``a, b`` as ``("a", "b")``.
 

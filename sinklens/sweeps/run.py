@@ -21,7 +21,7 @@ from sinklens.pairs import InducedKind
 from sinklens.pairs.ablations import EditLike
 from sinklens.pairs.choice import Target
 from sinklens.prompts import PromptBatch, check_batch
-from sinklens.readouts.named import ReadoutLike
+from sinklens.readouts.named import READOUTS, ReadoutLike
 from sinklens.records.progress import Progress, progress_of
 from sinklens.records.ranges import SEEDS, Between, Range, check_arguments
 from sinklens.sweeps.companions import Companions
@@ -84,7 +84,7 @@ def sweep(
     formation: Annotated[Formation | None, "Where the sink forms; found if not given."] = None,
     readouts: Annotated[
         ReadoutLike | Sequence[ReadoutLike],
-        "attention_received, alpha, sink_rate, residual_norm, dominance, logit_diff, loss; several by commas.",
+        f"{', '.join(READOUTS)}; several by commas.",
     ] = ("attention_received",),
     readout_layers: Annotated[
         Range, "Blocks that are read: `formation` (the four after it), `last` (four), or a range."

@@ -89,7 +89,7 @@ def transplant(site: sites.HookSite, layers: tuple[int, ...] = (1,), **options: 
     return Patch(site=site, layers=layers, **(given | options))
 
 
-def changes(model: Any, patches: list[Patch], readout: Readout, **options: Any) -> Tensor:
+def changes(model: Any, patches: Sequence[Patch], readout: Readout, **options: Any) -> Tensor:
     return estimate(model, tokens_for(model), patches, [readout], runs=RUNS, **options).changes[readout.name].cpu()
 
 

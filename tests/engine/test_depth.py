@@ -36,7 +36,9 @@ def test_the_calls_from_a_chain_to_the_write_are_those_that_the_docstring_lists(
         site=sites.Z,
         layers=lambda setting: (setting.formation.layer,),
         experiments=(
-            sl.Experiment("watching", lambda s, stage, way, _: s.patch(way, stage.site, stage.layers(s), edit), (1, 1)),
+            sl.Experiment(
+                "watching", lambda s, stage, way, _: s.patch(way, stage.site, (1,), edit), sl.Prediction(1, 1)
+            ),
         ),
         readout=lambda s, stage: s.readout(stage, lambda x, _block: x.float().flatten(1).norm(dim=-1)),
     )

@@ -288,7 +288,7 @@ def test_work_is_resumed_and_stopped_early(llama, monkeypatch):
     blocks: list[tuple[int, int]] = []
     real = PackedPass._attention
 
-    def spy(self: PackedPass, x: Tensor, layer: int, stop: int) -> Tensor:
+    def spy(self: PackedPass, x: Tensor, layer: int, stop: int) -> Any:
         blocks.append((layer, len(x)))
         return real(self, x, layer, stop)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import sinklens as sl
+from sinklens.cli import app
+from sinklens.readouts.named import READOUTS
 from tests.helpers.sweeps import FORMATION, TARGET, N, tiny_batch
 
 
@@ -64,3 +68,14 @@ def test_kl_is_that_of_the_untouched_model_s_next_token(tiny_llama: Any) -> None
     study = sl.Study.of(tiny_llama, batch, FORMATION)
     found = study.run([patch], [study.readout("kl")]).values["kl"][0]
     assert found.numpy() == pytest.approx(kl(sl.interventions.hooks_of(patch)).numpy(), rel=1e-3, abs=1e-6)
+
+
+def test_every_name_is_told_where_one_is_asked_for():
+    """A readout that is added shows in the table of sweeps' page and in the options' help."""
+    root = Path(__file__).parents[2] / "sinklens"
+    page = (root / "sweeps" / "README.md").read_text(encoding="utf-8")
+    rows = [f"| `{name}` | {readout.help} |" for name, readout in READOUTS.items()]
+    assert "\n".join(rows) in page and all(readout.help for readout in READOUTS.values())
+    for command in ("chain", "sweep"):
+        shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400", "NO_COLOR": "1", "TERM": "dumb"})
+        assert [name for name in READOUTS if name not in shown.output] == []
