@@ -112,9 +112,10 @@ def changes_of_loss(study: sl.Study, table: Any) -> dict[tuple[str, str], sl.Est
 
 
 def said_of(costs: dict[tuple[str, str], sl.Estimate]) -> str:
-    """What silencing the neurons costs, in a sentence."""
-    own, control = (sl.statistics.estimate_text(costs[neurons, ZERO]) for neurons in (SUPER, RANDOM))
-    return f" Set to zero at the sink the super neurons cost {own} nats per token, as many random neurons {control}."
+    """What silencing the super neurons costs, in a sentence."""
+    own, control = (sl.statistics.interval_text(costs[neurons, ZERO]) for neurons in (SUPER, RANDOM))
+    n = costs[SUPER, ZERO].n
+    return f" Set to zero at the sink the super neurons cost {own} nats per token, as many random neurons {control} ({n} prompts)."
 
 
 def goes(removed: dict[Any, sl.Estimate], kinds: tuple[str, ...], sink: str) -> sl.analysis.Part:

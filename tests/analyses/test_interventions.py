@@ -476,7 +476,7 @@ def test_what_the_edits_cost_is_said_with_as_many_random_neurons_beside(tiny_lla
             cost = found.numbers[f"change of loss, {neurons}, {edit}"]
             assert cost.value == pytest.approx(rows["change of loss"].mean())
             assert cost.over == ("rotations" if (neurons, edit) == ("super neurons", "densified") else "prompts")
-        assert estimate_text(found.numbers[f"change of loss, {neurons}, zero"]) in found.caption
+        assert sl.statistics.interval_text(found.numbers[f"change of loss, {neurons}, zero"]) in found.caption
 
 
 def changed(edit: str, units: list[int], where: Tensor, mean: Tensor, turned: Tensor) -> list:
