@@ -115,7 +115,8 @@ def said_of(costs: dict[tuple[str, str], sl.Estimate]) -> str:
     """What silencing the super neurons costs, in a sentence."""
     own, control = (sl.statistics.interval_text(costs[neurons, ZERO]) for neurons in (SUPER, RANDOM))
     n = costs[SUPER, ZERO].n
-    return f" Set to zero at the sink the super neurons cost {own} nats per token, as many random neurons {control} ({n} prompts)."
+    told = f"the super neurons cost {own} nats per token, as many random neurons {control}"
+    return f" Set to zero at the sink {told} ({n} prompts)."
 
 
 def goes(removed: dict[Any, sl.Estimate], kinds: tuple[str, ...], sink: str) -> sl.analysis.Part:
