@@ -35,7 +35,7 @@ from tests.helpers.parsed import Parsed
 from tests.helpers.settings import LENGTH, TARGET, tokens_for
 from tests.helpers.tiny import BACKENDS, N_LAYERS, tiny_model
 
-pytestmark = pytest.mark.backend
+pytestmark = [pytest.mark.backend, pytest.mark.slow]
 
 N, NEURONS, BLOCK = 3, (3, 7), 1
 ROOT = (0, 1)

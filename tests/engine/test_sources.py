@@ -141,6 +141,7 @@ def chain_hooks(model: Any) -> dict[str, Hooks]:
     return found
 
 
+@pytest.mark.slow
 def test_a_chain_of_three_runs_and_patches_between_them(model: Any) -> None:
     hooks = chain_hooks(model)
     check(model, CHAIN, hooks["mixed"], (OFF, hooks_of(OFF)))
@@ -169,6 +170,7 @@ def test_what_goes_with_a_root_may_take_from_another_run(model: Any) -> None:
     check(model, runs, [*hooks_of(first, caches[0]), *hooks_of(second, caches[1])])
 
 
+@pytest.mark.slow
 def test_it_is_the_same_as_giving_the_values(model: Any) -> None:
     """Patched exactly and estimated, one prompt at a time and all at once."""
     held = capture_runs(model, TOKENS, {"base": ()}, [Want("base", sites.RESID_PRE, 1)], max_rows=8)
@@ -240,6 +242,7 @@ def test_only_what_is_used_is_kept_and_tells_one_from_another(model: Any) -> Non
     assert without_sources(model, TOKENS, runs, max_rows=8) == (runs, 0)
 
 
+@pytest.mark.slow
 def test_a_model_that_has_changed_is_captured_anew(model: Any) -> None:
     runs = {"base": (), "mixed": [root(source=Source("base", (3,)))]}
     runner, attributor = PatchRunner(model, TOKENS, [LOGIT], runs=runs), Attributor(model, TOKENS, [LOGIT], runs=runs)
