@@ -14,6 +14,8 @@ about the one that is explained (`--event`), by its strongest block. Where there
 event is taken out in all of its blocks, and all events together, and attention is read behind each, before the next,
 and in all blocks behind the last: a sink that an event does not make is told from one that is made anew.
 
+What the edits cost is read too, on a few prompts: the change of the loss, beside that of as many random neurons.
+
 The natural sink decides. A sink that is induced by masking a token is treated alike; and all later blocks are read too,
 because a sink that comes back is not removed.
 """
@@ -36,6 +38,7 @@ CLAIM = "The sink goes when the super neurons' down-projections are ablated or m
 MOST, LITTLE = 0.5, 0.1
 GAP = 0.01  # behind some event there may be no sink to remove: prompts with less of one are left out there
 SUPER, RANDOM, STRONGEST = "super neurons", "random neurons", "strongest other neurons"
+CHANGE = "change of loss"
 EDITS = ZERO, MEAN, DENSE = "zero", "mean", "densified"
 NATURAL, LATER, INDUCED = "natural sink", "natural sink, all later blocks", "induced sink"
 SINKS = [NATURAL, LATER, INDUCED]
@@ -82,15 +85,38 @@ def run(
     removed = {key: estimate(rows, "removed", study.seed, study.groups) for key, rows in table.groupby(KEYS)}
     verdict = sl.analysis.verdict_of(CLAIM, [goes(removed, kinds, sink) for sink in (NATURAL, LATER)])
     numbers = {f"removed, {', '.join(key)}": x for key, x in removed.items() if key[1].startswith((SUPER, STRONGEST))}
-    natural = table[(table.sink == NATURAL) & table.neurons.isin(("none", SUPER))]
-    for column in ("residual norm", "massive activations"):
-        for edit in ("none", *kinds):
-            rows = natural[natural.edit == edit]
-            numbers[f"{column} of the natural sink, {edit}"] = estimate(rows, column, study.seed, study.groups)
+    costs = changes_of_loss(study, table)
+    numbers |= sizes(study, table, kinds) | {f"{CHANGE}, {', '.join(key)}": x for key, x in costs.items()}
     rotated = f", of {DENSE} super neurons over {rotations} rotations" if DENSE in kinds else ""
     caption = f"What each edit removes of the sink's attention: means with 95% intervals over prompts{rotated}."
-    caption += note + left_out + without
+    caption += said_of(costs) + note + left_out + without
     return sl.Findings(verdict, table, caption, numbers)
+
+
+def sizes(study: sl.Study, table: Any, kinds: tuple[str, ...]) -> dict[str, sl.Estimate]:
+    """The natural sink's residual norm and massive activations, untouched and under every edit of the super neurons."""
+    natural = table[(table.sink == NATURAL) & table.neurons.isin(("none", SUPER))]
+    rows = {edit: natural[natural.edit == edit] for edit in ("none", *kinds)}
+    return {
+        f"{column} of the natural sink, {edit}": estimate(rows[edit], column, study.seed, study.groups)
+        for column in ("residual norm", "massive activations")
+        for edit in rows
+    }
+
+
+def changes_of_loss(study: sl.Study, table: Any) -> dict[tuple[str, str], sl.Estimate]:
+    """What every edit of the super neurons, and of random ones, adds to the loss, nats per token."""
+    read = table[table[CHANGE].notna() & (table.neurons != "none")]
+    edited = read.groupby(["neurons", "edit"], sort=False)
+    return {key: estimate(rows, CHANGE, study.seed, study.groups) for key, rows in edited}
+
+
+def said_of(costs: dict[tuple[str, str], sl.Estimate]) -> str:
+    """What silencing the super neurons costs, in a sentence."""
+    own, control = (sl.statistics.interval_text(costs[neurons, ZERO]) for neurons in (SUPER, RANDOM))
+    n = costs[SUPER, ZERO].n
+    told = f"the super neurons cost {own} nats per token, as many random neurons {control}"
+    return f" Set to zero at the sink {told} ({n} prompts)."
 
 
 def goes(removed: dict[Any, sl.Estimate], kinds: tuple[str, ...], sink: str) -> sl.analysis.Part:
@@ -154,9 +180,9 @@ def effects_on_sinks(study: sl.Study, few: sl.Study, cases: list[Case], position
     """A table of every case for the natural sink and, on a few prompts, for an induced one; a note if there is none."""
     near, left_out = study.after_formation(), ""
     later = tuple(range(near[0], study.shape.n_layers))  # beyond the next event, too
-    of_super = [case for case in cases if case.neurons == SUPER]
+    with_loss = [case for case in cases if case.neurons in (SUPER, RANDOM)]
     tables = [measure(study, study.sink, cases, near).assign(sink=NATURAL)]
-    tables += [measure(few, few.sink, of_super, later).assign(sink=LATER)]
+    tables += [measure(few, few.sink, with_loss, later, loss=True).assign(sink=LATER)]
     try:
         target = ((study.targets(positions)[-1],),) * few.batch.n
         mask = sl.Patch(sites.PATTERN, study.up_to_formation, target, edits.AttendSelf())
@@ -167,9 +193,9 @@ def effects_on_sinks(study: sl.Study, few: sl.Study, cases: list[Case], position
 
 
 def measure(
-    study: sl.Study, where: tuple, cases: list[Case], layers: tuple[int, ...], *roots: sl.Patch
+    study: sl.Study, where: tuple, cases: list[Case], layers: tuple[int, ...], *roots: sl.Patch, loss: bool = False
 ) -> pd.DataFrame:
-    """Attention to the sink and to ordinary tokens, and the sink's residual after formation, in every case."""
+    """Attention to the sink and to ordinary tokens, the sink's residual after formation, the loss, in every case."""
     n, block, at, resid = study.batch.n, (study.formation.layer,), torch.tensor(where)[:, 0], sites.RESID_POST
     ordinary = study.ordinary.float().scatter(1, at[:, None], 0)
 
@@ -182,12 +208,14 @@ def measure(
         readouts.vector_readout("residual norm", resid, block, where, n, lambda x, _: metrics.vector_norm(x)),
         sl.Readout("massive activations", resid, block, massive),
     ]
+    measured += [study.readout("loss")] if loss else []
     patches = [sl.Patch(case.site, block, where, case.edit, case.units, allow_unchanged=True) for case in cases]
     effects = study.run(patches, measured, {"base": roots})
     untouched = {"base": {"neurons": "none", "edit": "none", "draw": 0}}
     table = sl.analysis.patch_table(effects, [case.labels for case in cases], untouched)
     before, usual = (sl.analysis.base_reading(effects, table, name) for name in ("attention", "ordinary"))
-    return table.assign(removed=(before - table.attention) / (before - usual))
+    table = table.assign(removed=(before - table.attention) / (before - usual))
+    return table.assign(**{CHANGE: table.loss - sl.analysis.base_reading(effects, table, "loss")}) if loss else table
 
 
 def effects_of_events(study: sl.Study) -> tuple[list[pd.DataFrame], str]:

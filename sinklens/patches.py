@@ -2,7 +2,8 @@
 (a readout, in :mod:`sinklens.readouts`).
 
 A *run* is the model on the prompts with a tuple of root patches in force: ``()`` is the clean model, and the anchored
-run of a sink pair has the patch that makes the sink. A :class:`Patch` names the run that it is applied in and the run
+run of a sink pair has the patch that makes the sink. Root patches may take from other runs, as long as no run takes
+from itself by way of others. A :class:`Patch` names the run that it is applied in and the run
 that its source activation comes from; denoising and noising are the two ways to fill these in.
 """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sinklens.attribution.qk import Attention, attention, nodes_for_fix
 from sinklens.attribution.trace import Node, Trace, trace_run, without
 from sinklens.engine.apply import Op, edited, gather
-from sinklens.engine.capture import warn_of_split
+from sinklens.engine.capture import warn_of_split, without_sources
 from sinklens.engine.memory import check_limits, is_out_of_memory, release_cached, row_budget
 from sinklens.engine.places import NOWHERE, PlaceGroup, group_parts, pairs_of, parts_of
 from sinklens.engine.validation import validate
@@ -77,7 +77,7 @@ class Estimation:
         qk_fix: bool,
         drop_blocks: bool = False,
     ) -> None:
-        self.model, self.tokens, self.readouts, self.runs = model, tokens, readouts, runs
+        self.model, self.tokens, self.readouts, self.given, self.runs = model, tokens, readouts, runs, runs
         self.qk_fix, self.device, self.shape = qk_fix, device_of(model), model_shape(model)
         self.last = max((layer for readout in readouts for layer in readout.layers), default=-1)
         self.last_block = min(self.last, self.shape.n_layers - 1)  # the logits stand behind it
@@ -106,7 +106,7 @@ class Estimation:
         needs = Needs({}, {})
         self._grouped = None  # the caller may have changed the list since
         for groups in self.slabs(patches):
-            validate(self.model, self.tokens, [group.like for group in groups], self.readouts, self.runs)
+            validate(self.model, self.tokens, [group.like for group in groups], self.readouts, self.given)
             for group in groups:
                 check_places(group, self.shape, *self.tokens.shape)
                 self._need(group.like, needs)
@@ -139,6 +139,9 @@ class Estimation:
         """Traces of every run over one batch of prompts after the other, as many as fit."""
         check_limits(memory_budget, max_rows)
         rows = max_rows or self._rows(needs, memory_budget)
+        # The model may have changed since the last time, and what root patches take from other runs with it.
+        self.runs, n_forwards = without_sources(self.model, self.tokens, self.given, max_rows=rows)
+        self.n_forwards += n_forwards
         begin = 0
         if foreign_hooks(self.model):
             warn_of_split(len(self.tokens), rows)

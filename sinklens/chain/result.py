@@ -33,6 +33,10 @@ METRIC = "attention_received"
 """Name of what a chain measures of the sink, unless it is asked for something else."""
 HALF = 0.5
 """An effect beyond it is nearer to all than to nothing."""
+LOSS_CHANGE = "loss_change"
+"""Column of what an edit does to the loss, where that was read."""
+OF_LOSS = (LOSS_CHANGE, f"{LOSS_CHANGE}_low", f"{LOSS_CHANGE}_high")
+"""The same with the ends of its interval, in a table of scores."""
 OF_TOKENS = ("received", "neurons")
 """Fields of a result with a number for every token."""
 
@@ -44,9 +48,11 @@ class ChainResult:
     scores: pd.DataFrame
     """One row per stage, edit, direction and control: effect, interval, median, share of prompts beyond one half, n,
     n_groups (of how many texts), n_excluded, predicted, strength (of an edit that has one, such as a factor on a
-    deviation), layers, units, draws."""
+    deviation), layers, units, draws. Where the loss was read also loss_change with loss_change_low and
+    loss_change_high, in nats per token: patched minus the run that was patched, over all prompts."""
     effects: pd.DataFrame
-    """The same per prompt and draw, with the metric's values."""
+    """The same per prompt and draw, with the metric's values; where it was read, with the patched loss and its
+    change."""
     matrix: pd.DataFrame
     """Edit stage i, read stage j: effect of each stage's transplant on every stage's readout and on the sink."""
     checks: pd.DataFrame
@@ -76,7 +82,7 @@ class ChainResult:
         return summary(self, f"{self.metric}, {sink}", f"stages {stages}", f"block {self.formation.layer}")
 
     def _repr_html_(self) -> str:
-        wanted = (*SCORE_KEYS, "predicted", "effect", "ci_low", "ci_high", "share", "n")
+        wanted = (*SCORE_KEYS, "predicted", "effect", "ci_low", "ci_high", "share", "n", *OF_LOSS)
         shown = [name for name in wanted if name in self.scores]
         return html(repr(self), pd.DataFrame(self.scores, columns=shown))
 
@@ -215,10 +221,12 @@ def summarise(
 
     Beside it stand the median, and the share of prompts in which the effect is beyond one half: a mean of a half may be
     all of the effect in half of the prompts and nothing in the others.
+
+    A change of the loss is summarised likewise, over all prompts: nothing is divided there.
     """
     records = []
     for key, group in effects.groupby(list(keys), sort=False, dropna=False):
-        drawn = _by_draw(group)
+        drawn = _by_draw(group, "effect")
         per_prompt = drawn.mean(axis=1)
         texts = None if groups is None else [groups[prompt] for prompt in drawn.index]
         low, high = drawn_interval(drawn.to_numpy(), seed, groups=texts)
@@ -234,12 +242,16 @@ def summarise(
             "n_groups": len(measured if groups is None else {groups[prompt] for prompt in measured}),
             "n_excluded": int(per_prompt.isna().sum()),
         }
+        if LOSS_CHANGE in group:
+            changes = _by_draw(group, LOSS_CHANGE)
+            ends = drawn_interval(changes.to_numpy(), seed, groups=texts)
+            record |= dict(zip(OF_LOSS, (changes.mean(axis=1).mean(), *ends), strict=True))
         records.append(record)
     return pd.DataFrame(records)
 
 
-def _by_draw(effects: pd.DataFrame) -> pd.DataFrame:
+def _by_draw(effects: pd.DataFrame, column: str) -> pd.DataFrame:
     """One row for each prompt, one column for each draw."""
     if "draw" not in effects:
-        return pd.DataFrame(effects.set_index("prompt").effect)
-    return effects.pivot(index="prompt", columns="draw", values="effect")
+        return pd.DataFrame(effects.set_index("prompt")[column])
+    return effects.pivot(index="prompt", columns="draw", values=column)

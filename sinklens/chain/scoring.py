@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sinklens.chain.result import SCORE_KEYS, is_transplant, summarise
+from sinklens.chain.result import LOSS_CHANGE, SCORE_KEYS, is_transplant, summarise
 from sinklens.edits import Transplant
 from sinklens.engine.run import PatchResult
 from sinklens.errors import EngineError, NoSinkError
@@ -23,6 +23,8 @@ SINK = "sink"
 """Name of the metric's readout."""
 ORDINARY = "ordinary"
 """Name of the same at ordinary positions, which the natural sink is compared with."""
+LOSS = "loss"
+"""Name of the loss as a readout and as a column: mean cross entropy of the next token over a prompt, nats."""
 IDENTITY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 """How far from exactly 1 the identities may be, by dtype: rounding, in units of the effect."""
 
@@ -73,7 +75,9 @@ def ends(result: PatchResult, pair: SinkPair, readout: str, direction: Direction
 
 
 def effects(trials: Sequence[Trial], result: PatchResult, pair: SinkPair, gap: Gap) -> pd.DataFrame:
-    """Per trial and prompt: the effect, and the values of the metric that it is made of."""
+    """Per trial and prompt: the effect, and the values of the metric that it is made of; with the loss, if it was read,
+    and its change from the run that was patched.
+    """
     frames = []
     for index, trial in enumerate(trials):
         start, end = ends(result, pair, SINK, trial.direction)
@@ -92,12 +96,20 @@ def effects(trials: Sequence[Trial], result: PatchResult, pair: SinkPair, gap: G
                     "patched": patched,
                     "start": start,
                     "end": end,
+                    **_loss(index, trial, result),
                     "patch_id": trial.patch.id,
                     "units": [None if units is None else list(units)] * len(patched),
                 }
             )
         )
     return pd.concat(frames, ignore_index=True)
+
+
+def _loss(index: int, trial: Trial, result: PatchResult) -> dict[str, np.ndarray]:
+    if LOSS not in result.values:
+        return {}
+    patched = result.values[LOSS][index].numpy()
+    return {LOSS: patched, LOSS_CHANGE: patched - result.runs[trial.patch.run][LOSS].numpy()}
 
 
 def check_pair(effects: pd.DataFrame, result: PatchResult, pair: SinkPair, gap: Gap) -> None:

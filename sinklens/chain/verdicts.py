@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sinklens.chain.result import METRIC, ChainResult, is_transplant
+from sinklens.chain.result import METRIC, OF_LOSS, ChainResult, is_transplant
 from sinklens.pairs.choice import is_natural
 from sinklens.records.printable import isolated
 from sinklens.records.ranges import spans
-from sinklens.records.text import effect_text, join, number, pretty
+from sinklens.records.text import change_text, effect_text, join, number, pretty
 from sinklens.stages.base import ExperimentKind, experiment_kind
 
 CLOSE, HALF = 0.25, 0.5
@@ -54,6 +54,12 @@ class Finding:
     """Prompts in the mean."""
     n_excluded: int
     """Prompts left out."""
+    loss_change: float = np.nan
+    """What it does to the loss, nats per token, mean over all prompts; NaN where that was not read."""
+    loss_low: float = np.nan
+    """Lower end of its 95% interval."""
+    loss_high: float = np.nan
+    """Upper end."""
 
     @property
     def kind(self) -> ExperimentKind:
@@ -102,13 +108,13 @@ def short_of(effect: float, predicted: float) -> float:
 
 def findings(result: ChainResult) -> list[Finding]:
     """Every score as a finding, in the run's order."""
-    names = ("effect", "ci_low", "ci_high", "predicted")
+    names = ("effect", "ci_low", "ci_high", "predicted", *OF_LOSS)
     found = []
     for row in result.scores.to_dict("records"):
-        effect, low, high, predicted = (np.nan if row.get(name) is None else float(row[name]) for name in names)
+        effect, low, high, predicted, *loss = (np.nan if row.get(name) is None else float(row[name]) for name in names)
         stage, edit, control, direction = (str(row[name]) for name in ("stage", "edit", "control", "direction"))
         n, excluded = int(row["n"]), int(row["n_excluded"])
-        found.append(Finding(stage, edit, control, direction, effect, low, high, predicted, n, excluded))
+        found.append(Finding(stage, edit, control, direction, effect, low, high, predicted, n, excluded, *loss))
     return found
 
 
@@ -126,7 +132,9 @@ def groups(found: Sequence[Finding]) -> Groups:
 
 
 def summary(result: ChainResult) -> tuple[str, list[tuple[str, list[str]]]]:
-    """A lead sentence, and sentences each on the set-up, the transplants, the mechanisms and the controls."""
+    """A lead sentence, and sentences each on the set-up, the transplants, the mechanisms, the controls and, where it
+    was read, the loss.
+    """
     found = findings(result)
     own = [item for item in found if not item.control]
     transplants = groups([item for item in own if item.kind == "transplant"])
@@ -137,6 +145,7 @@ def summary(result: ChainResult) -> tuple[str, list[tuple[str, list[str]]]]:
         ("Transplants", _transplants(transplants, exact)),
         ("Mechanisms", _mechanisms(mechanisms)),
         ("Controls", _controls([item for item in found if item.control])),
+        ("Loss", loss_in_words(result)),
     ]
     return _lead(transplants, mechanisms, exact), [(name, text) for name, text in parts if any(text)]
 
@@ -242,6 +251,38 @@ def _controls(found: Sequence[Finding]) -> list[str]:
         named = [f"{_name(i.control)} for {_name(i.edit)} of {_name(i.stage)} ({_numbers([i])})" for i in off]
         text += f" Not so: {join(named, '; ')}. Read the effects that they belong to with that in mind."
     return [text]
+
+
+def loss_in_words(result: ChainResult) -> list[str]:
+    """What ablating the super neurons costs, and which edit costs most; nothing where the loss was not read."""
+    found = [item for item in findings(result) if np.isfinite(item.loss_change)]
+    own = [item for item in found if not item.control]
+    if not own:
+        return []
+    of_super = ("super_neurons", "mechanism", "noise")
+    ablated = [item for item in own if (item.stage, item.kind, item.direction) == of_super]
+    sentences = []
+    if ablated:
+        costs = join([_loss_and_controls(item, found) for item in ablated], "; ")
+        sentences.append(f"Ablating the super neurons in the run with the sink costs, in nats per token: {costs}.")
+    most = max(own, key=lambda item: item.loss_change)
+    if most not in ablated:
+        what = f"{_name(most.edit)} of {_name(most.stage)} ({most.direction})"
+        sentences.append(f"Of all edits {what} costs most, in nats per token: {_loss_and_controls(most, found, '')}.")
+    return sentences
+
+
+def _loss_and_controls(item: Finding, found: Sequence[Finding], name: str | None = None) -> str:
+    """``zero +1.020 [0.800, 1.300] (random neurons +0.001 [−0.002, 0.003])``."""
+    keys = (item.stage, item.edit, item.direction)
+    controls = [other for other in found if other.control and (other.stage, other.edit, other.direction) == keys]
+    beside = join([f"{_name(control.control)} {_loss_text(control)}" for control in controls])
+    text = f"{_name(item.edit) if name is None else name} {_loss_text(item)}".strip()
+    return f"{text} ({beside})" if beside else text
+
+
+def _loss_text(item: Finding) -> str:
+    return change_text(item.loss_change, item.loss_low, item.loss_high)
 
 
 def _listed(found: Sequence[Finding]) -> str:

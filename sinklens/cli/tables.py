@@ -17,13 +17,14 @@ from sinklens.analysis.base import AnalysisResult, Verdict
 from sinklens.analysis.capabilities import Capabilities
 from sinklens.analysis.suite import SuiteResult, judged_parts
 from sinklens.chain.parts import Part
-from sinklens.chain.result import METRIC, ChainResult
+from sinklens.chain.result import LOSS_CHANGE, METRIC, ChainResult
+from sinklens.chain.verdicts import loss_in_words
 from sinklens.cli.words import in_own_words
 from sinklens.formation import Formation
 from sinklens.pairs.choice import is_natural
 from sinklens.prompts import prompts_text
 from sinklens.records.ranges import spans
-from sinklens.records.text import number, pretty
+from sinklens.records.text import change_text, number, pretty
 from sinklens.statistics import Estimate, estimate_text, interval_text
 
 
@@ -51,13 +52,18 @@ def score_text(rows: pd.DataFrame) -> str:
 
 
 def chain_table(result: ChainResult) -> Table:
-    """Effects of every stage, controls under the effects that they belong to."""
+    """Effects of every stage, controls under the effects that they belong to; with the change of the loss in
+    every direction, where it was read.
+    """
     table = Table(title="Per-stage causal effects: mean over prompts [95% interval] (predicted by the claim)")
     directions = list(dict.fromkeys(result.scores.direction))
     for name in ("stage", "edit", "layers"):
         table.add_column(name, no_wrap=True)
     for direction in directions:
         table.add_column(direction, justify="right", no_wrap=True)
+    with_loss = LOSS_CHANGE in result.scores
+    if with_loss:
+        table.add_column("loss, nats", justify="right", no_wrap=True)
     table.add_column("over ½", justify="right", no_wrap=True)
     table.add_column("n", justify="right")
     keys = ["stage", "edit", "control"]
@@ -68,6 +74,8 @@ def chain_table(result: ChainResult) -> Table:
         if stage != previous and previous:
             table.add_section()
         cells = [score_text(rows.loc[rows.direction == direction]) for direction in directions]
+        if with_loss:
+            cells.append(" ".join(map(change_text, rows[LOSS_CHANGE])))
         label = f"  control: {control}" if control else edit + _strength(rows)
         table.add_row(
             stage if stage != previous else "",
@@ -103,6 +111,7 @@ def chain_footer(result: ChainResult) -> list[str]:
         f"{_received(result)} in blocks {spans(config['readout_layers'], '-')}.",
         f"{prompts_text(config)}; {config['n_skipped']} skipped as too short; {excluded} excluded: the pair moves the "
         "metric too little.",
+        *loss_in_words(result),
         f"{engine['n_patches']} patches, {engine['n_rows']} patched rows in {engine['n_forwards']} forward passes, "
         f"{engine['seconds']:.1f} s, {engine['n_rows'] / engine['seconds']:.0f} rows per second, peak memory "
         f"{(engine['peak_bytes'] or 0) / 2**30:.1f} GiB.",

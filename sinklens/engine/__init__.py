@@ -14,7 +14,8 @@ From :func:`sinklens.run_chain` to the tensor that is written it is eight calls:
 8. ``apply.apply_edit`` gathers, calls the edit, checks what it gives, and writes.
 
 Models that the packed pass does not know run through TransformerLens: ``plain.PlainJob.forward`` in step 4, then
-``hooks`` instead of steps 5 to 7, and the same step 8.
+``hooks`` instead of steps 5 to 7, and the same step 8. What root patches take from other runs is captured in step 2,
+before the runs are (``sources``).
 """
 
 from sinklens.engine.run import EngineStats, PatchResult, PatchRunner, Progress, run_patches

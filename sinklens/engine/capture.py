@@ -34,6 +34,7 @@ from sinklens.engine.packed import (
     unknown_place,
 )
 from sinklens.engine.slow import say_slow
+from sinklens.engine.sources import resolved
 from sinklens.engine.store import ActivationStore, Want
 from sinklens.engine.trust import read
 from sinklens.engine.validation import check_edits
@@ -71,11 +72,12 @@ def capture_runs(
     """
     check_ids(model, tokens)
     wants = list(wants)
+    runs, n_forwards = without_sources(model, tokens, runs, max_rows=max_rows)
     check_edits(model, [root for roots in runs.values() for root in roots])
     measured = identities(model)
     for site, layers in [*((r.site, r.layers) for r in readouts), *((want.site, (want.layer,)) for want in wants)]:
         measured.check_layout(site.template, layers)
-    store = ActivationStore(tokens.shape[1])
+    store = ActivationStore(tokens.shape[1], n_forwards=n_forwards)
     wanted: dict[str, Places] = {}
     for run in runs:
         wanted[run] = _merge([want for want in wants if want.run == run])
@@ -89,6 +91,15 @@ def capture_runs(
         passing = partial(execute, model) if packed is None else partial(execute_whole, packed)
         _capture(model, passing, tokens, chosen, wanted, readouts, last + 1, store, max_rows)
     return store
+
+
+def without_sources(model: Model, tokens: Int[Tensor, "prompt pos"], runs: Runs, *, max_rows: int) -> tuple[Runs, int]:
+    """The runs with roots that take from no other run any more, and the forward passes that this took.
+
+    Raises:
+        InputError: runs that take from each other in a circle, or from one that is not there; as :func:`capture_runs`.
+    """
+    return resolved(runs, len(tokens), partial(capture_runs, model, tokens, max_rows=max_rows))
 
 
 def _packed(model, tokens, runs, wanted, readouts, stop_at) -> PackedModel | None:  # noqa: ANN001

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinklens.engine.capture import capture_runs
+from sinklens.engine.capture import capture_runs, without_sources
 from sinklens.engine.given import check_own_values, check_readouts, check_runs, listed
 from sinklens.engine.memory import (
     check_limits,
@@ -132,7 +132,7 @@ def run_patches(
         prompts: equal-length prompts, ``[prompt pos]``.
         patches: the interventions; each names the run that it is applied in and its source run.
         readouts: what to measure in every patched row, and in the runs themselves.
-        runs: root patches of every run; ``{"base": ()}`` by default.
+        runs: root patches of every run; ``{"base": ()}`` by default. A root may take from another run (its ``source``).
         memory_budget: bytes that the activations of one forward pass may take (256 MiB on a CPU, half of what is free
             on a GPU by default).
         max_rows: rows per forward pass, in place of the memory budget.
@@ -184,10 +184,12 @@ class PatchRunner:
     ) -> None:
         check_model(model)
         check_runs(runs)
-        self.model, self.readouts, self.runs, self.keep = model, check_readouts(readouts), runs, keep
+        self.model, self.readouts, self.given, self.keep = model, check_readouts(readouts), runs, keep
         with usual_state(model):
             self._prepare(prompts, memory_budget, max_rows)
         self.allow_nonfinite, self.once = allow_nonfinite, once
+        self._runs: Runs | None = None
+        self._resolving = 0
         self._store: ActivationStore | None = None
         self._packed: PackedModel | None = None
         self._checked, self._unpacked = False, ""
@@ -200,7 +202,7 @@ class PatchRunner:
         model = self.model
         self.tokens = prompts.tokens if isinstance(prompts, PromptBatch) else prompts
         self.device = device_of(model)
-        validate(model, self.tokens, (), self.readouts, self.runs)
+        validate(model, self.tokens, (), self.readouts, self.given)
         self.tokens = self.tokens.long()
         for readout in self.readouts:
             if readout.site != LOGITS:
@@ -221,9 +223,16 @@ class PatchRunner:
             return
         now = snapshot(self.model)
         if self._seen is not None and now != self._seen:
-            self._store, self._packed, self._checked = None, None, False
+            self._runs, self._store, self._packed, self._checked = None, None, None, False
             self.device = device_of(self.model)
         self._seen = now
+
+    @property
+    def runs(self) -> Runs:
+        """The runs with roots that take from no other run any more: what these take is captured once."""
+        if self._runs is None:
+            self._runs, self._resolving = without_sources(self.model, self.tokens, self.given, max_rows=self.whole_rows)
+        return self._runs
 
     @property
     @in_usual_state
@@ -280,7 +289,7 @@ class PatchRunner:
         """Do without the packed pass, which has not this model's numbers: the runs may have been captured with it."""
         self._unpacked = f"the fast pass differs on this model ({error})"
         found_different(self.model, self._unpacked)
-        self._packed, self._store, self._checked = None, None, True
+        self._runs, self._packed, self._store, self._checked = None, None, None, True
 
     def _values(self, job: PackedJob | PlainJob, patches: Sequence[Patch]) -> dict[str, Tensor]:
         """What a finished job has read, if it can be trusted."""
@@ -325,6 +334,7 @@ class PatchRunner:
             self._store = capture_runs(
                 self.model, self.tokens, self.runs, wants, self.readouts, max_rows=self.whole_rows
             )
+            self._store.n_forwards += self._resolving
             return self._store
         missing = self._store.missing(wants)
         if missing and self._store.n_bytes > self.keep:

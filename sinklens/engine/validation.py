@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sinklens.engine.given import check_values
+from sinklens.engine.sources import check_sources
 from sinklens.errors import InputError
 from sinklens.models.identities import identities
 from sinklens.models.view import Model, ModelShape, device_of, model_shape
@@ -54,13 +55,9 @@ def validate(
         measured.check_layout(readout.site.template, readout.layers)
     sizes = {"prompt": n_prompts, "pos": length, "query": length, "key": length}
     sizes |= {"head": shape.n_heads, "kv_head": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
-    for run, roots in runs.items():
+    check_sources(runs)
+    for roots in runs.values():
         for root in roots:
-            if root.source is not None:
-                raise InputError(
-                    f"root patches cannot have a source run, but one in {run!r} has: "
-                    f"{root.describe()}; give its values with the edit PerPosition"
-                )
             for part in root.parts:
                 _validate_patch(part, shape, n_prompts, length)
                 check_values(part, sizes, more_prompts=True)

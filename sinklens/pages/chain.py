@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sinklens.chain.result import ChainResult
+from sinklens.chain.result import LOSS_CHANGE, ChainResult
 from sinklens.chain.verdicts import Finding, findings, groups, overall
 from sinklens.formation import Formation
 from sinklens.pairs.choice import is_natural
 from sinklens.records.ranges import spans
-from sinklens.records.text import NONE, effect_text, heading, interval_text, number, pretty
+from sinklens.records.text import NONE, change_text, effect_text, heading, interval_text, number, pretty
 from sinklens.stages.base import experiment_kind
 from sinklens.viz.chain import chain_matrix, directions
 
@@ -36,6 +36,7 @@ def sections(result: ChainResult) -> dict[str, Any]:
     return {
         "natural": is_natural(result.config),
         "stages": stages(result),
+        "has_loss": LOSS_CHANGE in result.scores,
         "claims": claims(result),
         "left_out": left_out(result),
         "matrices": [matrix(result, direction) for direction in directions(result.matrix)],
@@ -157,6 +158,8 @@ def _cell(item: Finding) -> dict[str, Any]:
         "mark": MARKS.get(item.verdict, ""),
         "n": item.n,
         "n_excluded": item.n_excluded,
+        "loss": change_text(item.loss_change),
+        "loss_interval": interval_text(item.loss_low, item.loss_high),
     }
 
 

@@ -249,6 +249,7 @@ def _chain_code(result: ChainResult) -> str:
     options |= {} if result.metric == METRIC else {"metric": result.metric}
     names = ["control_draws", "min_gap", "seed"]
     options |= {"readout_blocks": len(config["readout_layers"])} | {name: config[name] for name in names}
+    options |= {"loss": True} if config.get("loss") else {}
     arguments = "".join(f"    {name}={value!r},\n" for name, value in options.items())
     return f"{_setup(result)}result = sl.run_chain(\n    model,\n    batch,\n{arguments})"
 

@@ -53,6 +53,12 @@ def interval_text(low: float, high: float) -> str:
     return "" if math.isnan(low) or math.isnan(high) else f"[{effect_text(low)}, {effect_text(high)}]"
 
 
+def change_text(value: float, low: float = math.nan, high: float = math.nan) -> str:
+    """``+0.123 [0.100, 0.150]``: a change, with its sign, and its interval where there is one."""
+    sign = "+" if value > 0 and effect_text(value) != "0.000" else ""
+    return f"{sign}{effect_text(value)} {interval_text(low, high)}".strip()
+
+
 def join(items: Sequence[str], separator: str = ", ") -> str:
     """``a, b and c``."""
     if len(items) < 2 or separator != ", ":

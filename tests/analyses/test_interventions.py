@@ -373,6 +373,8 @@ def test_what_cannot_be_amplified_is_refused(tiny_llama, options, message):
 
 # settle_it
 
+LATER = "natural sink, all later blocks"
+
 
 def test_the_planted_sink_goes_with_its_neuron(monkeypatch):
     """By hand: without it each query spreads evenly over i + 1 keys; of the induced sink nothing is left."""
@@ -432,12 +434,18 @@ def test_settling_it_by_another_way(tiny_llama):
         ordinary = study.ordinary.clone()
         ordinary[every, where] = False
 
-        def read(hooks: list, where: Tensor = where, ordinary: Tensor = ordinary) -> dict[str, Tensor]:
+        def read(
+            hooks: list, where: Tensor = where, ordinary: Tensor = ordinary, sink: str = sink
+        ) -> dict[str, Tensor]:
             cache = cache_of(tiny_llama, study.batch.tokens, hooks, names)
             seen = torch.stack([received(cache[f"blocks.{b}.attn.hook_pattern"]) for b in AFTER]).mean(0)
             usual = torch.stack([s[o[:-1]].mean() for s, o in zip(seen, ordinary, strict=True)])
             norm = cache["blocks.1.hook_resid_post"][every, where].norm(dim=-1)
-            return {"attention": seen[every, where], "ordinary": usual, "residual norm": norm}
+            found = {"attention": seen[every, where], "ordinary": usual, "residual norm": norm}
+            if sink == LATER:
+                said = cache["logits"][:, :-1].log_softmax(-1)
+                found["loss"] = -said.gather(-1, study.batch.tokens[:, 1:, None])[..., 0].mean(-1)
+            return found
 
         base = read(roots)
         for (neurons, edit, draw), rows in table[table.sink == sink].groupby(["neurons", "edit", "draw"]):
@@ -449,10 +457,26 @@ def test_settling_it_by_another_way(tiny_llama):
             found = read(roots + hooks)
             for name, values in found.items():
                 np.testing.assert_allclose(rows.sort_values("prompt")[name], values, rtol=1e-4, atol=1e-5)
+            if sink == LATER:
+                change = (found["loss"] - base["loss"]).numpy()
+                np.testing.assert_allclose(rows.sort_values("prompt")["change of loss"], change, rtol=0, atol=1e-5)
             removed = (base["attention"] - found["attention"]) / (base["attention"] - base["ordinary"])
             np.testing.assert_allclose(rows.sort_values("prompt").removed, removed, rtol=1e-3, atol=1e-3)
             checked += 1
-    assert checked == (1 + 5 + 6 + 3) + (1 + 5) + (1 + 5 + 6 + 3)
+    assert checked == (1 + 5 + 6 + 3) + (1 + 5 + 6) + (1 + 5 + 6 + 3)
+    assert table[table.sink != LATER][["loss", "change of loss"]].isna().all(axis=None)
+
+
+def test_what_the_edits_cost_is_said_with_as_many_random_neurons_beside(tiny_llama):
+    found = findings("settle_it", tiny(tiny_llama), rotations=2, draws=2)
+    later = found.table[found.table.sink == LATER]
+    for neurons in ("super neurons", "random neurons"):
+        for edit in ("zero", "mean", "densified"):
+            rows = later[(later.neurons == neurons) & (later.edit == edit)]
+            cost = found.numbers[f"change of loss, {neurons}, {edit}"]
+            assert cost.value == pytest.approx(rows["change of loss"].mean())
+            assert cost.over == ("rotations" if (neurons, edit) == ("super neurons", "densified") else "prompts")
+        assert sl.statistics.interval_text(found.numbers[f"change of loss, {neurons}, zero"]) in found.caption
 
 
 def changed(edit: str, units: list[int], where: Tensor, mean: Tensor, turned: Tensor) -> list:

@@ -121,8 +121,8 @@ WRONG: dict[str, Callable[[Any], Any]] = {
     "has values of 4 prompts, and 3 are run": lambda model: read(
         model, patches=[zero(edits.AttendTo(weights=torch.ones(4, 12)), site=sites.PATTERN)]
     ),
-    "give its values with the edit PerPosition": lambda model: read(
-        model, runs={"base": (), "other": [zero(edits.Transplant(), source=Source("base"), run="other")]}
+    "unknown run 'another' in a root patch of the run 'other'": lambda model: read(
+        model, runs={"base": (), "other": [zero(edits.Transplant(), source=Source("another"), run="other")]}
     ),
     r"needs values \[prompt=3 d_model=32\], but got \(2, 32\)": lambda model: read(
         model, patches=[zero(edits.Rescale("mine", {1: VALUES[:2]}, {1: torch.tensor(2.0)}))]

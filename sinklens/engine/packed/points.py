@@ -183,7 +183,7 @@ class Points:
             apply_edit(act, op, self._reads(op), self.source_of, self.changed, self.broken)
         for op, key in point.reads:
             (tokens,) = op.on(act.device).address
-            if op.layer == layer:
+            if op.layer == layer or len(act) == len(self.layout.row):  # all rows are under way
                 self._live[id(op), key] = (None, act[tokens])
             else:
                 here = tokens < len(act)  # rows that come in later have this from their run
