@@ -37,6 +37,8 @@ PARTWAY = (0.4, 0.6, 0.8, 1.0)
 """How much of the kept edges is heard where slopes are taken."""
 PARTS = (0.6, 0.4, 0.25, 0.15, 0.06, 0.01)
 """What parts of the edges are tried to be done without at once."""
+GROWTH = 4
+"""Up to so many times as many as could go the last time are tried first."""
 
 
 @dataclass(eq=False)
@@ -64,16 +66,20 @@ class Pruner:
     def prune(self, ranking: Sequence[int]) -> list[int]:
         """Numbers of the edges that are kept, of those in ``ranking`` (the most important first)."""
         kept = self._reduced(self._beginning(list(ranking)))
+        gone = len(kept)
         while len(kept) > 1:
             order = self._least_missed(kept)
             least = {1} if len(kept) <= MANY else set()  # of many, one by one would take for ever
             sizes = sorted({max(1, int(part * len(kept))) for part in PARTS} | least, reverse=True)
-            tried = [self._reduced([e for e in kept if e not in set(order[:size])]) for size in sizes]
-            shares = self._shares(tried)
-            good = next((i for i, share in enumerate(shares) if self.goal <= share <= 2 - self.goal), None)
-            if good is None:
+            # Where few could go, many more seldom can: these are tried when nothing else is left.
+            sizes = sorted(sizes, key=lambda size, most=GROWTH * gone: size > most)
+            for gone in sizes:
+                tried = self._reduced([e for e in kept if e not in set(order[:gone])])
+                if self.goal <= self._shares([tried])[0] <= 2 - self.goal:
+                    break
+            else:
                 break
-            kept = tried[good]
+            kept = tried
         return sorted(kept)
 
     def _beginning(self, ranking: list[int]) -> list[int]:
