@@ -2,20 +2,21 @@
 
 1. Edges are ranked by an estimate, and the shortest beginning of that list is sought that keeps the share.
 2. Edges that lead nowhere, or from where nothing differs, go: they change nothing.
-3. Of the rest those go that are missed least, as many at a time as the share allows, until none can go (of more than
-   150 not even a hundredth of them).
+3. Of the rest those go that are missed least, as many at a time as the share allows, until no single one can go (of
+   more than 150 not even the hundredth of them that is missed least).
 
 A set keeps a share of 0.9 if between 0.9 and 1.1 of the sink is left: one that makes more of it has lost what held it
 back, and is no more faithful than one that makes less. Whether a set of edges keeps the share is measured by the
 engine at every step; how much an edge is missed within the set is ranked with the later tokens held
-(:mod:`sinklens.circuits.direct`). The last set cannot lose the one edge that ranks lowest; that no smaller set would do
-is not shown (finding it takes all subsets).
+(:mod:`sinklens.circuits.direct`). The last set, of 150 edges or fewer, cannot lose any one of them, each measured; that
+no smaller set would do is not shown (finding it takes all subsets).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,8 +36,10 @@ MANY = 150
 """Edges up to which each one's going is tried."""
 PARTWAY = (0.4, 0.6, 0.8, 1.0)
 """How much of the kept edges is heard where slopes are taken."""
-PARTS = (0.6, 0.4, 0.25, 0.15, 0.06, 0.01)
+PARTS = (0.6, 0.3, 0.15, 0.08, 0.04, 0.02, 0.01)
 """What parts of the edges are tried to be done without at once."""
+GROWTH = 4
+"""Up to so many times as many as could go the last time are tried first."""
 
 
 @dataclass(eq=False)
@@ -56,6 +59,11 @@ class Pruner:
     curve: list[tuple[int, float]] = field(default_factory=list)
     """Sizes that were measured, and the share that each kept."""
 
+    _most: int = 0
+    """Up to how many are tried to be done without at first."""
+    _far: float = 0.0
+    """How far the last set that was measured is from the sink."""
+
     @property
     def graph(self) -> Graph:
         """The graph."""
@@ -64,17 +72,27 @@ class Pruner:
     def prune(self, ranking: Sequence[int]) -> list[int]:
         """Numbers of the edges that are kept, of those in ``ranking`` (the most important first)."""
         kept = self._reduced(self._beginning(list(ranking)))
+        self._most = len(kept)
         while len(kept) > 1:
-            order = self._least_missed(kept)
-            least = {1} if len(kept) <= MANY else set()  # of many, one by one would take for ever
-            sizes = sorted({max(1, int(part * len(kept))) for part in PARTS} | least, reverse=True)
-            tried = [self._reduced([e for e in kept if e not in set(order[:size])]) for size in sizes]
-            shares = self._shares(tried)
-            good = next((i for i, share in enumerate(shares) if self.goal <= share <= 2 - self.goal), None)
-            if good is None:
+            tried = (self._fewer(kept, order) for order in self._orders(kept))
+            fewer = next((found for found in tried if found is not None), None)
+            if fewer is None:
                 break
-            kept = tried[good]
+            kept = fewer
         return sorted(kept)
+
+    def _fewer(self, kept: list[int], order: Sequence[int]) -> list[int] | None:
+        """What is left without the first so many of an order: as many as may go."""
+        least = {1} if len(kept) <= MANY else set()  # of many, one by one would take for ever
+        sizes = sorted({max(1, int(part * len(kept))) for part in PARTS} | least, reverse=True)
+        # Where few could go, many more seldom can: these are tried when nothing else is left.
+        for size in sorted(sizes, key=lambda size: size > self._most):
+            fewer = self._reduced([e for e in kept if e not in set(order[:size])])
+            self._far = abs(self._shares([fewer])[0] - 1)
+            if self._far <= 1 - self.goal:
+                self._most = GROWTH * size
+                return fewer
+        return None
 
     def _beginning(self, ranking: list[int]) -> list[int]:
         """The shortest beginning of the list, to within a few, that keeps the share."""
@@ -107,22 +125,33 @@ class Pruner:
             row[torch.tensor(list(edges), dtype=torch.long)] = True
         return masks
 
-    def _least_missed(self, kept: list[int]) -> list[int]:
-        """The kept edges, the least missed first: by how much attention their going moves, mean over prompts.
+    def _orders(self, kept: list[int]) -> Iterator[list[int]]:
+        """The kept edges, those first that might go; another order where the ones before it led to nothing.
 
-        Of many by its slope in how much of each is heard, averaged on the way to all of it: one pass for all.
+        By how much attention an edge's going moves (mean over prompts), and by how near to the sink's own it leaves it:
+        this first where the set makes nearly too much or too little of it. Then by what is left without each, measured.
+        Of many by the slope of attention in how much of each is heard, averaged on the way to all: one pass for all.
         """
         if len(kept) > MANY:
-            return self._by_slope(kept)
+            yield self._by_slope(kept)
+            return
         without = [[e for e in kept if e != gone] for gone in kept]
-        found = [
-            self.listeners.attention(token).view(-1, self.verifier.n_prompts)
-            for token in self.verifier.tokens(self.masks(without), self.instead)
-        ]
-        left = torch.cat(found)
-        (whole,) = self.verifier.tokens(self.masks([kept]), self.instead)
-        moved = (left - self.listeners.attention(whole)).abs().mean(1)
-        return [kept[i] for i in moved.argsort().tolist()]
+        left, whole = self._attention(without), self._attention([kept])
+        near = self._far <= (1 - self.goal) / 2
+        for like in (whole, self._sink) if near else (self._sink, whole):
+            yield [kept[i] for i in (left - like).abs().mean(1).argsort().tolist()]
+        far = np.abs(np.array(self._shares([self._reduced(edges) for edges in without])) - 1)
+        if far.min() <= 1 - self.goal:
+            yield [kept[i] for i in far.argsort(kind="stable").tolist()]
+
+    def _attention(self, kept: Sequence[Sequence[int]]) -> Float[Tensor, "circuit prompt"]:
+        """What later tokens give the target, their queries held."""
+        tokens = self.verifier.tokens(self.masks(kept), self.instead)
+        return torch.cat([self.listeners.attention(token).view(-1, self.verifier.n_prompts) for token in tokens])
+
+    @cached_property
+    def _sink(self) -> Float[Tensor, "circuit prompt"]:
+        return self._attention([range(len(self.graph.edges))])
 
     def _by_slope(self, kept: list[int]) -> list[int]:
         whole, prompts = self.verifier.rewiring.keep(self.masks([kept]))

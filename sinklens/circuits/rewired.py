@@ -36,7 +36,7 @@ from sinklens.stages.base import Setting
 
 @dataclass(frozen=True, eq=False)
 class Wiring:
-    """Which edges each row keeps, and what is heard by the others."""
+    """Which edges each row keeps, and what the others hear; rows are all prompts of a circuit, then of the next."""
 
     keep: Float[Tensor, "row edge"]
     """1 for edges that are kept, 0 for the others, in the order of :attr:`Graph.edges`."""
@@ -118,10 +118,10 @@ class Rewiring:
         """The kept edges into some inputs of a block, which hear the same senders."""
         return torch.stack([wiring.keep[:, self._slices[key]] for key in inputs], 1)
 
-    def keys_of(self, layer: int, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """The run's own keys, as attention uses them, and values, ``[row pos head d_head]``."""
+    def keys_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The run's own keys, as attention uses them, and values, ``[prompt pos head d_head]``."""
         n = self.parts.packed.n_heads // self.parts.packed.n_kv_heads
-        return self._k[layer][prompts].repeat_interleave(n, 2), self._v[layer][prompts].repeat_interleave(n, 2)
+        return self._k[layer].repeat_interleave(n, 2), self._v[layer].repeat_interleave(n, 2)
 
     def rooted(self, site: object, layer: int, x: Tensor, prompts: Tensor, amount: float) -> Tensor:
         """``x`` under the run's root edits at a site."""
@@ -212,11 +212,12 @@ class _State:
         if packed.rotary:
             q, k = turned(weights.rotary, q, position), turned(weights.rotary, k, position)
         n = packed.n_heads // packed.n_kv_heads
-        keys, values = made.keys_of(layer, prompts)
-        here = torch.arange(keys.shape[1], device=q.device) == position[:, None]
-        scores = torch.einsum("nhe,nthe->nht", q, keys)
+        keys, values = made.keys_of(layer)
+        # Circuits of a prompt share its other tokens; the token itself has a key and a value in each.
+        here = (torch.arange(keys.shape[1], device=q.device) == position[:, None])[:, None]
+        scores = torch.einsum("cphe,pthe->cpht", self._by_prompt(q), keys).flatten(0, 1)
         own = (q * k.repeat_interleave(n, 1)).sum(-1, keepdim=True)
-        scores = torch.where(here[:, None], own, scores) / weights.scale
+        scores = torch.where(here, own, scores) / weights.scale
         scores = weights.cap * torch.tanh(scores / weights.cap) if weights.cap > 0 else scores
         seen = _seen(weights, keys.shape[1], position)
         scores = scores.masked_fill(~seen[:, None], weights.masked)
@@ -226,8 +227,13 @@ class _State:
         else:
             pattern = scores.softmax(-1)
         pattern = made.rooted(PATTERN, layer, pattern, prompts, self.root)
-        values = torch.where(here[:, :, None, None], v.repeat_interleave(n, 1)[:, None], values)
-        return made.rooted(Z, layer, torch.einsum("nht,nthe->nhe", pattern, values), prompts, self.root)
+        others = self._by_prompt(pattern.masked_fill(here, 0))
+        z = torch.einsum("cpht,pthe->cphe", others, values).flatten(0, 1)
+        z = z + (pattern * here).sum(-1, keepdim=True) * v.repeat_interleave(n, 1)
+        return made.rooted(Z, layer, z, prompts, self.root)
+
+    def _by_prompt(self, x: Tensor) -> Float[Tensor, "circuit prompt *rest"]:
+        return x.unflatten(0, (-1, len(self.made.positions)))
 
     def _post(self, weights: PackedBlock, layer: int) -> Float[Tensor, "row d_mlp"]:
         mlp = weights.mlp_parts

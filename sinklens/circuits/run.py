@@ -22,7 +22,7 @@ from sinklens.circuits.measure import Effects
 from sinklens.circuits.prune import Pruner
 from sinklens.circuits.result import Circuit, table
 from sinklens.circuits.rewired import Rewiring
-from sinklens.circuits.tested import Tester
+from sinklens.circuits.trials import Tester
 from sinklens.circuits.verify import Verifier
 from sinklens.circuits.views import attention_of
 from sinklens.errors import InputError
