@@ -48,7 +48,7 @@ STAGE = sl.Stage(
     name="value_drain",
     claim="The sink's value is nearly zero, and that keeps attention on it.",
     site=sl.sites.V,
-    layers=lambda setting: setting.after_formation,
+    layers=lambda setting: setting.through_readout,
     experiments=(
         sl.stages.TRANSPLANT,
         sl.stages.ELSEWHERE,

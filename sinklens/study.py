@@ -26,6 +26,7 @@ from sinklens.engine.run import PatchResult, PatchRunner, Progress
 from sinklens.engine.store import Want
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation, explained, find_formation
+from sinklens.formation.result import READOUT_BLOCKS
 from sinklens.models.digest import weight_digest
 from sinklens.models.identities import block_weights, is_unnormalised, require
 from sinklens.models.view import (
@@ -216,7 +217,7 @@ class Study:
         """The blocks up to the first run of formation blocks, where aggregation starts the outlier off."""
         return tuple(range(self.formation.first + 1))
 
-    def after_formation(self, blocks: int | None = 4) -> tuple[int, ...]:
+    def after_formation(self, blocks: int | None = READOUT_BLOCKS) -> tuple[int, ...]:
         """The ``blocks`` after the formation block, where attention is read (None: all up to the next event).
 
         Raises:

@@ -18,7 +18,7 @@ from sinklens.analysis.elsewhere import elsewhere
 from sinklens.analysis.preconditions import check_first_varies, check_k, check_sink_varies
 from sinklens.analysis.run import config_of, load_analysis, main, run_analysis
 from sinklens.analysis.tables import MIN_GAP, base_reading, effect_table, mean_and_range, patch_table, tidy
-from sinklens.chain.parts import Condition, Part, above, below, judge, of_bool, rare, unmeasured, within
+from sinklens.chain.rules import Condition, Part, above, below, judge, of_bool, rare, unmeasured, within
 
 __all__ = [
     "Analysis",

@@ -4,7 +4,7 @@ An analysis is a file with an :class:`Analysis` named ``ANALYSIS``. Its ``run`` 
 and its own options by keyword, and returns :class:`Findings`; its ``draw`` makes a plotly figure of these. What is
 measured and what is drawn stay apart, so that numbers can be had without a plotting library.
 
-A verdict has parts (:mod:`sinklens.chain.parts`): does the quantity behave as stated, and is it the cause? Each
+A verdict has parts (:mod:`sinklens.chain.rules`): does the quantity behave as stated, and is it the cause? Each
 follows from the rule that the analysis states, which compares an interval with a control and with a threshold. All of
 them hold and the claim *holds*; some do and it *holds in part*; none does and it *does not hold*; *undecided* is what
 more prompts would tell, and *not measurable* comes with the reason. A result against a claim is a result.
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import pandas as pd
 
-from sinklens.chain.parts import About, Answer, Part, PartAnswer, together, which
+from sinklens.chain.rules import About, Answer, Part, PartAnswer, together, which
 from sinklens.errors import InputError
 from sinklens.records.files import atomic_folder, write_json
 from sinklens.records.plain import check_kinds
@@ -51,7 +51,7 @@ class Verdict:
     control_estimate: Estimate | None = None
     """Its value and 95% interval; for a null the mean and the range of 95% of its draws."""
     p_value: float | None = None
-    """Of the rule (:attr:`sinklens.chain.parts.Part.p_value`), where there is one."""
+    """Of the rule (:attr:`sinklens.chain.rules.Part.p_value`), where there is one."""
     rule: str = ""
     """When the claim counts as holding."""
     reason: str = ""
@@ -100,7 +100,7 @@ def verdict(
 
 
 def verdict_of(claim: str, parts: Sequence[Part]) -> Verdict:
-    """A verdict by what its parts say together (:func:`sinklens.chain.parts.together`).
+    """A verdict by what its parts say together (:func:`sinklens.chain.rules.together`).
 
     Args:
         claim: the claim, in one sentence.

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sinklens.chain.parts import Part, unmeasured
 from sinklens.chain.result import ChainResult
+from sinklens.chain.rules import Part, unmeasured
 from sinklens.chain.run import score_chain
 from sinklens.chain.stage_verdicts import cause_part
 from sinklens.errors import EditError, InputError, NoSinkError, NotApplicableError

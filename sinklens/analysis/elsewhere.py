@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sinklens.chain.parts import Condition, Part, judged
+from sinklens.chain.rules import Condition, Part, judged
 from sinklens.records.text import join
 
 

@@ -10,7 +10,9 @@ from sinklens.analysis.base import Analysis, Findings, verdict_of
 from sinklens.chain.run import score_chain
 from sinklens.chain.stage_verdicts import stage_parts
 from sinklens.chain.verdicts import Finding, findings
+from sinklens.formation.result import READOUT_BLOCKS
 from sinklens.pairs import PairChoice
+from sinklens.pairs.effects import MIN_GAP
 from sinklens.stages import Stage
 from sinklens.statistics import Estimate
 from sinklens.study import Study
@@ -40,9 +42,9 @@ def of_stage(stage: Stage, title: str, paper: str = "", *, group: str = "") -> A
         study: Study,
         *,
         target: Annotated[int, "position that is made a sink"] = 10,
-        readout_blocks: Annotated[int, "blocks after formation to measure attention in"] = 4,
+        readout_blocks: Annotated[int, "blocks after formation to measure attention in"] = READOUT_BLOCKS,
         control_draws: Annotated[int, "repetitions of what is drawn at random"] = 3,
-        min_gap: Annotated[float, "exclude prompts whose metric the pair moves by less"] = 0.01,
+        min_gap: Annotated[float, "exclude prompts whose metric the pair moves by less"] = MIN_GAP,
     ) -> Findings:
         (position,) = study.targets((target,))
         result = score_chain(

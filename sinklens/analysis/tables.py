@@ -11,13 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens.engine.run import PatchResult
-from sinklens.pairs.effects import effect
+from sinklens.pairs.effects import MIN_GAP, effect
 from sinklens.patches import Patch
 from sinklens.readouts.build import attention_received
 from sinklens.stages.base import Setting
-
-MIN_GAP = 0.01
-"""Prompts in which the pair moves attention by less cannot be divided by."""
 
 
 def tidy(values: Tensor, axes: Mapping[str, Sequence[Any]], **columns: Any) -> pd.DataFrame:

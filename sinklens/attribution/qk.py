@@ -29,7 +29,7 @@ from torch import Tensor
 from sinklens.attribution.trace import Node, Trace
 from sinklens.errors import NotApplicableError
 from sinklens.metrics.sums import running_sum
-from sinklens.models.meeting import Meeting, meeting, rotary_sites
+from sinklens.models.qk_product import Meeting, meeting, rotary_sites
 from sinklens.models.view import Model, model_id
 from sinklens.sites import PATTERN, K, Q
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sinklens.errors import InputError
 from sinklens.formation import Formation, formation_from_json, formation_to_json
-from sinklens.formation.found import frame_of
+from sinklens.formation.result import frame_of
 from sinklens.records.files import atomic_folder, write_json, write_tensors
 from sinklens.records.plain import check_kinds, to_plain
 from sinklens.records.summaries import html, some, summary

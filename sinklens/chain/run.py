@@ -29,10 +29,12 @@ from sinklens.engine.run import PatchResult
 from sinklens.engine.validation import check_edits
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation
+from sinklens.formation.result import READOUT_BLOCKS
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model, dtype_of
 from sinklens.pairs import InducedKind, PairChoice
-from sinklens.pairs.choice import Target
+from sinklens.pairs.choice import STRENGTH, Target
+from sinklens.pairs.effects import MIN_GAP
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.named import NamedReadout
@@ -51,15 +53,15 @@ def run_chain(
     *,
     target: Target = 10,
     pair: InducedKind = "block_aggregation",
-    strength: float = 8.0,
+    strength: float = STRENGTH,
     pair_layers: Sequence[int] | None = None,
     stages: Sequence[Stage | str] = CHAIN,
     formation: Formation | None = None,
     event: int | None = None,
     metric: str | NamedReadout = METRIC,
-    readout_blocks: int = 4,
+    readout_blocks: int = READOUT_BLOCKS,
     control_draws: int = 3,
-    min_gap: float = 0.01,
+    min_gap: float = MIN_GAP,
     loss: bool = False,
     seed: int = 0,
     memory_budget: int | None = None,
@@ -130,9 +132,9 @@ def score_chain(
     *,
     stages: Sequence[Stage | str] = CHAIN,
     metric: str | NamedReadout = METRIC,
-    readout_blocks: int = 4,
+    readout_blocks: int = READOUT_BLOCKS,
     control_draws: int = 3,
-    min_gap: float = 0.01,
+    min_gap: float = MIN_GAP,
     loss: bool = False,
     scores_only: bool = False,
     views: bool = True,

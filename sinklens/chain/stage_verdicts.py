@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from sinklens.chain.parts import Condition, Part, above, below, judge, together, unmeasured, which
 from sinklens.chain.result import ChainResult
+from sinklens.chain.rules import Condition, Part, above, below, judge, together, unmeasured, which
 from sinklens.chain.verdicts import HALF, Finding, findings
 from sinklens.pairs.choice import is_natural
 from sinklens.records.printable import isolated

@@ -24,6 +24,7 @@ from sinklens.circuits.parts import Parts
 from sinklens.circuits.paths import edge_patch, together
 from sinklens.circuits.written import Written, written
 from sinklens.pairs.choice import Direction
+from sinklens.pairs.effects import MIN_GAP
 from sinklens.patches import Patch
 from sinklens.readouts.named import NamedReadout
 from sinklens.stages.base import Setting
@@ -45,7 +46,7 @@ class Edges:
     """What they write in the run without."""
 
     @classmethod
-    def of(cls, setting: Setting, metric: str | NamedReadout = METRIC, min_gap: float = 0.01) -> Self:
+    def of(cls, setting: Setting, metric: str | NamedReadout = METRIC, min_gap: float = MIN_GAP) -> Self:
         """The edges of a setting.
 
         Args:

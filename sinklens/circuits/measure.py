@@ -14,7 +14,7 @@ from sinklens.chain.scoring import ORDINARY, SINK, Gap, ends
 from sinklens.engine.run import PatchResult, PatchRunner
 from sinklens.errors import InputError, NoSinkError
 from sinklens.pairs.choice import Direction
-from sinklens.pairs.effects import effect
+from sinklens.pairs.effects import MIN_GAP, effect
 from sinklens.patches import Patch
 from sinklens.readouts.base import PositionReadout, Readout
 from sinklens.readouts.named import NamedReadout
@@ -35,7 +35,7 @@ class Measure:
     """The runs with and without the sink."""
     metric: NamedReadout
     """What is measured of it."""
-    min_gap: float = 0.01
+    min_gap: float = MIN_GAP
     """Least difference between the pair's runs; prompts with less are excluded."""
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
     """Patches, rows and seconds by what they were run for."""

@@ -27,9 +27,11 @@ from sinklens.circuits.verify import Verifier
 from sinklens.circuits.views import attention_of
 from sinklens.errors import InputError
 from sinklens.formation import Formation
+from sinklens.formation.result import READOUT_BLOCKS
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model
-from sinklens.pairs.choice import InducedKind, PairChoice, Target
+from sinklens.pairs.choice import STRENGTH, InducedKind, PairChoice, Target
+from sinklens.pairs.effects import MIN_GAP
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import PositionReadout
 from sinklens.readouts.named import NamedReadout
@@ -51,7 +53,7 @@ def circuit(
     *,
     target: Target = 10,
     pair: InducedKind = "block_aggregation",
-    strength: float = 8.0,
+    strength: float = STRENGTH,
     pair_layers: Sequence[int] | None = None,
     formation: Formation | None = None,
     event: int | None = None,
@@ -60,8 +62,8 @@ def circuit(
     steps: int = STEPS,
     sample: int = 64,
     control_draws: int = 10,
-    readout_blocks: int = 4,
-    min_gap: float = 0.01,
+    readout_blocks: int = READOUT_BLOCKS,
+    min_gap: float = MIN_GAP,
     seed: int = 0,
     memory_budget: int | None = None,
     max_rows: int | None = None,

@@ -16,8 +16,8 @@ from rich.text import Text
 from sinklens.analysis.base import AnalysisResult, Verdict
 from sinklens.analysis.capabilities import Capabilities
 from sinklens.analysis.suite import SuiteResult, judged_parts
-from sinklens.chain.parts import Part
 from sinklens.chain.result import LOSS_CHANGE, METRIC, ChainResult
+from sinklens.chain.rules import Part
 from sinklens.chain.verdicts import loss_in_words
 from sinklens.cli.words import in_own_words
 from sinklens.formation import Formation

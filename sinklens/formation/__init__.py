@@ -21,7 +21,7 @@ verdict.
 """
 
 from sinklens.formation.find import check_given, explained, find_formation
-from sinklens.formation.found import (
+from sinklens.formation.result import (
     Formation,
     FormationEvent,
     FormationStep,

@@ -9,7 +9,7 @@ from sinklens import metrics
 from sinklens.engine.capture import capture_runs
 from sinklens.engine.store import Want
 from sinklens.errors import NoSinkError
-from sinklens.formation.found import OutlierDim, SuperNeuron
+from sinklens.formation.result import OutlierDim, SuperNeuron
 from sinklens.models.identities import identities, require
 from sinklens.models.view import BlockWeights, Model
 from sinklens.patches import CLEAN

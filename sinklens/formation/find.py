@@ -11,8 +11,9 @@ from sinklens.engine.capture import capture_runs
 from sinklens.engine.memory import row_budget
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
 from sinklens.formation.explain import outlier_dims_of, super_neurons_of, written_at
-from sinklens.formation.found import Formation, strongest_of
 from sinklens.formation.profile import events_of, profile_of, profile_readouts, sink_positions_of
+from sinklens.formation.result import Formation, strongest_of
+from sinklens.metrics.sink import EPS
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model, model_shape
 from sinklens.patches import CLEAN
@@ -29,7 +30,7 @@ def find_formation(
     event: int | None = None,
     super_neurons: Sequence[int] | None = None,
     outlier_dims: Sequence[int] | None = None,
-    eps: float = 0.3,
+    eps: float = EPS,
     min_ratio: float = 3.0,
     min_jump: float = 2.0,
     neuron_z: float = 5.0,

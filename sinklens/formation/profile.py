@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sinklens import metrics
 from sinklens.engine.store import ActivationStore
-from sinklens.formation.found import FormationEvent
+from sinklens.formation.result import FormationEvent
 from sinklens.models.identities import identities, is_unnormalised
 from sinklens.models.view import Model
 from sinklens.readouts.base import Readout

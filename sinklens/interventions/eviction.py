@@ -30,7 +30,7 @@ from sinklens.errors import InputError, NotApplicableError
 from sinklens.interventions.cached import Span
 from sinklens.interventions.patched import Hooks, hooks_of
 from sinklens.models.identities import identities, is_unnormalised, probe_tokens, probing
-from sinklens.models.meeting import Meeting, meeting, rotary_sites
+from sinklens.models.qk_product import Meeting, meeting, rotary_sites
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model, has_hook, model_id, model_shape
 from sinklens.models.writes import check_writable

@@ -21,6 +21,7 @@ from sinklens.engine.capture import capture_runs
 from sinklens.engine.memory import row_budget
 from sinklens.errors import NotApplicableError
 from sinklens.interventions.patched import Hooks, hooks_of
+from sinklens.metrics.sink import EPS
 from sinklens.models.identities import is_unnormalised
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model, model_id, model_shape
@@ -45,7 +46,7 @@ class SinkHeads:
 
 
 @in_usual_state
-def find_sink_heads(model: Model, batch: PromptBatch, *, eps: float = 0.3, most: int | None = None) -> SinkHeads:
+def find_sink_heads(model: Model, batch: PromptBatch, *, eps: float = EPS, most: int | None = None) -> SinkHeads:
     """The heads whose first token is a sink.
 
     Args:

@@ -33,6 +33,7 @@ from sinklens import metrics
 from sinklens.engine.memory import row_budget
 from sinklens.errors import InputError
 from sinklens.interventions.patched import Hook
+from sinklens.metrics.sink import EPS
 from sinklens.models.identities import block_weights, identities, is_unnormalised
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model, device_of, forward, hooked, model_shape
@@ -74,8 +75,6 @@ QUANTITIES = {**HARM, **SINK, **OUTLIERS, **ROUNDING}
 """What is measured, and what it is."""
 BRIEF = (*HARM, *SINK)
 """What is measured of a control."""
-EPS = 0.3
-"""Threshold of the sink rate."""
 RANK_BLOCKS = 4
 """Blocks that the effective rank is taken in, evenly spaced: it costs more than all else."""
 

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from sinklens.metrics.sums import running_sum
 
+EPS = 0.3
+"""Attention beyond which a head is a sink head, as Gu et al. (ICLR 2025) have it."""
+
 Pattern = Float[Tensor, "batch head query key"]
 
 
@@ -76,7 +79,7 @@ def received_at_lengths(
     return total / mask.cumsum(-2)[last]
 
 
-def sink_rate(received: Float[Tensor, "*leading key"], eps: float = 0.3) -> Float[Tensor, " key"]:
+def sink_rate(received: Float[Tensor, "*leading key"], eps: float = EPS) -> Float[Tensor, " key"]:
     """Share of all leading entries (heads, layers, prompts) in which a key receives more than ``eps``.
 
     Sink^eps_k of Gu et al. (ICLR 2025) when given ``alpha`` of every prompt, layer and head: like them it compares each

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sinklens.analysis.base import AnalysisResult
-from sinklens.chain.parts import Part as Judged
+from sinklens.chain.rules import Part as Judged
 from sinklens.errors import InputError
 from sinklens.pages.gather import Part
 from sinklens.pages.run import Facts, reproduce, settings

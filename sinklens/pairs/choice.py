@@ -27,6 +27,9 @@ DIRECTIONS: tuple[Direction, ...] = ("denoise", "noise")
 Target: TypeAlias = int | Literal["natural"]
 """A position, or ``natural``."""
 
+STRENGTH = 8.0
+"""Lambda of ``amplify_variance`` by default."""
+
 
 @dataclass(frozen=True)
 class PairChoice:
@@ -36,7 +39,7 @@ class PairChoice:
     """Position that is made a sink, or ``natural`` for the sink that the data has."""
     kind: InducedKind = "block_aggregation"
     """How the sink is made there: ``block_aggregation`` or ``amplify_variance``; not looked at for the natural sink."""
-    strength: float = 8.0
+    strength: float = STRENGTH
     """Lambda of ``amplify_variance``."""
     layers: tuple[int, ...] | None = None
     """Blocks of the intervention; by default all up to the formation block, and for ``amplify_variance`` up to the

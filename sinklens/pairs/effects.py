@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+MIN_GAP = 0.01
+"""Prompts in which a pair moves a share of attention by less are left out: there is nothing to divide by."""
+
 
 def effect(patched: np.ndarray, start: np.ndarray, end: np.ndarray | float, min_gap: np.ndarray | float) -> np.ndarray:
     """``(patched - start) / (end - start)``; NaN where ``|end - start| < min_gap``. Arrays broadcast."""

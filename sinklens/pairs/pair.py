@@ -25,7 +25,7 @@ from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model
-from sinklens.pairs.choice import NATURAL, Direction, InducedKind, PairChoice, PairKind, directions_of
+from sinklens.pairs.choice import NATURAL, STRENGTH, Direction, InducedKind, PairChoice, PairKind, directions_of
 from sinklens.patches import CLEAN, Patch, Positions, Runs, Source
 from sinklens.prompts import PromptBatch, check_batch
 from sinklens.sites import PATTERN, HookSite, Z
@@ -129,7 +129,7 @@ def induced_pair(
     *,
     kind: InducedKind = "block_aggregation",
     layers: tuple[int, ...] | None = None,
-    strength: float = 8.0,
+    strength: float = STRENGTH,
     axis: edits.MeanAxis = "prompts",
     seed: int = 0,
     max_rows: int = 64,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sinklens import metrics
 from sinklens.errors import InputError
+from sinklens.metrics.sink import EPS
 from sinklens.patches import Positions
 from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens
 from sinklens.readouts.build import attention_ordinary, attention_received, over_positions, vector_readout
@@ -49,7 +50,7 @@ class Context:
     """Blocks of the model."""
     answers: tuple[Int[Tensor, " prompt"], Int[Tensor, " prompt"]] | None = None
     """Answer and alternative of every prompt, for ``logit_diff``."""
-    eps: float = 0.3
+    eps: float = EPS
     """Threshold of ``sink_rate``."""
     shares: bool = False
     """Whether ``alpha`` and ``sink_rate`` are of each query's weights over their sum: attention that is no softmax."""

@@ -20,6 +20,7 @@ from sinklens.engine.capture import capture_runs
 from sinklens.engine.store import ActivationStore, Want
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation
+from sinklens.formation.result import READOUT_BLOCKS
 from sinklens.models.identities import identities
 from sinklens.models.view import BlockWeights, Model, ModelShape
 from sinklens.pairs.choice import Direction, PairChoice
@@ -49,7 +50,7 @@ class Setting:
     _stores: dict = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, study: Study, choice: PairChoice, readout_blocks: int = 4) -> Setting:
+    def of(cls, study: Study, choice: PairChoice, readout_blocks: int = READOUT_BLOCKS) -> Setting:
         """The runs that were chosen, on a study's prompts.
 
         Raises:
@@ -104,7 +105,7 @@ class Setting:
         return self.study.up_to_formation
 
     @property
-    def after_formation(self) -> tuple[int, ...]:
+    def through_readout(self) -> tuple[int, ...]:
         """The blocks after the formation block, up to the last one in which the metric is measured."""
         return tuple(range(self.formation.layer + 1, max(self.readout_layers) + 1))
 
@@ -185,7 +186,7 @@ class Setting:
         asked = [
             (Z, self.up_to_formation),
             (RESID_POST, (self.formation.layer,)),
-            *((site, self.after_formation) for site in (LN1_NORMALIZED, Q, K)),
+            *((site, self.through_readout) for site in (LN1_NORMALIZED, Q, K)),
         ]
 
         def is_there(site: HookSite, blocks: tuple[int, ...]) -> bool:

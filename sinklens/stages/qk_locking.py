@@ -90,7 +90,7 @@ QK_LOCKING = Stage(
     name="qk_locking",
     claim="The token's key is then locked to the principal direction of the queries.",
     site=K,
-    layers=lambda setting: setting.after_formation,
+    layers=lambda setting: setting.through_readout,
     experiments=(
         TRANSPLANT,
         Experiment("transplant", _value_instead, NOTHING, control="value"),

@@ -82,7 +82,7 @@ RMSNORM_FILTER = Stage(
     name="rmsnorm_filter",
     claim="With one dominating dimension the norm turns the token's input into nearly a constant vector.",
     site=LN1_NORMALIZED,
-    layers=lambda setting: setting.after_formation,
+    layers=lambda setting: setting.through_readout,
     needs=(Need("norm_before_attention"),),
     experiments=(
         TRANSPLANT,

@@ -16,10 +16,10 @@ from sinklens.records.files import replaced
 from sinklens.records.plain import to_plain
 from sinklens.records.ranges import spans
 from sinklens.sweeps.plan import check_same
+from sinklens.sweeps.reading import METADATA, read_shard
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.schema import SCHEMA
 from sinklens.sweeps.seal import UNREADABLE, Damage, Seal, digest_of
-from sinklens.sweeps.shards import METADATA, read_shard
 from sinklens.sweeps.store import RECORD, SHARDS, VERIFIED, FolderSink
 
 

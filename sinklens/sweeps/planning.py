@@ -10,6 +10,7 @@ from typing import Any, Literal
 from sinklens.engine.run import run_patches
 from sinklens.errors import InputError
 from sinklens.formation import Formation, find_formation, formation_from_json
+from sinklens.formation.result import READOUT_BLOCKS
 from sinklens.models.view import Model, ModelShape, model_shape
 from sinklens.pairs import make_pair
 from sinklens.prompts import PromptBatch
@@ -27,9 +28,6 @@ from sinklens.sweeps.grid import Tasks
 from sinklens.sweeps.plan import Found, Plan, check_same, identity_of
 from sinklens.sweeps.request import Request
 from sinklens.sweeps.store import FolderSink, MemorySink
-
-READOUT_BLOCKS = 4
-"""Blocks that readouts read by default: the first after formation, or the last."""
 
 logger = logging.getLogger(__name__)
 

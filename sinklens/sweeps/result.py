@@ -21,8 +21,8 @@ from sinklens.pairs import is_natural
 from sinklens.records.summaries import html, some, summary
 from sinklens.sweeps.grid import Tasks
 from sinklens.sweeps.judging import judge
+from sinklens.sweeps.reading import FileShards, FolderShards, Shards, record_of_file
 from sinklens.sweeps.schema import CELL
-from sinklens.sweeps.shards import FileShards, FolderShards, Shards, record_of_file
 from sinklens.sweeps.store import FolderSink, read_record
 from sinklens.sweeps.tensor import LabelledTensor
 

@@ -15,11 +15,12 @@ from sinklens.edits import Edit
 from sinklens.engine.given import check_count
 from sinklens.errors import InputError
 from sinklens.formation import Formation
+from sinklens.metrics.sink import EPS
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model
 from sinklens.pairs import InducedKind
 from sinklens.pairs.ablations import EditLike
-from sinklens.pairs.choice import Target
+from sinklens.pairs.choice import STRENGTH, Target
 from sinklens.prompts import PromptBatch, check_batch
 from sinklens.readouts.named import READOUTS, ReadoutLike
 from sinklens.records.progress import Progress, progress_of
@@ -33,11 +34,11 @@ from sinklens.sweeps.plan import ModelSpec, Plan
 from sinklens.sweeps.planning import Planner
 from sinklens.sweeps.ray.cluster import Cluster
 from sinklens.sweeps.ray.crew import run_ray
+from sinklens.sweeps.reading import FolderShards, MemoryShards
 from sinklens.sweeps.request import Answers, Request
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.screening import verify
 from sinklens.sweeps.seal import Damage, read_sealed
-from sinklens.sweeps.shards import FolderShards, MemoryShards
 from sinklens.sweeps.store import FolderSink, MemorySink, Sink
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def sweep(
     ] = None,
     target: Annotated[Target, "Position that is made a sink, or `natural` for the data's own."] = 10,
     pair: Annotated[InducedKind, "How the sink is made at the target."] = "block_aggregation",
-    strength: Annotated[float, "Lambda of amplify_variance."] = 8.0,
+    strength: Annotated[float, "Lambda of amplify_variance."] = STRENGTH,
     pair_layers: Annotated[Sequence[int] | None, "Blocks of that intervention, such as 0-2."] = None,
     formation: Annotated[Formation | None, "Where the sink forms; found if not given."] = None,
     readouts: Annotated[
@@ -93,7 +94,7 @@ def sweep(
         Answers | None,
         "For logit_diff: answer and alternative of every prompt; by default the model's two most probable tokens.",
     ] = None,
-    eps: Annotated[float, "Threshold of sink_rate."] = 0.3,
+    eps: Annotated[float, "Threshold of sink_rate."] = EPS,
     min_gap: Annotated[
         float,
         "No effect where the pair moves a readout by less: an absolute difference for shares of attention, for other "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import sinklens as sl
+from sinklens.cli import app
 from sinklens.cli.words import in_own_words, words_of
 from tests.helpers.command_line import Run, invoke, refused
 from tests.helpers.folders import earlier_run
@@ -98,3 +101,17 @@ def test_the_library_speaks_of_arguments() -> None:
                 said += [(str(path.relative_to(ROOT)), option) for option in OPTION.findall(_texts(node))]
     assert seen > 200
     assert [pair for pair in said if pair[1] not in OF_OTHERS] == []
+
+
+@pytest.mark.parametrize(("command", "function"), [("chain", "run_chain"), ("circuit", "circuit")])
+def test_what_is_not_said_is_what_python_would_take(command: str, function: str) -> None:
+    """The commands load no torch to show their help, so that some write their defaults themselves."""
+    import typer.main
+
+    group: Any = typer.main.get_command(app)
+    options = {option.name: option.default for option in group.commands[command].params}
+    parameters = inspect.signature(getattr(sl, function)).parameters.values()
+    shared = {one.name: one.default for one in parameters if one.default is not one.empty and one.name in options}
+    numbers = {name: value for name, value in shared.items() if type(value) in (int, float) and name != "target"}
+    assert len(numbers) > 2
+    assert {name: options[name] for name in numbers} == numbers

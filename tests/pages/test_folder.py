@@ -13,7 +13,7 @@ import sinklens as sl
 from sinklens.analysis.base import AnalysisResult, verdict_of
 from sinklens.analysis.replicate import save_agreement
 from sinklens.chain.agree import Said, compare
-from sinklens.chain.parts import Part
+from sinklens.chain.rules import Part
 from sinklens.errors import InputError
 from sinklens.pages.claims import OUTCOMES, claim, counted
 from sinklens.pages.gather import gather, of_result

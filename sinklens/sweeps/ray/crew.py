@@ -27,7 +27,7 @@ from sinklens.sweeps.local import Interrupted, interrupts
 from sinklens.sweeps.plan import Plan
 from sinklens.sweeps.ray.cluster import Cluster, connected
 from sinklens.sweeps.ray.remote import Actor, Orders
-from sinklens.sweeps.shards import read_shard
+from sinklens.sweeps.reading import read_shard
 from sinklens.sweeps.store import SHARDS, FolderSink, Sink
 
 TRIES = 3

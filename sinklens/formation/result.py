@@ -13,6 +13,9 @@ from sinklens.errors import InputError, NotApplicableError
 from sinklens.records.ranges import shown, spans
 from sinklens.records.summaries import html, some, summary
 
+READOUT_BLOCKS = 4
+"""In how many blocks after the formation block attention is read by default."""
+
 
 @dataclass(frozen=True)
 class FormationEvent:
@@ -172,7 +175,7 @@ class Formation:
         """The blocks up to the formation block, it included."""
         return tuple(range(self.layer + 1))
 
-    def after(self, n_layers: int, blocks: int | None = 4) -> tuple[int, ...]:
+    def after(self, n_layers: int, blocks: int | None = READOUT_BLOCKS) -> tuple[int, ...]:
         """The ``blocks`` after the formation block, where attention is read (None: all up to the next event).
 
         They end before the first block of the next event (see :attr:`steps`): what is behind that one is a sink that

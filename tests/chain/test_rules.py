@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from sinklens.chain.parts import above, below, judge, judged, of_bool, rare, together, unmeasured, which, within
+from sinklens.chain.rules import above, below, judge, judged, of_bool, rare, together, unmeasured, which, within
 from sinklens.chain.stage_verdicts import cause_part, quantity_part, stage_parts, stages_in_words
 from sinklens.statistics import Estimate, drawn_interval, holm, null_estimate, permutation_p
 from tests.helpers.made_results import made_result
