@@ -119,6 +119,10 @@ class Source:
         if self.positions is not None:
             object.__setattr__(self, "positions", _written(self.positions))
 
+    def where(self, otherwise: Positions) -> Positions:
+        """Its positions; those of whoever takes from it, where it names none."""
+        return otherwise if self.positions is None else Positions.of(self.positions)
+
 
 @dataclass(frozen=True, eq=False)
 class Patch:
@@ -197,8 +201,7 @@ class Patch:
     @property
     def source_where(self) -> Positions:
         """The positions that the source activation comes from."""
-        given = None if self.source is None else self.source.positions
-        return self.where if given is None else Positions.of(given)
+        return self.where if self.source is None else self.source.where(self.where)
 
     @property
     def parts(self) -> tuple[Patch, ...]:

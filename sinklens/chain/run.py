@@ -100,7 +100,8 @@ def run_chain(
         InputError: a target or option that does not fit the model and prompts.
         EngineError: an identity failed, or a patch did nothing: the numbers would not be trustworthy.
     """
-    choice = PairChoice(target, pair, strength, None if pair_layers is None else whole_numbers(pair_layers, "block"))
+    layers = None if pair_layers is None else whole_numbers(pair_layers, "block")
+    choice = PairChoice(target, pair, strength=strength, layers=layers)
     if formation is not None and event is not None:
         raise InputError(
             "give a formation or the number of an event, not both: find_formation(event=) finds its formation"

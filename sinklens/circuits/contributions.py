@@ -32,7 +32,7 @@ from sinklens.engine.packed.weights import Norm
 from sinklens.engine.store import Want
 from sinklens.errors import EngineError
 from sinklens.models.view import dtype_of
-from sinklens.patches import Positions, Source
+from sinklens.patches import Source
 from sinklens.sites import PATTERN, V
 from sinklens.stages.base import Setting
 
@@ -90,7 +90,7 @@ class Contributions:
     def _check(self, total: Float[Tensor, "prompt neuron"], which: str, key: Input) -> None:
         """Hold the sum against the model's own activation."""
         setting, source, (reader,) = self.setting, self._source(which), self.parts.readers(*key)
-        index = Positions.of(source.positions or setting.pair.target).single(setting.batch.n)
+        index = source.where(setting.pair.target).single(setting.batch.n)
         want = Want(source.run, reader.site, self.graph.formation, tuple(sorted(set(index.tolist()))))
         runs = {source.run: setting.pair.runs[source.run]}
         store = capture_runs(setting.model, setting.batch.tokens, runs, [want], max_rows=setting.max_rows)
@@ -137,7 +137,7 @@ class Contributions:
 
     def _of_tokens(self, which: str) -> dict[str, Float[np.ndarray, "prompt pos"]]:
         setting, source = self.setting, self._source(which)
-        index = Positions.of(source.positions or setting.pair.target).single(setting.batch.n)
+        index = source.where(setting.pair.target).single(setting.batch.n)
         blocks = range(self.graph.formation + (not self.graph.shape.parallel))
         wants = [Want(source.run, site, block) for block in blocks for site in (PATTERN, V)]
         runs = {source.run: setting.pair.runs[source.run]}

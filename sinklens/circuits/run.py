@@ -99,7 +99,8 @@ def circuit(
         InputError: an option that does not fit the model and prompts.
         EngineError: what the nodes write does not add up to what the model has.
     """
-    choice = PairChoice(target, pair, strength, None if pair_layers is None else whole_numbers(pair_layers, "block"))
+    layers = None if pair_layers is None else whole_numbers(pair_layers, "block")
+    choice = PairChoice(target, pair, strength=strength, layers=layers)
     if formation is not None and event is not None:
         raise InputError("give a formation or the number of an event, not both")
     choice.check(batch.length)

@@ -14,7 +14,7 @@ from sinklens.engine.capture import capture_runs
 from sinklens.engine.store import ActivationStore, Want
 from sinklens.errors import EngineError
 from sinklens.models.view import dtype_of
-from sinklens.patches import Positions, Source
+from sinklens.patches import Source
 from sinklens.sites import MLP_POST, RESID_PRE, Z
 from sinklens.stages.base import Setting
 
@@ -45,7 +45,7 @@ def written(setting: Setting, graph: Graph, parts: Parts, source: Source) -> Wri
     Raises:
         EngineError: the sum is not the model's residual stream.
     """
-    index = Positions.of(source.positions or setting.pair.target).single(setting.batch.n)
+    index = source.where(setting.pair.target).single(setting.batch.n)
     store = _captured(setting, graph, source.run, index)
     nodes, biases = [store.at(source.run, RESID_PRE, 0, index).float()], []
     for layer in range(graph.last):

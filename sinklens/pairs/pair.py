@@ -138,7 +138,7 @@ def induced_pair(
 
     :func:`make_pair` with the fields of a :class:`PairChoice` as arguments; it raises what that does.
     """
-    choice = PairChoice(target, kind, strength, layers, axis)
+    choice = PairChoice(target, kind, strength=strength, layers=layers, axis=axis)
     return make_pair(choice, model, batch, formation, seed=seed, max_rows=max_rows)
 
 

@@ -25,7 +25,7 @@ from sinklens.models.identities import identities
 from sinklens.models.view import BlockWeights, Model, ModelShape
 from sinklens.pairs.choice import Direction, PairChoice
 from sinklens.pairs.pair import SinkPair, make_pair
-from sinklens.patches import Patch, Positions, Source, Where
+from sinklens.patches import Patch, Source, Where
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.build import vector_readout
@@ -200,7 +200,7 @@ class Setting:
 
     def at(self, source: Source, site: HookSite, layers: Sequence[int]) -> Vectors:
         """A run's activations at one position of every prompt: the source's, or the target where it names none."""
-        index = Positions.of(source.positions or self.pair.target).single(self.batch.n)
+        index = source.where(self.pair.target).single(self.batch.n)
         store = self.activations(source.run, site, layers)
         return {layer: store.at(source.run, site, layer, index).float() for layer in layers}
 

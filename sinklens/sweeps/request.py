@@ -98,7 +98,7 @@ class Request:
     @property
     def pair_choice(self) -> PairChoice:
         """The sink that is asked for."""
-        return PairChoice(self.target, self.pair, self.strength, self.pair_layers)
+        return PairChoice(self.target, self.pair, strength=self.strength, layers=self.pair_layers)
 
     def check_length(self, length: int) -> None:
         """Make sure that prompts of ``length`` tokens have what is asked for.
