@@ -158,9 +158,9 @@ def test_a_chain_of_three_runs_and_patches_between_them(model: Any) -> None:
 def test_what_goes_with_a_root_may_take_from_another_run(model: Any) -> None:
     also = root(source=Source("other", (3,)), positions=(8,), layers=(2,))
     runs = {
-        "base": (),
-        "other": [root(edits.Constant(), source=None)],
         "mixed": [root(source=Source("base", (2,)), also=(also,))],
+        "other": [root(edits.Constant(), source=None)],
+        "base": (),
     }
     caches = [
         cache_of(model, TOKENS, hooks, {"blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"})
