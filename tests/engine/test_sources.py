@@ -191,6 +191,19 @@ def test_it_is_the_same_as_giving_the_values(model: Any) -> None:
             )
 
 
+@pytest.mark.slow
+def test_gradients_pass_through_such_a_root(model: Any) -> None:
+    """A small change before it: what is estimated is what it does."""
+    times = edits.Function("times", lambda x, source: x * source)
+    runs = {"base": (), "mixed": [root(times, layers=(2,), source=Source("base", (3,)))]}
+    nudge = edits.Rescale("nudge", {1: torch.zeros(D_MODEL)}, {1: torch.tensor(1.003)})
+    patches = [Patch(sites.RESID_PRE, (1,), (5,), nudge, run="mixed")]
+    exact = sl.run_patches(model, TOKENS, patches, [LOGIT], runs=runs)
+    estimated = estimate(model, TOKENS, patches, [LOGIT], runs=runs).changes["logit"][0]
+    assert torch.allclose(estimated, exact.values["logit"][0] - exact.runs["mixed"]["logit"], rtol=0.05, atol=1e-5)
+    assert (estimated > 1e-4).all()
+
+
 @pytest.mark.parametrize(
     ("runs", "told"),
     [
