@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sinklens.edits import Edit, EditSite
-from sinklens.edits.base import Gathered, ReadPlace, read_key
+from sinklens.edits.base import Gathered, ReadPlace, Table, read_key
 from sinklens.errors import NotApplicableError
 from sinklens.models.identities import identities
 from sinklens.models.view import Model, model_shape
@@ -45,6 +45,16 @@ class AsAttention(Edit):
     @override
     def needs(self) -> tuple[str, ...]:
         return ("attention_adds", *self.edit.needs)
+
+    @property
+    @override
+    def tables(self) -> tuple[Table, ...]:
+        return self.edit.tables  # attention's output has the axes of resid_mid
+
+    @property
+    @override
+    def strength(self) -> float:
+        return self.edit.strength
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:

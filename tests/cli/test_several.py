@@ -120,6 +120,17 @@ def test_one_target_is_a_run_as_ever() -> None:
     told = json.loads(chain("--target", "5", "--out", "run", "--json").out)
     assert told["config"]["target"] == 5 and Path("run/chain.json").is_file()
     assert (told["config"]["bos"], told["config"]["has_bos"]) == ("given", False)
+    assert "loss_change" not in told["scores"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("planted")
+def test_the_loss_is_read_where_it_is_asked_for() -> None:
+    done = chain("--target", "5", "--loss", "--out", "run")
+    assert done.code == 0, done.err
+    assert "loss, nats" in done.out and "Ablating the super neurons in the run with the sink costs" in done.out
+    scores = ChainResult.load(Path("run")).scores
+    assert scores.loss_change.notna().all() and (scores.loss_change_low <= scores.loss_change_high).all()
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,9 @@ def test_only_what_must_be_is_written_otherwise() -> None:
     if not hasattr(hooked, "original_model"):
         (kept,) = as_written(hooked, [patch(edits.Transplant())], (), CLEAN)
         assert kept.site == RESID_MID
+    with pytest.raises(InputError, match=r"needs values \[d_model=32\], but got \(7,\)"):
+        wrong = patch(edits.Constant("mine", {BLOCK: torch.zeros(7)}), source=None)
+        run_patches(bridge, tiny_tokens(N, LENGTH), [wrong], [total(RESID_POST)])
     far = patch(edits.Transplant(), layers=(99,))
     assert as_written(bridge, [far], (), CLEAN)[0].site == RESID_MID
     with pytest.raises(InputError, match=r"blocks \(99,\) are not all"):

@@ -158,9 +158,9 @@ def test_a_chain_of_three_runs_and_patches_between_them(model: Any) -> None:
 def test_what_goes_with_a_root_may_take_from_another_run(model: Any) -> None:
     also = root(source=Source("other", (3,)), positions=(8,), layers=(2,))
     runs = {
-        "base": (),
-        "other": [root(edits.Constant(), source=None)],
         "mixed": [root(source=Source("base", (2,)), also=(also,))],
+        "other": [root(edits.Constant(), source=None)],
+        "base": (),
     }
     caches = [
         cache_of(model, TOKENS, hooks, {"blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"})
@@ -189,6 +189,19 @@ def test_it_is_the_same_as_giving_the_values(model: Any) -> None:
                 torch.allclose(results[0].runs["mixed"]["logit"], result.runs["mixed"]["logit"], atol=1e-6)
                 for result in results
             )
+
+
+@pytest.mark.slow
+def test_gradients_pass_through_such_a_root(model: Any) -> None:
+    """A small change before it: what is estimated is what it does."""
+    times = edits.Function("times", lambda x, source: x * source)
+    runs = {"base": (), "mixed": [root(times, layers=(2,), source=Source("base", (3,)))]}
+    nudge = edits.Rescale("nudge", {1: torch.zeros(D_MODEL)}, {1: torch.tensor(1.003)})
+    patches = [Patch(sites.RESID_PRE, (1,), (5,), nudge, run="mixed")]
+    exact = sl.run_patches(model, TOKENS, patches, [LOGIT], runs=runs)
+    estimated = estimate(model, TOKENS, patches, [LOGIT], runs=runs).changes["logit"][0]
+    assert torch.allclose(estimated, exact.values["logit"][0] - exact.runs["mixed"]["logit"], rtol=0.05, atol=1e-5)
+    assert (estimated > 1e-4).all()
 
 
 @pytest.mark.parametrize(
