@@ -57,9 +57,9 @@ def late_over_early(attention: Float[Tensor, "prompt query key"], position: Int[
     """For each prompt, the later half of the queries behind its position over the earlier half; NaN without two."""
     ratios = []
     for of_prompt, key in zip(attention, position.tolist(), strict=True):
-        given = of_prompt[key + 1 :, key]
-        half = len(given) // 2
-        ratios.append(float(given[-half:].mean() / given[:half].mean()) if half else float("nan"))
+        received = of_prompt[key + 1 :, key]
+        half = len(received) // 2
+        ratios.append(float(received[-half:].mean() / received[:half].mean()) if half else float("nan"))
     return ratios
 
 

@@ -109,12 +109,12 @@ def switches(
 def nulls(study: sl.Study, share: dict[str, Tensor], eps: float, draws: int) -> sl.Estimate:
     """The share of heads that switch when the two readings of every prompt change places at random."""
     drawn = study.generator("active_dormant/null")
-    both, found = torch.stack([share[NATURAL], share[COPIED]]), []
+    both, switching = torch.stack([share[NATURAL], share[COPIED]]), []
     for _ in range(draws):
         swap = torch.rand(study.batch.n, generator=drawn) < 0.5
         one, other = (torch.where(swap[:, None, None], both[1 - i], both[i]).mean(0) for i in (0, 1))
-        found.append(float(switches(one, other, eps).float().mean()))
-    return statistics.null_estimate(found)
+        switching.append(float(switches(one, other, eps).float().mean()))
+    return statistics.null_estimate(switching)
 
 
 def there(share: sl.Estimate, null: sl.Estimate) -> sl.analysis.Part:
@@ -169,23 +169,8 @@ def loss_added(study: sl.Study, sets: Sequence[Heads]) -> Float[Tensor, "set pro
             for block, chosen in zip(blocks, units, strict=True)
         ]
         patches.append(replace(parts[0], also=tuple(parts[1:])))
-    found = study.run(patches, [late_loss(study)])
-    return found.values["loss"] - found.runs["base"]["loss"]
-
-
-def late_loss(study: sl.Study) -> sl.Readout:
-    """Mean cross entropy of the tokens of the second half, nats."""
-    prompts, half, last = study.batch.tokens, study.batch.length // 2, study.batch.length - 1
-
-    def at(logits: Tensor, tokens: sl.readouts.Tokens) -> Tensor:
-        nexts = prompts.to(logits.device)[tokens.prompts, tokens.positions + 1]
-        return torch.nn.functional.cross_entropy(logits.float(), nexts, reduction="none")
-
-    def weigh(length: int) -> Tensor:
-        position = torch.arange(length, device="cpu")
-        return ((position >= half) & (position < last)).float().expand(len(prompts), -1) / (last - half)
-
-    return sl.readouts.over_positions("loss", sites.LOGITS, (study.shape.n_layers,), at, weigh)
+    late = sl.readouts.next_token_loss("loss", study.batch.tokens, study.shape.n_layers, study.batch.length // 2)
+    return sl.analysis.added(study.run(patches, [late]), patches, "loss")
 
 
 def draw(findings: sl.Findings):

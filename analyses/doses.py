@@ -55,17 +55,17 @@ def run(
     marks = {curve: 1.0 for curve in table.curve.unique()} | {DEVIATION: natural, NORM: natural}
     marks[LARGEST] = float(len(study.formation.dims))
     table["natural"] = table.dose == table.curve.map(marks)
-    own, control = (study.mean(of(table, curve, natural).tolist()) for curve in (DEVIATION, NORM))
+    deviation, norm = (study.mean(of(table, curve, natural).tolist()) for curve in (DEVIATION, NORM))
     enough = sl.analysis.judge(
         "cause",
         "natural dose",
         CLAIM,
         statistic=f"effect of the deviation times {natural:.3g}, the sink's own ratio (denoise)",
-        estimate=own,
+        estimate=deviation,
         control="the value scaled to the norm that this gives it",
-        control_estimate=control,
+        control_estimate=norm,
         rule=f"holds when the effect's interval lies above {HALF} and the control's below {LITTLE}",
-        conditions=[sl.analysis.above(own, HALF), sl.analysis.below(control, LITTLE)],
+        conditions=[sl.analysis.above(deviation, HALF), sl.analysis.below(norm, LITTLE)],
     )
     verdict = sl.analysis.verdict_of(CLAIM, [enough])
     caption = "Effect on attention to the target against the dose. Means over prompts; the mark is the natural dose."
@@ -112,9 +112,9 @@ def of_the_deviation(setting: sl.Setting, factors: Sequence[float]) -> list[Aske
     mean = {layer: middle for layer, (middle, _) in setting.spread(setting.pair.without, sites.Z, layers).items()}
     asked = []
     for factor in factors:
-        edit = edits.Rescale(DEVIATION, mean, {layer: torch.tensor(float(factor)) for layer in layers})
-        for curve, made in ((DEVIATION, edit), (NORM, edits.SameNormScaling(of=edit))):
-            asked.append((curve, float(factor), setting.patch("denoise", sites.Z, layers, made)))
+        rescaled = edits.Rescale(DEVIATION, mean, {layer: torch.tensor(float(factor)) for layer in layers})
+        for curve, edit in ((DEVIATION, rescaled), (NORM, edits.SameNormScaling(of=rescaled))):
+            asked.append((curve, float(factor), setting.patch("denoise", sites.Z, layers, edit)))
     return asked
 
 
@@ -140,9 +140,9 @@ def of_the_largest(setting: sl.Setting, dims: Sequence[int]) -> list[Asked]:
     except sl.NotApplicableError:
         return []
     layers, d_model = stage.layers(setting), setting.shape.d_model
-    found = [(m, sl.stages.largest_dims(setting, layers, m)) for m in dims if m <= d_model]
-    made = [(m, sl.stages.only_dims(LARGEST, chosen, d_model)) for m, chosen in found]
-    return [(LARGEST, float(m), setting.patch("denoise", stage.site, layers, edit)) for m, edit in made]
+    chosen = {m: sl.stages.largest_dims(setting, layers, m) for m in dims if m <= d_model}
+    only = {m: sl.stages.only_dims(LARGEST, largest, d_model) for m, largest in chosen.items()}
+    return [(LARGEST, float(m), setting.patch("denoise", stage.site, layers, edit)) for m, edit in only.items()]
 
 
 def effects(setting: sl.Setting, asked: Sequence[Asked]) -> pd.DataFrame:

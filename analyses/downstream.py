@@ -119,15 +119,18 @@ def super_of(edges: Edges) -> Node:
 
 def one_by_one(edges: Edges) -> pd.DataFrame:
     """Every edge from the super neurons, and from the others of their MLP, into later keys and values, alone."""
-    graph, rows = edges.graph, []
-    senders = (super_of(edges), Node("mlp", graph.formation))
-    chosen = [edge for branch in "kv" for edge in into(edges, branch, senders)]
+    senders = (super_of(edges), Node("mlp", edges.graph.formation))
+    single = [edge for branch in "kv" for edge in into(edges, branch, senders)]
+    tables = []
     for direction in edges.measure.setting.pair.directions:
-        for edge, effects in zip(chosen, edges.effects(chosen, direction), strict=True):
-            common = {"sender": edge.sender.name, "receiver": edge.receiver.name, "branch": edge.branch}
-            common |= {"direction": direction, "what": "one edge"}
-            rows += [{"prompt": i, **common, "effect": x} for i, x in enumerate(effects)]
-    return pd.DataFrame(rows)
+        labels = [label(edge.sender, edge.receiver.name, edge.branch, direction, "one edge") for edge in single]
+        tables.append(edges.table([[edge] for edge in single], labels, direction))
+    return pd.concat(tables, ignore_index=True)
+
+
+def label(sender: Node, receiver: str, branch: str, direction: Direction, what: str) -> dict[str, str]:
+    """The columns that say what an effect is of."""
+    return {"sender": sender.name, "receiver": receiver, "branch": branch, "direction": direction, "what": what}
 
 
 def into(edges: Edges, branch: str, senders: tuple[Node, ...]) -> tuple[Edge, ...]:
@@ -139,23 +142,23 @@ def into(edges: Edges, branch: str, senders: tuple[Node, ...]) -> tuple[Edge, ..
 
 def at_once(edges: Edges) -> pd.DataFrame:
     """All keys at once, all values, and all keys with another token's output; in both directions."""
-    mine, rows = (super_of(edges),), []
-    keys, values = into(edges, "k", mine), into(edges, "v", mine)
+    sender = super_of(edges)
+    keys, values = (into(edges, branch, (sender,)) for branch in "kv")
+    tables = []
     for direction in edges.measure.setting.pair.directions:
-        real = edges.at_once([keys, values], direction)
-        (other,) = edges.at_once([keys], direction, elsewhere(edges))
-        for what, effects in ((KEYS, real[0]), (VALUES, real[1]), (OTHER, other)):
-            common = {"sender": mine[0].name, "receiver": "all", "branch": "v" if what == VALUES else "k"}
-            common |= {"direction": direction, "what": what}
-            rows += [{"prompt": i, **common, "effect": x} for i, x in enumerate(effects)]
-    return pd.DataFrame(rows)
+        of_keys, of_values, of_other = (
+            label(sender, "all", branch, direction, what) for branch, what in (("k", KEYS), ("v", VALUES), ("k", OTHER))
+        )
+        tables.append(edges.table([keys, values], [of_keys, of_values], direction))
+        tables.append(edges.table([keys], [of_other], direction, elsewhere(edges)))
+    return pd.concat(tables, ignore_index=True)
 
 
 def elsewhere(edges: Edges) -> Float[Tensor, "sender prompt d_model"]:
     """The super neurons say what the other neurons of their MLP write at an ordinary token, at their own length."""
     number, said = edges.graph.number, edges.other_token.clone()
-    mine = number[super_of(edges)]
-    said[mine] = resized(said[number[Node("mlp", edges.graph.formation)]], edges.change[mine])
+    super_neurons, other_neurons = number[super_of(edges)], number[Node("mlp", edges.graph.formation)]
+    said[super_neurons] = resized(said[other_neurons], edges.change[super_neurons])
     return said
 
 

@@ -51,11 +51,11 @@ def run(
             f"{len(names)} checkpoints were named, and their order says nothing below {FEWEST}: name more (models=)"
         )
     device, dtype = device_of(study.model), dtype_of(study.model)
-    seen = []
+    measures = []
     for name in names:
         model = sl.load_model(name, device=device, dtype=dtype)
-        seen.append(measured(sl.Study(model, sl.prompts.from_tokens(model, study.batch.tokens)), threshold))
-    curves = {name: np.stack([found[name].numpy() for found in seen]) for name in seen[0]}
+        measures.append(measured(sl.Study(model, sl.prompts.from_tokens(model, study.batch.tokens)), threshold))
+    curves = {name: np.stack([of_one[name].numpy() for of_one in measures]) for name in measures[0]}
     first, other = (together(curves[f"{who} attention"], curves[f"{who} norm"]) for who in ("first", "other"))
     share, control = study.mean(first), study.mean(other)
     part = sl.analysis.judge(
@@ -96,13 +96,13 @@ def measured(study: sl.Study, threshold: float) -> Measures:
             ),
         ]
     )
-    norms, found = readings["norm"], {"loss": readings["loss"][0]}
+    norms, measures = readings["norm"], {"loss": readings["loss"][0]}
     for (who, place), alpha in zip(tokens.items(), readings["alpha"].unbind(-1), strict=True):
         others = (norms.sum(-1) - norms[..., place]) / (norms.shape[-1] - 1)
-        found[f"{who} attention"] = alpha.mean((0, 2))
-        found[f"{who} sink heads"] = (alpha > threshold).float().mean((0, 2))
-        found[f"{who} norm"] = (norms[..., place] / others).amax(0)
-    return found
+        measures[f"{who} attention"] = alpha.mean((0, 2))
+        measures[f"{who} sink heads"] = (alpha > threshold).float().mean((0, 2))
+        measures[f"{who} norm"] = (norms[..., place] / others).amax(0)
+    return measures
 
 
 def _alpha(pattern: Float[Tensor, "row head query key"]) -> Float[Tensor, "row head key"]:
@@ -126,11 +126,11 @@ def together(
 
 def expanded(models: tuple[str, ...]) -> list[str]:
     """The checkpoints that are meant."""
-    found: list[str] = []
+    names: list[str] = []
     for name in models:
-        own = sl.lab.checkpoints(Path(name))
-        found += map(str, own.values()) if own else [name]
-    return found
+        of_run = sl.lab.checkpoints(Path(name))
+        names += map(str, of_run.values()) if of_run else [name]
+    return names
 
 
 def step_of(name: str, number: int) -> int:
@@ -151,13 +151,13 @@ def table(names: list[str], steps: list[int], curves: dict[str, np.ndarray]) -> 
 
 def onsets(steps: list[int], curves: dict[str, np.ndarray]) -> dict[str, float]:
     """The first step at which the first token has half of what it has at the last."""
-    found = {}
+    first_steps = {}
     for quantity in ("attention", "norm"):
         values = curves[f"first {quantity}"].mean(1)
-        found[f"step at which its {quantity} is half of the last"] = float(
+        first_steps[f"step at which its {quantity} is half of the last"] = float(
             steps[int((values >= values[-1] / 2).argmax())]
         )
-    return found
+    return first_steps
 
 
 def draw(findings: sl.Findings):

@@ -130,12 +130,12 @@ def damped(as_ordinary: sl.Estimate, change: sl.Estimate) -> sl.analysis.Part:
 def gradients(study: sl.Study, layers: Sequence[int], at_once: int) -> Flow:
     """Every quantity, a few prompts at a time."""
     ordinary = study.ordinary_position("gradient_sinks/ordinary")
-    found: list[Flow] = []
+    flows: list[Flow] = []
     for first in range(0, study.batch.n, at_once):
         prompts = torch.arange(first, min(first + at_once, study.batch.n))
         where = {SINK: study.sinks[prompts], ORDINARY: ordinary[prompts]}
-        found.append(of_some(study, prompts, layers, where))
-    return {key: torch.cat([one[key] for one in found], 1) for key in found[0]}
+        flows.append(of_some(study, prompts, layers, where))
+    return {key: torch.cat([flow[key] for flow in flows], 1) for key in flows[0]}
 
 
 def of_some(study: sl.Study, prompts: Tensor, layers: Sequence[int], where: dict[str, Tensor]) -> Flow:
@@ -148,10 +148,10 @@ def of_some(study: sl.Study, prompts: Tensor, layers: Sequence[int], where: dict
     for token, at in where.items():
         flow |= {(name, token): x for name, x in flow_at(study, whole, layers, at).items()}
     for name, site in ((VALUES, sites.V), (KEYS, sites.K)):
-        own = {
+        vectors = {
             layer: all_prompts(study, prompts, one_of(whole.acts[Node(site, layer)], where[SINK])) for layer in layers
         }
-        root = sl.Patch(site, tuple(layers), study.sink, edits.PerPrompt("held", own), allow_unchanged=True)
+        root = sl.Patch(site, tuple(layers), study.sink, edits.PerPrompt("held", vectors), allow_unchanged=True)
         trace = traced(study, prompts, (root,), {node for node in nodes if node.site == normed}, set())
         ratios = [metrics.gradient_ratio(at_norm(study, trace, layer), where[SINK]) for layer in layers]
         flow[name, SINK] = torch.stack(ratios).cpu()
@@ -190,20 +190,20 @@ def flow_at(
     study: sl.Study, trace: Trace, layers: Sequence[int], at: Tensor
 ) -> dict[str, Float[Tensor, "layer prompt"]]:
     """R_GS, Bloat, Compress and Change at one position of every prompt."""
-    found: dict[str, list[Tensor]] = {}
+    quantities: dict[str, list[Tensor]] = {}
     for layer in layers:
         h = trace.acts[Node(RESID_PRE, layer)].float()
         before = one_of(trace.grads["loss", Node(ATTN_OUT, layer)].float(), at)
         behind = at_norm(study, trace, layer)
-        own, upstream = one_of(h, at), one_of(behind, at) * study.weights(layer).ln1_w.detach().float()
-        usual = metrics.vector_norm(h).quantile(0.5, dim=1) / metrics.vector_norm(own)
-        as_is, scaled = (through(study, x, upstream) for x in (own, own * usual[:, None]))
+        here, upstream = one_of(h, at), one_of(behind, at) * study.weights(layer).ln1_w.detach().float()
+        usual = metrics.vector_norm(h).quantile(0.5, dim=1) / metrics.vector_norm(here)
+        as_is, scaled = (through(study, x, upstream) for x in (here, here * usual[:, None]))
         flow = metrics.gradient_flow(before, one_of(behind, at), as_is)
         values = {FREE: metrics.gradient_ratio(behind, at), "Bloat": flow.bloat, "Compress": flow.compress}
         values |= {"Change": flow.change, AS_ORDINARY: metrics.gradient_flow(before, upstream, scaled).change}
         for name, x in values.items():
-            found.setdefault(name, []).append(x.cpu())
-    return {name: torch.stack(values) for name, values in found.items()}
+            quantities.setdefault(name, []).append(x.cpu())
+    return {name: torch.stack(values) for name, values in quantities.items()}
 
 
 def through(study: sl.Study, h: Tensor, upstream: Tensor) -> Tensor:

@@ -54,8 +54,7 @@ def run(
     if study.shape.n_heads < 2:
         raise sl.NotApplicableError("the model has one head in every block: there is nothing to order")
     every, all_prompts = tuple(range(study.shape.n_layers)), np.arange(study.batch.n)
-    formation, n_layers = study.formation, study.shape.n_layers
-    until = min([step.blocks[0] for step in formation.steps if step.blocks[0] > formation.layer], default=n_layers)
+    formation, until = study.formation, study.formation.until(study.shape.n_layers)
     spans = {"up_to_formation": study.up_to_formation, "after_formation": every[formation.layer + 1 : until]}
     spans |= {"all": every}
     blocks = spans[span] or study.after_formation()  # which refuses, with the reason
@@ -66,14 +65,14 @@ def run(
         chosen[f"block {shown}"] = (shown,)
     parts = []
     for name, within in chosen.items():
-        tau = mean_tau(study, entropy, output, within)
-        null = permuted(entropy(all_prompts, within), output(all_prompts, within), permutations, study)
+        tau = tau_of_heads(study, entropy, output, within)
+        null = null_of_heads(entropy(all_prompts, within), output(all_prompts, within), permutations, study)
         p_value = statistics.permutation_p(tau.value, null, "less")
         parts.append(order_of_heads(name, tau, statistics.null_estimate(null), p_value))
     verdict = sl.analysis.verdict_of(CLAIM, parts)
     others = {name: within for name, within in spans.items() if within and name != span}
-    numbers = {f"tau {NAMES[name]}": mean_tau(study, entropy, output, within) for name, within in others.items()}
-    before = mean_tau(study, entropy, values, blocks)
+    numbers = {f"tau {NAMES[name]}": tau_of_heads(study, entropy, output, within) for name, within in others.items()}
+    before = tau_of_heads(study, entropy, values, blocks)
     numbers |= {f"tau {NAMES[span]} with the variance of the values before averaging": before}
     columns = (quantity(all_prompts, every) for quantity in (entropy, output, values))
     return sl.Findings(verdict, table(*columns, formation=formation.layer, until=until), CAPTION, numbers)
@@ -122,7 +121,7 @@ def entropy_of(pattern: Float[Tensor, "prompt head query key"]) -> Float[Tensor,
     return metrics.attention_entropy(pattern)[..., FIRST_QUERY:].mean(-1)
 
 
-def mean_tau(study: sl.Study, entropy: ByHead, variance: ByHead, blocks: Sequence[int]) -> sl.Estimate:
+def tau_of_heads(study: sl.Study, entropy: ByHead, variance: ByHead, blocks: Sequence[int]) -> sl.Estimate:
     """Tau over the heads of a block, mean over blocks; a block whose heads are all alike has none."""
 
     def statistic(prompts: np.ndarray) -> float:
@@ -131,7 +130,7 @@ def mean_tau(study: sl.Study, entropy: ByHead, variance: ByHead, blocks: Sequenc
     return study.bootstrap(statistic, correlation=True)
 
 
-def permuted(entropy: PerHead, variance: PerHead, draws: int, study: sl.Study) -> Float[Tensor, " draw"]:
+def null_of_heads(entropy: PerHead, variance: PerHead, draws: int, study: sl.Study) -> Float[Tensor, " draw"]:
     """The mean tau when every block's heads are put in another order."""
     shape = (len(entropy), draws, entropy.shape[1])
     orders = statistics.random_orders(shape, study.generator("head_imbalance/permuted"))

@@ -71,11 +71,11 @@ def run(
 
 def at(study: sl.Study, site: sl.HookSite, layers: tuple[int, ...], places: Mapping[str, Tensor]) -> dict[str, Vectors]:
     """One position of every prompt, in every block."""
-    found: dict[str, dict[int, Tensor]] = {who: {} for who in places}
+    vectors: dict[str, dict[int, Tensor]] = {who: {} for who in places}
     for layer, act in study.activations(site, layers).items():
         for who, positions in places.items():
-            found[who][layer] = act[torch.arange(len(act), device=act.device), positions.to(act.device)].float()
-    return dict(found)
+            vectors[who][layer] = act[torch.arange(len(act), device=act.device), positions.to(act.device)].float()
+    return dict(vectors)
 
 
 def share(vectors: Vectors) -> Float[Tensor, "layer prompt kv_head"]:
@@ -115,9 +115,8 @@ def losses(
         f"the others' {name} of the {who} position": patch(name, who) for who in (SINK, ORDINARY) for name in WHAT
     }
     patches |= {f"the others' key and value of the {who} position": both(who) for who in (SINK, ORDINARY)}
-    found = study.run(list(patches.values()), [study.readout("loss")])
-    base = found.runs["base"]["loss"]
-    return {name: found.values["loss"][i] - base for i, name in enumerate(patches)}
+    result = study.run(list(patches.values()), [study.readout("loss")])
+    return dict(zip(patches, sl.analysis.added(result, list(patches.values()), "loss"), strict=True))
 
 
 def harmless(study: sl.Study, added: Mapping[str, Tensor]) -> sl.analysis.Part:

@@ -50,25 +50,25 @@ def run(
         raise sl.NotApplicableError("a mean over data that has not seen the prompt needs at least two prompts")
     sinks = study.sinks  # found before anything is read, for a readout cannot run the model
     data, judged = (study.batch.subset(range(first, study.batch.n, 2)) for first in (0, 1))
-    found = sl.interventions.find_massive(study.model, data, absolute=absolute, relative=relative)
+    massive = sl.interventions.find_massive(study.model, data, absolute=absolute, relative=relative)
     count = counts(study, sinks, absolute, relative)  # [layer prompt (sink, others)]
     total = count.sum((0, 2))
     share = study.mean(torch.where(total > 0, count[..., 0].sum(0) / total, torch.nan))
     chance = sl.Estimate(1 / study.batch.length)
-    added, attention = harm(study, judged, found)
+    added, attention = harm(study, judged, massive)
     verdict = sl.analysis.verdict_of(CLAIM, [where(share, chance), broken(added), constant(added)])
-    x = largest(study, found)
+    x = largest(study, massive)
     numbers: dict[str, sl.Estimate | float] = {
-        "block behind which they first appear": float(found.layer),
-        "dimensions that hold them there": float(len(found.dims)),
-        "share of the data's prompts that have some there": found.share,
+        "block behind which they first appear": float(massive.layer),
+        "dimensions that hold them there": float(len(massive.dims)),
+        "share of the data's prompts that have some there": massive.share,
         "largest magnitude there": study.mean(x[:, 0]),
         "the same over the median magnitude": study.mean(x[:, 1]),
     }
     numbers |= {f"loss added, {name}, nats a token": x for name, x in added.items()}
     numbers |= {f"attention to the sink in the blocks behind, {name}": x for name, x in attention.items()}
     axes = {"layer": range(len(count)), "prompt": range(study.batch.n), "token": ("sink", "all others")}
-    table = sl.analysis.tidy(count, axes, appear=found.layer)
+    table = sl.analysis.tidy(count, axes, appear=massive.layer)
     return sl.Findings(verdict, table, CAPTION, numbers)
 
 
@@ -84,31 +84,33 @@ def counts(study: sl.Study, sinks: Tensor, absolute: float, relative: float) -> 
     return study.measure([sl.Readout("massive", sites.RESID_POST, layers, count)])["massive"]
 
 
-def largest(study: sl.Study, found: sl.interventions.Massive) -> Float[Tensor, "prompt quantity"]:
+def largest(study: sl.Study, massive: sl.interventions.Massive) -> Float[Tensor, "prompt quantity"]:
     """The largest magnitude of each prompt behind that block, and over its median."""
 
     def top(x: Tensor, _rows: sl.Rows) -> Tensor:
         flat = x.float().abs().flatten(1)
         return torch.stack([flat.amax(-1), flat.amax(-1) / flat.median(-1).values], -1)
 
-    return study.measure([sl.Readout("top", sites.RESID_POST, (found.layer,), top)])["top"][0]
+    return study.measure([sl.Readout("top", sites.RESID_POST, (massive.layer,), top)])["top"][0]
 
 
 def harm(
-    study: sl.Study, judged: sl.PromptBatch, found: sl.interventions.Massive
+    study: sl.Study, judged: sl.PromptBatch, massive: sl.interventions.Massive
 ) -> tuple[dict[str, sl.Estimate], dict[str, sl.Estimate]]:
     """What every replacement adds to the loss of prompts that it was not made of, and leaves of the sink."""
     here = replace(study, batch=judged, given=dict(study.given))
     here.formation = replace(study.formation, sink_positions=study.formation.sink_positions[1::2])
-    layers = tuple(range(found.layer + 1, study.shape.n_layers)) or (found.layer,)
-    loss, attention = here.readout("loss"), sl.readouts.attention_received("attention", layers, here.sink, judged.n)
-    arms = {mode: massive_patch(found, mode, length=judged.length) for mode in MODES}
-    arms |= {"zero, as many of median size": massive_patch(found, "zero", control=True, length=judged.length)}
-    result = here.run(list(arms.values()), [loss, attention])
-    base = result.runs["base"]
-    added = {name: here.mean(result.values["loss"][i] - base["loss"]) for i, name in enumerate(arms)}
-    left = {name: here.mean(result.values["attention"][i]) for i, name in enumerate(arms)}
-    return added, {"untouched": here.mean(base["attention"])} | left
+    behind = tuple(range(massive.layer + 1, study.shape.n_layers)) or (massive.layer,)  # where they first appear
+    loss, attention = here.readout("loss"), sl.readouts.attention_received("attention", behind, here.sink, judged.n)
+    arms = {mode: massive_patch(massive, mode, length=judged.length) for mode in MODES}
+    arms |= {"zero, as many of median size": massive_patch(massive, "zero", control=True, length=judged.length)}
+    patches = list(arms.values())
+    result = here.run(patches, [loss, attention])
+    losses = dict(zip(arms, sl.analysis.added(result, patches, "loss"), strict=True))
+    attentions = {"untouched": result.runs["base"]["attention"]}
+    attentions |= dict(zip(arms, result.values["attention"], strict=True))
+    added, left = ({name: here.mean(x) for name, x in of.items()} for of in (losses, attentions))
+    return added, left
 
 
 def where(share: sl.Estimate, chance: sl.Estimate) -> sl.analysis.Part:

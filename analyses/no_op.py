@@ -145,8 +145,8 @@ def heads(study: sl.Study, layers: tuple[int, ...]) -> tuple[Tensor, ...]:
     for prompt, queries in enumerate(later):
         paid_to, norm = (read[name][:, prompt][..., queries].flatten(0, 1) for name in ("paid", "output"))
         mixed = norm[:, order[order < queries.sum()]]
-        for found, y in ((tau, norm), (shuffled, mixed)):
-            found[:, prompt] = metrics.kendall_tau(paid_to, y).diagonal().view(share.shape[0], -1)
+        for taus, y in ((tau, norm), (shuffled, mixed)):
+            taus[:, prompt] = metrics.kendall_tau(paid_to, y).diagonal().view(share.shape[0], -1)
     return share, ratio, tau, shuffled, read["rank"]
 
 
@@ -164,8 +164,8 @@ def harmless(study: sl.Study, layers: tuple[int, ...]) -> sl.analysis.Part:
         sl.Patch(sites.V, layers, study.sink, edits.Constant()),
         sl.Patch(sites.V, layers, study.sink, edits.Constant("mean", mean)),
     ]
-    found = study.run(patches, [study.readout("loss")])
-    place, zero, content = (found.values["loss"] - found.runs["base"]["loss"]).numpy()
+    result = study.run(patches, [study.readout("loss")])
+    place, zero, content = sl.analysis.added(result, patches, "loss").numpy()
     cost, control = (study.bootstrap(lambda i, x=x: x[i].mean() / place[i].mean()) for x in (zero, content))
     return sl.analysis.judge(
         "cause",

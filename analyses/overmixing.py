@@ -134,12 +134,12 @@ def spread(
     arm: tuple[sl.Patch, ...],
 ) -> Float[Tensor, "position layer prompt"]:
     """``|h' - h| / |h|`` behind every block, mean over the positions behind the token that is exchanged."""
-    before, found = study.activations(sites.RESID_POST, blocks, arm), []
+    before, distances = study.activations(sites.RESID_POST, blocks, arm), []
     for position, other in zip(changed, others, strict=True):
         after = other.activations(sites.RESID_POST, blocks, arm)
         moved = [metrics.vector_norm(after[b] - before[b]) / metrics.vector_norm(before[b]) for b in blocks]
-        found.append(torch.stack([x[:, position + 1 :].mean(-1).cpu() for x in moved]))
-    return torch.stack(found)
+        distances.append(torch.stack([x[:, position + 1 :].mean(-1).cpu() for x in moved]))
+    return torch.stack(distances)
 
 
 def draw(findings: sl.Findings):

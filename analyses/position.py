@@ -101,9 +101,11 @@ def read(study: sl.Study, tokens: Int[Tensor, "prompt pos"]) -> tuple[Float[Tens
         "attention", sites.PATTERN, study.after_formation(), lambda a, _: metrics.attention_received(a).mean(1)
     )
     block = (study.formation.layer,)
-    found = here.measure([attention, sl.Readout("norm", sites.RESID_POST, block, lambda x, _: metrics.vector_norm(x))])
-    received = found["attention"].mean(0)[:, :-1]  # the last token has no later query
-    return received, found["norm"][0] / found["norm"][0, :, :1]
+    readings = here.measure(
+        [attention, sl.Readout("norm", sites.RESID_POST, block, lambda x, _: metrics.vector_norm(x))]
+    )
+    received = readings["attention"].mean(0)[:, :-1]  # the last token has no later query
+    return received, readings["norm"][0] / readings["norm"][0, :, :1]
 
 
 def is_first(share: sl.Estimate, length: int) -> sl.analysis.Part:

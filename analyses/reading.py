@@ -68,25 +68,25 @@ def written_by_attention(of_attention: sl.Estimate, of_mlps: sl.Estimate) -> sl.
 def acts(study: sl.Study, table: Any) -> sl.analysis.Part:
     """The cause: does what attention has written make a sink by itself?"""
     rows = table[(table.quantity == "effect") & (table.block == ALL)]
-    own, control = (study.mean(rows[rows.writer == kind].value.tolist()) for kind in SITES)
+    of_attention, of_mlps = (study.mean(rows[rows.writer == kind].value.tolist()) for kind in SITES)
     return sl.analysis.judge(
         "cause",
         "effect",
         "What W_O has written into these directions makes the token a sink.",
         statistic="effect of attention's part of the difference alone, put into the base run",
-        estimate=own,
+        estimate=of_attention,
         control="the part of the MLPs before",
-        control_estimate=control,
+        control_estimate=of_mlps,
         rule=f"holds when the interval of attention's effect lies above {HALF:g}",
-        conditions=[sl.analysis.above(own, HALF)],
+        conditions=[sl.analysis.above(of_attention, HALF)],
     )
 
 
 def share_of(study: sl.Study, amounts: Any, kind: str) -> sl.Estimate:
     """The share that one kind of writer has in the sum over all, neurons and branches together."""
     by_prompt = amounts.pivot_table(index="prompt", columns="writer", values="value", aggfunc="sum")
-    total, own = by_prompt.sum(axis=1).to_numpy(), by_prompt.get(kind, 0.0 * by_prompt.iloc[:, 0]).to_numpy()
-    return study.bootstrap(lambda chosen: own[chosen].sum() / total[chosen].sum(), by_prompt.index)
+    total, of_kind = by_prompt.sum(axis=1).to_numpy(), by_prompt.get(kind, 0.0 * by_prompt.iloc[:, 0]).to_numpy()
+    return study.bootstrap(lambda chosen: of_kind[chosen].sum() / total[chosen].sum(), by_prompt.index)
 
 
 def check(setting: sl.Setting) -> None:
@@ -136,14 +136,14 @@ def amounts_of(setting: sl.Setting, writers: Writers) -> pd.DataFrame:
 
 def branches(setting: sl.Setting) -> dict[tuple[int, str], Tensor]:
     """What each branch of each super neuron reads behind the norm, ``[d_model]``, the norm's weight included."""
-    weights, found = setting.weights, {}
+    weights, read = setting.weights, {}
     gain = weights.ln2_w.detach().float().cpu()
     for branch, matrix in (("gate", weights.W_gate), ("linear", weights.W_in)):
         if matrix is None:
             continue
         for neuron in setting.neurons:
-            found[neuron, branch] = matrix[:, neuron].detach().float().cpu() * gain
-    return found
+            read[neuron, branch] = matrix[:, neuron].detach().float().cpu() * gain
+    return read
 
 
 def centred(setting: sl.Setting, x: Tensor) -> Tensor:

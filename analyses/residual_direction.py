@@ -13,22 +13,6 @@ from __future__ import annotations
 import sinklens as sl
 
 
-def scaled(direction, norm):
-    """``direction`` at the length of ``norm``."""
-    return direction * (norm.norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True))
-
-
-DIRECTION_ONLY = sl.edits.Function("direction_only", lambda x, source: scaled(source, x))
-NORM_ONLY = sl.edits.Function("norm_only", lambda x, source: scaled(x, source))
-
-
-def apply(edit):
-    """Build the patch that puts ``edit`` on the residual after the formation block."""
-    return lambda setting, stage, direction, _generator: setting.patch(
-        direction, stage.site, stage.layers(setting), edit
-    )
-
-
 def norm(setting, stage):
     """The readout: the residual norm itself."""
     return setting.readout(stage, lambda x, _layer: x.float().norm(dim=-1))
@@ -42,8 +26,10 @@ STAGE = sl.Stage(
     experiments=(
         sl.stages.TRANSPLANT,
         sl.stages.ELSEWHERE,
-        sl.Experiment("direction_only", apply(DIRECTION_ONLY), predicted=sl.stages.ISOLATED),
-        sl.Experiment("direction_only", apply(NORM_ONLY), predicted=sl.stages.NOTHING, control="norm_only"),
+        sl.Experiment("direction_only", sl.stages.edited(sl.edits.DIRECTION_ONLY), predicted=sl.stages.ISOLATED),
+        sl.Experiment(
+            "direction_only", sl.stages.edited(sl.edits.NORM_ONLY), predicted=sl.stages.NOTHING, control="norm_only"
+        ),
     ),
     readout=norm,
 )

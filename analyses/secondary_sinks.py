@@ -44,17 +44,21 @@ CAPTION = (
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class SecondarySinks:
     """One secondary sink of each prompt that has one."""
 
-    prompts: Int[Tensor, " found"]
+    prompts: Int[Tensor, " sink"]
     """The prompts."""
-    positions: Int[Tensor, " found"]
+    positions: Int[Tensor, " sink"]
     """Where it stands."""
-    made: Int[Tensor, " found"]
+    blocks: Int[Tensor, " sink"]
     """The block that makes it."""
-    lifetime: Int[Tensor, " found"]
+    lifetime: Int[Tensor, " sink"]
     """In how many blocks it is one."""
+
+    def subset(self, chosen: Int[Tensor, " chosen"]) -> SecondarySinks:
+        """Some of them, by their numbers."""
+        return SecondarySinks(self.prompts[chosen], self.positions[chosen], self.blocks[chosen], self.lifetime[chosen])
 
 
 def run(
@@ -68,8 +72,8 @@ def run(
     (held, lifetime), (held_other, lifetime_other) = (alike_to(study, states, who) for who in (study.sinks, other))
     like_first = max(study.shape.n_layers - BELOW_FIRST, least)
     share, control = (study.mean((x >= least).any(-1).float()) for x in (lifetime, lifetime_other))
-    found = one_each(held, lifetime, least)
-    parts = [there(share, control, least), *made_by(study, found)]
+    secondary = one_each(held, lifetime, least)
+    parts = [there(share, control, least), *made_by(study, secondary)]
     verdict = sl.analysis.verdict_of(CLAIM, parts)
     numbers: dict[str, sl.Estimate | float] = {
         "secondary sinks in a prompt": study.mean(((lifetime >= least) & (lifetime < like_first)).sum(-1).float()),
@@ -78,8 +82,8 @@ def run(
             (in_one_range(study, states).sum(0) >= least).sum(-1).float()
         ),
     }
-    numbers |= {f"prompts with one of level {level}": float(n) for level, n in levels(found).items()}
-    numbers |= stagewise(study, found) | steering(study, found)
+    numbers |= {f"prompts with one of level {level}": float(n) for level, n in levels(secondary).items()}
+    numbers |= stagewise(study, secondary) | steering(study, secondary)
     axes = {"layer": range(len(held)), "prompt": range(study.batch.n)}
     formation = study.formation.layer
     marks = {"the first sink": held, "an ordinary token": held_other}
@@ -107,13 +111,13 @@ def ranges(study: sl.Study, states: Tensor) -> list[Tensor]:
     """For every event the blocks behind which the sink lives, ``[layer prompt]``: before the next event at most."""
     norm = metrics.vector_norm(states[:, torch.arange(study.batch.n), study.sinks])
     starts = [step.blocks[0] for step in study.formation.steps] or [study.formation.layer]
-    ends, found = [*starts[1:], len(norm)], []
+    ends, lives = [*starts[1:], len(norm)], []
     for start, end in zip(starts, ends, strict=True):
-        first, lives = max(start - 1, 0), torch.zeros_like(norm, dtype=torch.bool)
+        first, alive = max(start - 1, 0), torch.zeros_like(norm, dtype=torch.bool)
         if end - first > 1:
-            lives[first:end] = metrics.alive(norm[first:end])
-        found.append(lives)
-    return found
+            alive[first:end] = metrics.alive(norm[first:end])
+        lives.append(alive)
+    return lives
 
 
 def in_one_range(study: sl.Study, states: Tensor) -> Tensor:
@@ -124,19 +128,19 @@ def in_one_range(study: sl.Study, states: Tensor) -> Tensor:
     return held & (torch.arange(study.batch.length) > study.sinks[:, None])
 
 
-def one_each(held: Tensor, lifetime: Tensor, least: int) -> Found:
+def one_each(held: Tensor, lifetime: Tensor, least: int) -> SecondarySinks:
     """Of every prompt that has some the one that lives longest."""
     longest, where = lifetime.max(-1)
     prompts = (longest >= least).nonzero()[:, 0]
     positions = where[prompts]
-    made = held[:, prompts, positions].int().argmax(0)
-    return Found(prompts, positions, made, longest[prompts])
+    blocks = held[:, prompts, positions].int().argmax(0)
+    return SecondarySinks(prompts, positions, blocks, longest[prompts])
 
 
-def levels(found: Found) -> dict[str, int]:
+def levels(secondary: SecondarySinks) -> dict[str, int]:
     """How many prompts have one of each level."""
-    pairs = zip(found.made.tolist(), found.lifetime.tolist(), strict=True)
-    names = [f"(block {made}, {lifetime} blocks)" for made, lifetime in pairs]
+    pairs = zip(secondary.blocks.tolist(), secondary.lifetime.tolist(), strict=True)
+    names = [f"(block {block}, {lifetime} blocks)" for block, lifetime in pairs]
     return {name: names.count(name) for name in sorted(set(names))}
 
 
@@ -155,12 +159,11 @@ def there(share: sl.Estimate, control: sl.Estimate, least: int) -> sl.analysis.P
     )
 
 
-def of_block(study: sl.Study, found: Found) -> tuple[Any, Found, int] | None:
+def of_block(study: sl.Study, secondary: SecondarySinks) -> tuple[Any, SecondarySinks, int] | None:
     """The prompts whose secondary sink is made in the block that makes most of them, with the study of these."""
-    if not len(found.prompts) or int(block := found.made.mode().values) == 0:
+    if not len(secondary.prompts) or int(block := secondary.blocks.mode().values) == 0:
         return None
-    chosen = (found.made == block).nonzero()[:, 0]
-    few = Found(*(x[chosen] for x in (found.prompts, found.positions, found.made, found.lifetime)))
+    few = secondary.subset((secondary.blocks == block).nonzero()[:, 0])
     rows = few.prompts.tolist()
     here = replace(study, batch=study.batch.subset(rows), given=dict(study.given))
     sinks = tuple(study.formation.sink_positions[row] for row in rows)
@@ -168,10 +171,10 @@ def of_block(study: sl.Study, found: Found) -> tuple[Any, Found, int] | None:
     return here, few, int(block)
 
 
-def made_by(study: sl.Study, found: Found) -> list[sl.analysis.Part]:
+def made_by(study: sl.Study, secondary: SecondarySinks) -> list[sl.analysis.Part]:
     """Is it made on the way on which the first sink is made, and by that MLP?"""
     name, sentence = "by the MLP", "The MLP of the block that makes them is what makes them."
-    if (chosen := of_block(study, found)) is None:
+    if (chosen := of_block(study, secondary)) is None:
         return [sl.analysis.unmeasured("cause", name, sentence, "there is no secondary sink to ask it of")]
     here, few, block = chosen
     estimate, control = (here.mean(lost(here, few, block, site)) for site in (sites.MLP_OUT, sites.ATTN_OUT))
@@ -192,21 +195,21 @@ def made_by(study: sl.Study, found: Found) -> list[sl.analysis.Part]:
 
 
 def lost(
-    study: sl.Study, found: Found, block: int, site: sl.HookSite, scale: float | None = None
+    study: sl.Study, secondary: SecondarySinks, block: int, site: sl.HookSite, scale: float | None = None
 ) -> Float[Tensor, " prompt"]:
     """Share of the attention above an ordinary token's that goes, while the secondary sink lives, when what the block
     writes at ``site`` is ``scale`` times what it is; without one, the mean of what it is at ordinary tokens.
     """
-    where = tuple((position,) for position in found.positions.tolist())
-    last = min(block + 1 + int(found.lifetime.min()), study.shape.n_layers)  # behind those it is alike
+    where = tuple((position,) for position in secondary.positions.tolist())
+    last = min(block + 1 + int(secondary.lifetime.min()), study.shape.n_layers)  # behind those it is alike
     layers = tuple(range(block + 1, last))
     ordinary = study.ordinary.clone()
-    ordinary[torch.arange(len(where)), found.positions] = False
+    ordinary[torch.arange(len(where)), secondary.positions] = False
     wrote = study.activations(site, (block,))[block].float()
     if scale is None:
         values = wrote[ordinary.to(wrote.device)].mean(0).expand(len(wrote), -1)
     else:
-        values = scale * wrote[torch.arange(len(wrote)), found.positions.to(wrote.device)]
+        values = scale * wrote[torch.arange(len(wrote)), secondary.positions.to(wrote.device)]
     patch = sl.Patch(site, (block,), where, edits.PerPrompt("written", {block: values}))
     readouts = [
         sl.readouts.attention_received("attention", layers, where, study.batch.n),
@@ -217,9 +220,9 @@ def lost(
     return (before - result.values["attention"][0]) / (before - usual)
 
 
-def stagewise(study: sl.Study, found: Found) -> dict[str, sl.Estimate]:
+def stagewise(study: sl.Study, secondary: SecondarySinks) -> dict[str, sl.Estimate]:
     """Cosine with the first sink on the MLP's way, of the secondary sinks and of ordinary tokens."""
-    if (chosen := of_block(study, found)) is None:
+    if (chosen := of_block(study, secondary)) is None:
         return {}
     here, few, block = chosen
     other, rows, numbers = here.ordinary_position("secondary_sinks/stagewise", ()), torch.arange(len(few.prompts)), {}
@@ -234,9 +237,9 @@ def stagewise(study: sl.Study, found: Found) -> dict[str, sl.Estimate]:
     return numbers
 
 
-def steering(study: sl.Study, found: Found) -> dict[str, sl.Estimate]:
+def steering(study: sl.Study, secondary: SecondarySinks) -> dict[str, sl.Estimate]:
     """What scaling the MLP's write takes away of a secondary sink's attention."""
-    if (chosen := of_block(study, found)) is None:
+    if (chosen := of_block(study, secondary)) is None:
         return {}
     here, few, block = chosen
     name = f"attention that a secondary sink loses when the MLP of block {block} writes"

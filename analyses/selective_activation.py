@@ -40,12 +40,12 @@ def run(
     draws: Annotated[int, "sets of as many other neurons to compare with", sl.Between(1, 100_000)] = 5,
 ) -> sl.Findings:
     study.require("neurons_read", (study.formation.layer,))
-    own = len(study.neurons)
+    n_super = len(study.neurons)
     others = [neuron for units in study.other_neurons("selective_activation/others", draws) for neuron in units]
     neurons = [*study.formation.neurons, *others]
     gate, linear = factors(study, neurons)
     selected = (highest_at_sink(study, gate) & highest_at_sink(study, linear)).double()  # [prompt, neuron]
-    share, control = study.mean(selected[:, :own].mean(1)), study.mean(selected[:, own:].mean(1))
+    share, control = study.mean(selected[:, :n_super].mean(1)), study.mean(selected[:, n_super:].mean(1))
     alone = sl.analysis.judge(
         "quantity",
         "selectivity",
@@ -61,11 +61,11 @@ def run(
     verdict = sl.analysis.verdict_of(CLAIM, [alone, cause(study)])
     numbers = {}
     for name, factor in (("cosine of the input and w_gate", gate), ("linear branch", linear)):
-        mean = study.sink_first(factor[..., :own].mean(-1))
+        mean = study.sink_first(factor[..., :n_super].mean(-1))
         numbers[f"{name} of the sink token, mean over super neurons"] = study.mean(mean[:, 0])
         numbers[f"{name} of the other tokens"] = study.mean(mean[:, 1:].mean(1))
         numbers[f"{name}, largest of the other tokens"] = study.mean(mean[:, 1:].amax(1))
-    kinds = ["super"] * own + ["other"] * len(others)
+    kinds = ["super"] * n_super + ["other"] * len(others)
     return sl.Findings(verdict, table(study, gate, linear, neurons, kinds), caption(study), numbers)
 
 

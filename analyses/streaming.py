@@ -53,8 +53,8 @@ def run(
         raise sl.InputError(
             f"a window of {recent} and {counts[-1]} first tokens leaves nothing of {study.batch.length}"
         )
-    made = study.targets((target,))[0] if target else sl.analysis.induced(study)
-    added, notes = losses(study, recent, counts, made, begin)
+    position = study.targets((target,))[0] if target else sl.analysis.induced(study)
+    added, notes = losses(study, recent, counts, position, begin)
     verdict = sl.analysis.verdict_of(CLAIM, [breaks(study, added), enough(study, added), any_sink(study, added)])
     rows = []
     for (arm, kept), x in added.items():
@@ -68,11 +68,13 @@ Added = dict[tuple[str, int], Float[Tensor, " prompt"]]
 """Loss added, by arm and how many tokens are kept."""
 
 
-def losses(study: sl.Study, recent: int, counts: tuple[int, ...], made: int, begin: int) -> tuple[Added, str]:
-    """What every window adds to the loss of the tokens from ``begin`` on; and what could not be asked."""
+def losses(study: sl.Study, recent: int, counts: tuple[int, ...], later: int, begin: int) -> tuple[Added, str]:
+    """What every window adds to the loss of the tokens from ``begin`` on, with and without a sink made at ``later``;
+    and what could not be asked.
+    """
     every, n = tuple(range(study.shape.n_layers)), study.batch.n
     queries = tuple(range(1, study.batch.length))
-    ordinary = study.ordinary_position("streaming/ordinary", (0, made))[:, None]
+    ordinary = study.ordinary_position("streaming/ordinary", (0, later))[:, None]
 
     def patch(kept: Tensor, run: str = CLEAN) -> sl.Patch:
         edit = edits.MaskKeys(keep=seen(study.batch.length, recent, kept))
@@ -80,20 +82,20 @@ def losses(study: sl.Study, recent: int, counts: tuple[int, ...], made: int, beg
 
     arms = {(KEPT, s): patch(torch.arange(s).expand(n, -1)) for s in counts}
     arms[ORDINARY, 1] = patch(ordinary)
-    induced = torch.full((n, 1), made)
+    induced = torch.full((n, 1), later)
     arms["the later token kept, which is no sink", 1] = patch(induced)
     arms["a sink made: nothing kept", 0] = patch(induced[:, :0], MADE)
     arms["a sink made: it is kept", 1] = patch(induced, MADE)
-    sink = sl.Patch(sites.PATTERN, study.up_to_formation, (made,), edits.AttendSelf())
-    loss = late_loss(study, begin)
-    found = study.run(list(arms.values()), [loss], {CLEAN: (), MADE: (sink,)})
-    of_run = {run: readings["loss"] for run, readings in found.runs.items()}
-    added = {key: found.values["loss"][i] - of_run[arm.run] for i, (key, arm) in enumerate(arms.items())}
+    sink = sl.Patch(sites.PATTERN, study.up_to_formation, (later,), edits.AttendSelf())
+    loss = sl.readouts.next_token_loss("loss", study.batch.tokens, study.shape.n_layers, begin)
+    patches = list(arms.values())
+    result = study.run(patches, [loss], {CLEAN: (), MADE: (sink,)})
+    added = dict(zip(arms, sl.analysis.added(result, patches, "loss"), strict=True))
     try:
         for s in [s for s in counts if s]:
             hooks = sl.interventions.evict(study.model, recent, s, positions="reindexed")
             with study.model.hooks(hooks):
-                added[REINDEXED, s] = study.measure([replace(loss)])["loss"][0] - of_run[CLEAN]
+                added[REINDEXED, s] = study.measure([replace(loss)])["loss"][0] - result.runs[CLEAN]["loss"]
         added[REINDEXED, 0] = added[KEPT, 0]  # only distances between recent keys are left
     except sl.NotApplicableError as error:
         return added, f" Positions in the cache are left out: {error}."
@@ -105,21 +107,6 @@ def seen(length: int, recent: int, kept: Tensor) -> Bool[Tensor, "prompt query k
     query, key = torch.arange(length)[:, None], torch.arange(length)
     always = torch.zeros(len(kept), 1, length, dtype=torch.bool).scatter(-1, kept[:, None], True)
     return (key <= query) & ((query - key <= recent) | always)
-
-
-def late_loss(study: sl.Study, begin: int) -> sl.Readout:
-    """Mean cross entropy of the tokens that are predicted from ``begin`` on, nats."""
-    prompts, last = study.batch.tokens, study.batch.length - 1
-
-    def at(logits: Tensor, tokens: sl.readouts.Tokens) -> Tensor:
-        nexts = prompts.to(logits.device)[tokens.prompts, tokens.positions + 1]
-        return torch.nn.functional.cross_entropy(logits.float(), nexts, reduction="none")
-
-    def weigh(length: int) -> Tensor:
-        position = torch.arange(length, device="cpu")
-        return ((position >= begin) & (position < last)).float().expand(len(prompts), -1) / (last - begin)
-
-    return sl.readouts.over_positions("loss", sites.LOGITS, (study.shape.n_layers,), at, weigh)
 
 
 def breaks(study: sl.Study, added: Added) -> sl.analysis.Part:

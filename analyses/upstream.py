@@ -34,6 +34,8 @@ CLAIM = "What heads write (W_O) makes the super neurons fire, more than what MLP
 HALF = 0.5
 KINDS = {"head": "heads", "mlp": "MLPs", "embed": "embedding"}
 BOTH = "all at once"
+ITS_OWN, ANOTHER = "its own", "another token"
+"""Whose output a sender says."""
 CAPTION = (
     "Exact effect of every edge into the super neurons, both branches added up (means over prompts with 95% "
     "intervals), by sender: {top} with the largest; and all edges of a kind at once."
@@ -90,57 +92,46 @@ def together(study: sl.Study, of_kind: Any, direction: Direction) -> sl.analysis
     def effect(kind: str, said: str) -> sl.Estimate:
         return study.mean(rows[(rows.sender == kind) & (rows.said == said)].effect.tolist())
 
-    own, control, mlps = effect("heads", "its own"), effect("heads", "another token"), effect("MLPs", "its own")
+    heads, control, mlps = effect("heads", ITS_OWN), effect("heads", ANOTHER), effect("MLPs", ITS_OWN)
     enough = direction == "denoise"
     return sl.analysis.judge(
         "cause",
         "enough" if enough else "needed",
         "What heads write is enough to make them fire." if enough else "Without what heads write they do not fire.",
         statistic=f"effect of all heads' edges into the super neurons at once ({direction})",
-        estimate=own,
+        estimate=heads,
         control="what they write at an ordinary token, at equal length",
         control_estimate=control,
         rule=f"holds when the whole interval lies above {HALF}, above the control's and above the MLPs'",
-        conditions=[sl.analysis.above(own, limit) for limit in (HALF, control, mlps)],
+        conditions=[sl.analysis.above(heads, limit) for limit in (HALF, control, mlps)],
         detail=f"all MLPs' edges at once: {sl.statistics.estimate_text(mlps)}",
     )
 
 
 def one_by_one(edges: Edges, control: bool = False) -> pd.DataFrame:
     """The effect of every edge into the super neurons alone, put into the run without the sink."""
-    chosen = edges.into(edges.graph.super_inputs)
-    said = edges.other_token if control else None
-    found = edges.effects(chosen, "denoise", said)
-    rows = [
-        {
-            "prompt": prompt,
-            "sender": edge.sender.name,
-            "kind": edge.sender.kind,
-            "branch": edge.branch,
-            "direction": "denoise",
-            "said": "another token" if control else "its own",
-            "effect": effect,
-        }
-        for edge, effects in zip(chosen, found, strict=True)
-        for prompt, effect in enumerate(effects)
-    ]
-    return pd.DataFrame(rows)
+    single = edges.into(edges.graph.super_inputs)
+    speaker, said = (ANOTHER, edges.other_token) if control else (ITS_OWN, None)
+    labels = [label(edge.sender.name, edge.sender.kind, edge.branch, "denoise", speaker) for edge in single]
+    return edges.table([[edge] for edge in single], labels, "denoise", said)
 
 
 def at_once(edges: Edges) -> pd.DataFrame:
     """All edges of a kind of sender at once, in both directions, beside what another token's output does."""
-    graph, rows = edges.graph, []
+    graph, tables = edges.graph, []
     of_kind = {kind: [node for node in graph.senders if node.kind == kind] for kind in ("head", "mlp")}
     sets = {kind: edges.into(graph.super_inputs, nodes) for kind, nodes in of_kind.items()}
     sets["all"] = edges.into(graph.super_inputs)
     for direction in edges.measure.setting.pair.directions:
-        for name, said in (("its own", None), ("another token", edges.other_token)):
-            found = edges.at_once(list(sets.values()), direction, said)
-            for kind, effects in zip(sets, found, strict=True):
-                common = {"kind": kind, "branch": BOTH, "direction": direction, "said": name}
-                sender = KINDS.get(kind, kind)
-                rows += [{"prompt": i, "sender": sender, **common, "effect": x} for i, x in enumerate(effects)]
-    return pd.DataFrame(rows)
+        for speaker, said in ((ITS_OWN, None), (ANOTHER, edges.other_token)):
+            labels = [label(KINDS.get(kind, kind), kind, BOTH, direction, speaker) for kind in sets]
+            tables.append(edges.table(list(sets.values()), labels, direction, said))
+    return pd.concat(tables, ignore_index=True)
+
+
+def label(sender: str, kind: str, branch: str, direction: Direction, said: str) -> dict[str, str]:
+    """The columns that say what an effect is of."""
+    return {"sender": sender, "kind": kind, "branch": branch, "direction": direction, "said": said}
 
 
 def by_kind(study: sl.Study, single: Any, kind: str) -> sl.Estimate:
@@ -160,10 +151,10 @@ def largest(study: sl.Study, single: Any, top: int) -> dict[str, sl.Estimate]:
 def draw(findings: sl.Findings):
     rows = []
     for name, x in findings.numbers.items():
-        found = re.fullmatch(r"edges of ([^,]+?)( at once)? \(denoise(?:, (.+))?\)", name)
-        if found and isinstance(x, sl.Estimate):
-            sender, of_kind, said = found.groups()
-            panel = {"panel": "all at once" if of_kind else "one sender", "said": said or "its own"}
+        parts = re.fullmatch(r"edges of ([^,]+?)( at once)? \(denoise(?:, (.+))?\)", name)
+        if parts and isinstance(x, sl.Estimate):
+            sender, of_kind, said = parts.groups()
+            panel = {"panel": BOTH if of_kind else "one sender", "said": said or ITS_OWN}
             rows.append({"sender": sender, "effect": x.value, "low": x.low, "high": x.high, **panel})
     figure = sl.viz.points(
         pd.DataFrame(rows),

@@ -17,23 +17,6 @@ from __future__ import annotations
 import sinklens as sl
 
 
-def sized(direction, norm):
-    """``direction``, at the length of ``norm``: for every head by itself."""
-    length = direction.norm(dim=-1, keepdim=True)
-    return direction * (norm.norm(dim=-1, keepdim=True) / length.clamp_min(1e-12))
-
-
-SMALL_NORM = sl.edits.Function("small_norm", lambda x, source: sized(x, source))
-DIRECTION_ONLY = sl.edits.Function("direction_only", lambda x, source: sized(source, x))
-
-
-def edited(edit):
-    """Build the patch that puts ``edit`` on the value behind formation."""
-    return lambda setting, stage, direction, _generator: setting.patch(
-        direction, stage.site, stage.layers(setting), edit
-    )
-
-
 def key_instead(setting, stage, direction, _generator):
     """The control that must move attention: the key."""
     return setting.patch(direction, sl.sites.K, stage.layers(setting), sl.edits.Transplant())
@@ -53,8 +36,13 @@ STAGE = sl.Stage(
         sl.stages.TRANSPLANT,
         sl.stages.ELSEWHERE,
         sl.Experiment("transplant", key_instead, predicted=sl.stages.ISOLATED, control="key"),
-        sl.Experiment("small_norm", edited(SMALL_NORM), predicted=sl.stages.ISOLATED),
-        sl.Experiment("small_norm", edited(DIRECTION_ONLY), predicted=sl.stages.NOTHING, control="direction_only"),
+        sl.Experiment("small_norm", sl.stages.edited(sl.edits.NORM_ONLY), predicted=sl.stages.ISOLATED),
+        sl.Experiment(
+            "small_norm",
+            sl.stages.edited(sl.edits.DIRECTION_ONLY),
+            predicted=sl.stages.NOTHING,
+            control="direction_only",
+        ),
     ),
     readout=smallness,
 )

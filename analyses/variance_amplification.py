@@ -212,10 +212,10 @@ def draw(findings: sl.Findings):
     table: Any = findings.table.query("part != 'verdict'").rename(columns={"strength": "lambda"})
     curves = pd.concat([table[table.edit.isin(("clean", edit))].assign(edit=edit) for edit in EDITS])
     means: Any = curves.groupby(["part", "edit", "lambda"], as_index=False).mean(numeric_only=True)
-    own = means[means.part == PROMPTS]
+    of_prompts = means[means.part == PROMPTS]
     received = f"attention received by token {table.token.iloc[0]}, "
     panels = [means.assign(panel=received + means.part, value=means.attention)]
-    panels += [own.assign(panel=name, value=own[column]) for column, name in side(means).items()]
+    panels += [of_prompts.assign(panel=name, value=of_prompts[column]) for column, name in side(means).items()]
     lines, titles = pd.concat(panels), {"value": ""}
     figure = sl.viz.line(lines, "lambda", "value", series="edit", facet="panel", titles=titles, log_x=True, height=260)
     figure.update_xaxes(tickvals=sorted(set(means["lambda"])), showticklabels=True)

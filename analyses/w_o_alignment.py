@@ -61,14 +61,14 @@ def run(
     neurons = torch.randperm(study.shape.d_model, generator=study.generator("w_o_alignment/outputs"))[:outputs]
     read = [(w.abs() if weights == "absolute" else w).T[neurons.to(w.device)] for w in W_O]
     inputs = inputs_by_token(study, z)
-    tau = {who: mean_tau(study, each, read) for who, each in inputs.items()}
+    tau = {who: tau_of_outputs(study, each, read) for who, each in inputs.items()}
     null = taus(permuted(all_variances(inputs[SINK]), permutations, study), read)
     after = statistics.resampled_curves(study.sink_first(x.flatten(2) @ w) for x, w in zip(z, W_O, strict=True))
     highest = study.bootstrap(lambda on: sink_is_highest(after(on)))
     aligned = alignment("alignment", "mean over outputs and blocks", tau[SINK], null)
     parts = [aligned, stays_highest(highest)]
     if len(blocks) > 1:
-        shown = mean_tau(study, inputs[SINK][-1:], read[-1:])
+        shown = tau_of_outputs(study, inputs[SINK][-1:], read[-1:])
         parts.insert(1, alignment(f"block {blocks[-1]}", f"mean over outputs, block {blocks[-1]}", shown, null[-1:]))
     verdict = sl.analysis.verdict_of(CLAIM, [*parts, *causes(study)])
     variance = after(np.arange(study.batch.n))
@@ -159,7 +159,7 @@ def taus(variance: Blocks, read: Blocks) -> Float[Tensor, "block draw output"]:
     return torch.stack([metrics.kendall_tau(v, w).cpu() for v, w in zip(variance, read, strict=True)])
 
 
-def mean_tau(study: sl.Study, inputs: Blocks, read: Blocks) -> sl.Estimate:
+def tau_of_outputs(study: sl.Study, inputs: Blocks, read: Blocks) -> sl.Estimate:
     """Mean over outputs and blocks, with its interval over prompts."""
     return study.bootstrap(
         lambda prompts: taus(variances(inputs, prompts), read).mean((0, 2)),

@@ -6,11 +6,12 @@ Effects of single edges do not add up where attention saturates or one sender st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -113,6 +114,31 @@ class Edges:
         nothing = self.measure.as_effects(start, start, end)
         rows = [next(found) if edges else nothing for edges in sets]
         return torch.stack([torch.as_tensor(row) for row in rows]).numpy()
+
+    def table(
+        self,
+        sets: Sequence[Sequence[Edge]],
+        labels: Sequence[Mapping[str, Any]],
+        direction: Direction,
+        said: Float[Tensor, "sender prompt d_model"] | None = None,
+    ) -> pd.DataFrame:
+        """:meth:`at_once` as a tidy table, a row for every set and prompt: ``prompt``, the labels, and ``effect``.
+
+        Args:
+            sets: sets of edges; where each has one, this is the effect of each edge alone.
+            labels: for every set in order, the columns that say which it is.
+            direction: see :meth:`at_once`.
+            said: see :meth:`at_once`.
+
+        Raises:
+            ValueError: there are more labels or fewer than sets.
+        """
+        rows = [
+            {"prompt": prompt, **label, "effect": effect}
+            for label, effects in zip(labels, self.at_once(sets, direction, said), strict=True)
+            for prompt, effect in enumerate(effects)
+        ]
+        return pd.DataFrame(rows)
 
     def _patch(self, edges: Sequence[Edge], run: str, sign: int, said: Tensor | None) -> Patch:
         by_input: dict[Input, list[Edge]] = {}

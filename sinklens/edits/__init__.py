@@ -19,6 +19,8 @@ There are two families, and the score they give is read differently:
 from sinklens.edits.base import Edit, EditSite, Read, SourceEdit
 from sinklens.edits.draws import random_orthonormal, random_permutations, rotate_rows
 from sinklens.edits.general import (
+    DIRECTION_ONLY,
+    NORM_ONLY,
     Constant,
     Function,
     Interpolate,
@@ -52,6 +54,7 @@ __all__ = [
     "AttendTo",
     "Attenuate",
     "Constant",
+    "DIRECTION_ONLY",
     "DensifyRows",
     "DropDimsBeforeNorm",
     "Edit",
@@ -62,6 +65,7 @@ __all__ = [
     "KeepKeys",
     "Masked",
     "MeanAxis",
+    "NORM_ONLY",
     "NeuronContribution",
     "OfSource",
     "OutsideSubspace",

@@ -71,6 +71,20 @@ class Function(SourceEdit):
         return self.function(x, need(source, self))
 
 
+def at_norm_of(direction: Float[Tensor, "*any d"], like: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
+    """``direction`` at the length of ``like``, along the last axis (for every head by itself, where there are heads);
+    zero stays zero.
+    """
+    length = direction.norm(dim=-1, keepdim=True)
+    return direction * (like.norm(dim=-1, keepdim=True) / length.clamp_min(1e-12))
+
+
+DIRECTION_ONLY = Function("direction_only", lambda x, source: at_norm_of(source, x))
+"""The source's direction at the activation's own norm."""
+NORM_ONLY = Function("norm_only", lambda x, source: at_norm_of(x, source))
+"""The activation's own direction at the source's norm."""
+
+
 @dataclass(frozen=True, eq=False)
 class Constant(Edit):
     """Replace the activation with a constant: zero by default, a mean when ``values`` is given."""

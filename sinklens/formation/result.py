@@ -175,11 +175,16 @@ class Formation:
         """The blocks up to the formation block, it included."""
         return tuple(range(self.layer + 1))
 
+    def until(self, n_layers: int) -> int:
+        """The block before which this sink ends: the first of the next event (see :attr:`steps`), behind which is a
+        sink that has been made anew; ``n_layers`` where no event follows.
+        """
+        return min((step.blocks[0] for step in self.steps if step.blocks[0] > self.layer), default=n_layers)
+
     def after(self, n_layers: int, blocks: int | None = READOUT_BLOCKS) -> tuple[int, ...]:
         """The ``blocks`` after the formation block, where attention is read (None: all up to the next event).
 
-        They end before the first block of the next event (see :attr:`steps`): what is behind that one is a sink that
-        has been made anew.
+        They end before the next event (see :meth:`until`).
 
         Args:
             n_layers: blocks of the model.
@@ -196,9 +201,9 @@ class Formation:
             raise NotApplicableError(
                 f"block {self.layer} is the model's last: no later block attends to the sink it forms"
             )
-        following = next((step for step in self.steps if step.blocks[0] > self.layer), None)
-        end = n_layers if following is None else following.blocks[0]
+        end = self.until(n_layers)
         if end == first:
+            following = next(step for step in self.steps if step.blocks[0] == end)
             raise NotApplicableError(
                 f"event {following} begins right behind block {self.layer}, so that no block is left to read its sink "
                 "in: explain that event, or an earlier block"

@@ -11,6 +11,7 @@ from sinklens.readouts.build import (
     attention_received,
     attention_rows,
     deviation,
+    next_token_loss,
     over_positions,
     vector_readout,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "attention_rows",
     "deviation",
     "named_readout",
+    "next_token_loss",
     "over_positions",
     "register_readout",
     "vector_readout",

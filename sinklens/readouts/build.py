@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens import metrics
+from sinklens.errors import InputError
 from sinklens.patches import Positions, Where
 from sinklens.readouts.base import PositionReadout, Rows, Tokens
-from sinklens.sites import PATTERN, HookSite
+from sinklens.sites import LOGITS, PATTERN, HookSite
 
 OnePosition = Int[Tensor, " prompt"]
 
@@ -115,6 +116,33 @@ def deviation(
         return metrics.relative_deviation(x.flatten(1), mean.flatten().to(x.device), variance.to(x.device))
 
     return vector_readout(name, site, layers, positions, n_prompts, function)
+
+
+def next_token_loss(name: str, tokens: Int[Tensor, "prompt pos"], n_layers: int, begin: int = 0) -> PositionReadout:
+    """Mean cross entropy of the next token over the positions from ``begin`` to the last but one, nats.
+
+    Args:
+        name: column name in tables.
+        tokens: the prompts, whose next tokens are predicted.
+        n_layers: blocks of the model: logits are read behind the last.
+        begin: the first position whose next token counts.
+
+    Raises:
+        InputError: no position from ``begin`` on has a next token.
+    """
+    if not 0 <= begin < tokens.shape[1] - 1:
+        raise InputError(f"no token of {tokens.shape[1]} is predicted from position {begin} on: begin earlier")
+
+    def at(logits: Tensor, places: Tokens) -> Tensor:
+        nexts = tokens.to(logits.device)[places.prompts, places.positions + 1]
+        return torch.nn.functional.cross_entropy(logits.float(), nexts, reduction="none")
+
+    def weigh(length: int) -> Tensor:
+        position, last = torch.arange(length, device="cpu"), length - 1
+        counts = (position >= begin) & (position < last)
+        return counts.float().expand(len(tokens), -1) / (last - begin)
+
+    return over_positions(name, LOGITS, (n_layers,), at, weigh)
 
 
 def attention_rows(

@@ -23,7 +23,13 @@ from sinklens.errors import InputError
 from sinklens.metrics.sink import EPS
 from sinklens.patches import Positions
 from sinklens.readouts.base import PositionReadout, Readout, Rows, Tokens
-from sinklens.readouts.build import attention_ordinary, attention_received, over_positions, vector_readout
+from sinklens.readouts.build import (
+    attention_ordinary,
+    attention_received,
+    next_token_loss,
+    over_positions,
+    vector_readout,
+)
 from sinklens.records.fingerprint import fingerprint_of
 from sinklens.records.registry import enter, is_the_package_s
 from sinklens.sites import LOGITS, PATTERN, RESID_PRE
@@ -303,16 +309,7 @@ def _logit_diff(name: str, context: Context) -> Readout:
 
 
 def _loss(name: str, context: Context) -> Readout:
-    prompts = context.tokens
-
-    def at(logits: Tensor, tokens: Tokens) -> Tensor:
-        nexts = prompts.to(logits.device)[tokens.prompts, tokens.positions + 1]
-        return torch.nn.functional.cross_entropy(logits.float(), nexts, reduction="none")
-
-    def weigh(length: int) -> Tensor:
-        return (torch.arange(length, device="cpu") < length - 1).float().expand(len(prompts), -1) / (length - 1)
-
-    return over_positions(name, LOGITS, (context.n_layers,), at, weigh)
+    return next_token_loss(name, context.tokens, context.n_layers)
 
 
 def _kl(name: str, context: Context) -> Readout:

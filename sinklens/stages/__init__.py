@@ -29,7 +29,7 @@ from sinklens.stages.base import (
     register,
     stages_of,
 )
-from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, other_dims, other_neurons, other_positions
+from sinklens.stages.controls import ELSEWHERE, TRANSPLANT, edited, other_dims, other_neurons, other_positions
 from sinklens.stages.down_projection import DOWN_PROJECTION
 from sinklens.stages.links import EARLY_MLPS, READING
 from sinklens.stages.qk_locking import QK_LOCKING
@@ -70,6 +70,7 @@ __all__ = [
     "VALUE_AGGREGATION",
     "W_O_ALIGNMENT",
     "at_formation",
+    "edited",
     "experiment_kind",
     "largest_dims",
     "only_dims",

@@ -10,7 +10,7 @@ from torch import Generator
 from sinklens import edits
 from sinklens.pairs.pair import Direction
 from sinklens.patches import Patch
-from sinklens.stages.base import ISOLATED, NOTHING, Experiment, Setting, Stage
+from sinklens.stages.base import ISOLATED, NOTHING, Build, Experiment, Setting, Stage
 
 
 def _transplant(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
@@ -24,6 +24,15 @@ def _elsewhere(setting: Setting, stage: Stage, direction: Direction, generator: 
     patch = setting.patch(direction, stage.site, layers, edit, units=stage.units(setting), positions=positions)
     # The pair may not reach other positions by this block at all: then there is nothing to exchange, and no effect.
     return replace(patch, allow_unchanged=True)
+
+
+def edited(edit: edits.Edit) -> Build:
+    """What an :class:`Experiment` is built by that puts ``edit`` on the stage's own units at the target."""
+
+    def build(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
+        return setting.patch(direction, stage.site, stage.layers(setting), edit, units=stage.units(setting))
+
+    return build
 
 
 def other_positions(setting: Setting, generator: Generator) -> tuple[tuple[int, ...], ...]:

@@ -343,7 +343,7 @@ def test_secondary_sinks_of_hidden_states_by_hand(here: Study) -> None:
     assert lifetime[0, [3, 6, 9]].tolist() == [2, 2, 1]
     assert held[0].sum() == 0 and held[1:, :, SINK].sum() == 0
     found = file["one_each"](held, lifetime, 2)
-    assert found.positions.tolist() == [3, 6, 6, 6] and found.made.tolist() == [1] * N
+    assert found.positions.tolist() == [3, 6, 6, 6] and found.blocks.tolist() == [1] * N
     assert file["levels"](found) == {"(block 1, 2 blocks)": N}
     assert file["in_one_range"](here, states).sum(0)[1].nonzero().flatten().tolist() == [6, 9]
 
@@ -353,7 +353,7 @@ def test_an_exchanged_write_by_hand(here: Study) -> None:
     """What the MLP writes at one token times a factor, by a plain hook."""
     file, model, tokens = functions("secondary_sinks"), here.model, here.batch.tokens
     positions = torch.tensor([4, 5, 6, 7])
-    found = file["Found"](torch.arange(N), positions, torch.full((N,), 1), torch.full((N,), 1))
+    found = file["SecondarySinks"](torch.arange(N), positions, torch.full((N,), 1), torch.full((N,), 1))
     lost = file["lost"](here, found, 1, sl.sites.MLP_OUT, 0.25)
 
     def quarter(act: Tensor, hook: Any) -> Tensor:  # noqa: ARG001

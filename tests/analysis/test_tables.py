@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sinklens.analysis.preconditions import check_k, check_sink_varies
-from sinklens.analysis.tables import base_reading, mean_and_range, patch_table
+from sinklens.analysis.tables import added, base_reading, mean_and_range, patch_table
 from sinklens.edits import Constant
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.patches import Patch
@@ -41,6 +41,20 @@ def test_every_row_of_a_patch_table_finds_its_prompt_in_the_base_run():
     unpatched = base_reading(result, table, "norm")
     assert unpatched.tolist() == result.runs["base"]["norm"].tolist() * 3
     assert (table.norm[:3] == unpatched[:3]).all() and (table.norm[6:] != unpatched[6:]).all()
+
+
+def test_what_a_patch_adds_is_over_its_own_run():
+    here = study(tiny_tokens(3, 8))
+    norm = Readout("norm", RESID_POST, (2,), lambda x, _rows: x.float().norm(dim=-1)[:, -1])
+    patches = [Patch(RESID_POST, (1,), (7,), Constant(), run=run) for run in ("base", "other")]
+    root = Patch(RESID_POST, (0,), (7,), Constant())
+    result = here.run(patches, [norm], {"base": (), "other": (root,)})
+    first, second = added(result, patches, "norm")
+    assert torch.equal(first, result.values["norm"][0] - result.runs["base"]["norm"])
+    assert torch.equal(second, result.values["norm"][1] - result.runs["other"]["norm"])
+    assert not torch.equal(result.runs["base"]["norm"], result.runs["other"]["norm"])
+    with pytest.raises(ValueError, match="shorter"):
+        added(result, patches[:1], "norm")
 
 
 def test_mean_and_range_of_a_table():

@@ -75,6 +75,20 @@ def test_what_is_said_in_place_is_as_long(edges: Edges) -> None:
     assert resized(x, like).tolist() == [[6.0, 8.0], [0.0, 0.0]]
 
 
+def test_a_table_of_edges_has_a_row_for_every_set_and_prompt(edges: Edges) -> None:
+    some = [edges.graph.edges[:3], edges.graph.edges[3:4]]
+    labels = [{"set": "three", "n": 3}, {"set": "one", "n": 1}]
+    table, effects = edges.table(some, labels, "noise"), edges.at_once(some, "noise")
+    n = effects.shape[1]
+    assert list(table) == ["prompt", "set", "n", "effect"] and table.prompt.tolist() == [*range(n), *range(n)]
+    assert table.set.tolist() == ["three"] * n + ["one"] * n
+    np.testing.assert_array_equal(table.effect, effects.flatten())
+    said = edges.table(some, labels, "noise", edges.other_token).effect
+    np.testing.assert_array_equal(said, edges.at_once(some, "noise", edges.other_token).flatten())
+    with pytest.raises(ValueError, match="longer"):
+        edges.table(some, labels[:1], "noise")
+
+
 def test_edges_into_an_input_from_some_senders(edges: Edges) -> None:
     key = edges.graph.super_inputs[0]
     some = edges.graph.senders[1:3]

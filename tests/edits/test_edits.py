@@ -379,6 +379,13 @@ def test_function():
     equal(edit(X, Y, site()), [[0.5, 1.5, 2.5], [4.75, 5.5, 6.25]])
 
 
+def test_the_direction_or_the_norm_alone():
+    """By head: lengths 5 and 0 of the activation, 10 and 2 of the source."""
+    x, source = tensor([[[3.0, 4.0], [0.0, 0.0]]]), tensor([[[0.0, 10.0], [2.0, 0.0]]])
+    equal(edits.DIRECTION_ONLY(x, source, site()), [[[0.0, 5.0], [0.0, 0.0]]])
+    equal(edits.NORM_ONLY(x, source, site()), [[[6.0, 8.0], [0.0, 0.0]]])
+
+
 def test_functions_are_told_apart_by_what_they_do():
     """Equal code is equal wherever it was made; another constant, closed-over value or default is not."""
     found = scaled_by(0.25).fingerprint()

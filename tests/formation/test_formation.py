@@ -114,6 +114,11 @@ def test_attention_is_read_before_the_next_event(layer, blocks, expected):
         assert found.after(30, blocks) == expected
 
 
+@pytest.mark.parametrize(("layer", "end"), [(1, 5), (4, 5), (5, 11), (7, 11), (11, 30), (29, 30)])
+def test_a_sink_ends_where_the_next_event_begins(layer, end):
+    assert made_in(1, 2, 5, 11, layer=layer).until(30) == end
+
+
 def test_an_event_is_explained_by_its_number():
     pytest.importorskip("transformer_lens.HookedTransformer")
     model = planted_twice()

@@ -34,6 +34,21 @@ def test_loss_is_the_mean_cross_entropy(tiny_llama: Any) -> None:
         assert result.table[result.table.prompt == prompt].base.iloc[0] == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_the_loss_of_late_tokens_is_that_of_their_positions_alone(tiny_llama: Any) -> None:
+    batch = tiny_batch(tiny_llama)
+    last, n_layers = batch.length - 2, tiny_llama.cfg.n_layers
+    logits = tiny_llama(batch.tokens)
+    for begin in (0, 3, last):
+        readout = sl.readouts.next_token_loss("late", batch.tokens, n_layers, begin)
+        late = sl.Study(tiny_llama, batch).measure([readout])["late"][0]
+        for prompt in range(N):
+            loss = torch.nn.functional.cross_entropy(logits[prompt, begin:-1], batch.tokens[prompt, begin + 1 :])
+            assert late[prompt].item() == pytest.approx(loss.item(), rel=1e-5)
+    for begin in (-1, last + 1):
+        with pytest.raises(sl.InputError, match=f"from position {begin} on"):
+            sl.readouts.next_token_loss("late", batch.tokens, n_layers, begin)
+
+
 def test_sink_rate_is_the_share_of_heads_above_the_threshold(tiny_llama: Any) -> None:
     batch = tiny_batch(tiny_llama)
     given: dict[str, Any] = {"readouts": ["alpha", "sink_rate"], "target": TARGET, "layers": [1], "eps": 0.1}

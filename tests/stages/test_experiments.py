@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sinklens import stages
+from sinklens import edits, stages
 from sinklens.chain.run import _trials
 from sinklens.chain.scoring import SINK
 from sinklens.engine.run import run_patches
@@ -38,6 +38,17 @@ def test_a_norm_behind_the_mlp_is_not_passed_over():
         model, batch, patches, [attention_received(SINK, (2, 3), (TARGET,), N)], runs=setting.pair.runs
     )
     assert torch.isfinite(result.values[SINK]).all()
+
+
+def test_an_edit_is_put_on_the_stage_s_own_units() -> None:
+    """That of the transplant is the shared experiment's patch, in both directions."""
+    setting, generator = setting_for(tiny_model("llama")), torch.Generator()
+    for direction in ("denoise", "noise"):
+        patch = stages.edited(edits.Transplant())(setting, stages.SUPER_NEURONS, direction, generator)
+        shared = stages.TRANSPLANT.build(setting, stages.SUPER_NEURONS, direction, generator)
+        assert isinstance(patch.edit, edits.Transplant) and patch.units == setting.neurons
+        for name in ("site", "layers", "positions", "units", "run", "source"):
+            assert getattr(patch, name) == getattr(shared, name), name
 
 
 def test_a_prediction_is_by_direction() -> None:
