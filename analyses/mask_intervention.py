@@ -170,8 +170,9 @@ def by_block(
     patches = [mask(layers, (k,)) for each in sets.values() for layers in each]
     carry = sl.Patch(sites.RESID_POST, blocks[-1:], (k,), edits.Transplant(), source=sl.Source(MASKED))
     attention = sl.readouts.attention_received("attention", study.after_formation(), (k,), study.batch.n)
-    effects = study.run([*patches, carry], [attention], {"base": (), MASKED: (mask(layers, (k,)),)})
-    share = (effects.values["attention"] - effects.runs["base"]["attention"]) / sink
+    patches.append(carry)
+    result = study.run(patches, [attention], {"base": (), MASKED: (mask(layers, (k,)),)})
+    share = sl.analysis.added(result, patches, "attention") / sink
     axes = {"run": tuple(sets), "layer": blocks, "prompt": range(study.batch.n)}
     values = share[:-1].view(len(sets), len(blocks), study.batch.n)
     return tidy(values, axes, quantity="by block", token=k), share[-1]

@@ -82,14 +82,14 @@ class Study:
         prompts.check_batch(self.model, self.batch)
 
     def __repr__(self) -> str:
-        found = vars(self).get("formation")
-        block = "" if found is None else f"formation block {found.layer}"
-        given = f"{self.batch.n:,} prompts of {self.batch.length:,} tokens"
-        return summary(self, model_id(self.model), given, block, f"seed {self.seed}")
+        formation = self.known_formation
+        block = "" if formation is None else f"formation block {formation.layer}"
+        texts = f"{self.batch.n:,} prompts of {self.batch.length:,} tokens"
+        return summary(self, model_id(self.model), texts, block, f"seed {self.seed}")
 
     def _repr_html_(self) -> str:
-        found = vars(self).get("formation")
-        return html(repr(self), None if found is None else [vars(event) for event in found.events])
+        formation = self.known_formation
+        return html(repr(self), None if formation is None else [vars(event) for event in formation.events])
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -357,10 +357,10 @@ class Study:
         Raises:
             InputError: the model has no such block.
         """
-        found = tuple(sorted(set(layers)))
-        if found and not 0 <= found[0] <= found[-1] < self.shape.n_layers:
-            raise InputError(f"blocks {found} must be in 0..{self.shape.n_layers - 1}")
-        return found or self.onset
+        blocks = tuple(sorted(set(layers)))
+        if blocks and not 0 <= blocks[0] <= blocks[-1] < self.shape.n_layers:
+            raise InputError(f"blocks {blocks} must be in 0..{self.shape.n_layers - 1}")
+        return blocks or self.onset
 
     def sink_first(
         self, x: Shaped[Tensor, "row pos *rest"], prompts: Int[Tensor, " row"] | None = None
@@ -384,10 +384,10 @@ class Study:
             InputError: one is longer than the prompts, or shorter than 2.
         """
         full = self.batch.length
-        found = tuple(sorted(set(lengths or (max(2, full // 4), max(2, full // 2), full))))
-        if found[0] < 2 or found[-1] > full:
-            raise InputError(f"lengths {found} must be in 2..{full}: use longer prompts (length=)")
-        return found
+        ascending = tuple(sorted(set(lengths or (max(2, full // 4), max(2, full // 2), full))))
+        if ascending[0] < 2 or ascending[-1] > full:
+            raise InputError(f"lengths {ascending} must be in 2..{full}: use longer prompts (length=)")
+        return ascending
 
     def measure(self, readouts: Sequence[Readout], patches: Sequence[Patch] = ()) -> dict[str, Tensor]:
         """Readouts of one pass over the prompts, under ``patches`` if there are any.

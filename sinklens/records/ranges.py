@@ -113,8 +113,8 @@ def check_number(name: str, value: Any, limits: Between, *, whole: bool = False)
     except (TypeError, ValueError, OverflowError):
         good = False
     if not good:
-        told = "" if limits == Between(-math.inf) else f", {limits}"
-        raise InputError(f"{name} {shown(value)} must be {what}{told}")
+        bounds = "" if limits == Between(-math.inf) else f", {limits}"
+        raise InputError(f"{name} {shown(value)} must be {what}{bounds}")
 
 
 SEEDS = Between(0, 2**63 - 1)
@@ -197,7 +197,7 @@ def parse(name: str, text: str) -> tuple[int, ...]:
     """
     if not text.strip():
         raise InputError(f"{name} is empty: {_FORMS}")
-    found: set[int] = set()
+    numbers: set[int] = set()
     for part in text.split(","):
         match = _PART.fullmatch(part)
         if match is None:
@@ -211,8 +211,8 @@ def parse(name: str, text: str) -> tuple[int, ...]:
             raise InputError(f"{name} {part.strip()!r} runs backwards: write {last}-{first}")
         if step == 0:
             raise InputError(f"{name} {part.strip()!r} has a step of 0: use 1 or more")
-        found.update(range(first, last + 1, step))
-    return tuple(sorted(found))
+        numbers.update(range(first, last + 1, step))
+    return tuple(sorted(numbers))
 
 
 def spans(numbers: Iterable[int], dash: str = "–", most: int | None = None) -> str:
@@ -250,10 +250,10 @@ def one_of_several(option: str, text: str) -> tuple[int, int]:
     Raises:
         InputError: anything else.
     """
-    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-    if found is None:
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if match is None:
         raise InputError(f"{option} {shown(text)!r} must be I/N, such as 1/4")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def names(option: str, text: str) -> tuple[str, ...]:
@@ -262,10 +262,10 @@ def names(option: str, text: str) -> tuple[str, ...]:
     Raises:
         InputError: there is none.
     """
-    found = names_in(text)
-    if not found:
+    named = names_in(text)
+    if not named:
         raise InputError(f"{option} is empty: name at least one")
-    return found
+    return named
 
 
 def short(numbers: Iterable[int], most: int = 4) -> str:
@@ -275,20 +275,20 @@ def short(numbers: Iterable[int], most: int = 4) -> str:
     return ", ".join(map(str, listed[:most])) + more
 
 
-def _integers(name: str, given: int | Iterable[int]) -> tuple[int, ...]:
-    if isinstance(given, range) and max(abs(given.start), abs(given.stop)) > 10**_DIGITS:
-        raise InputError(f"{name} {given!r} goes beyond {10**_DIGITS - 1}: {_FORMS}")
+def _integers(name: str, values: int | Iterable[int]) -> tuple[int, ...]:
+    if isinstance(values, range) and max(abs(values.start), abs(values.stop)) > 10**_DIGITS:
+        raise InputError(f"{name} {values!r} goes beyond {10**_DIGITS - 1}: {_FORMS}")
     try:
         # An array or tensor without axes is a number, although its class can be iterated over.
-        items: list[Any] = list(given) if isinstance(given, Iterable) and getattr(given, "ndim", 1) else [given]
-        found = {operator.index(item) for item in items if not _is_truth(item)}
+        items: list[Any] = list(values) if isinstance(values, Iterable) and getattr(values, "ndim", 1) else [values]
+        numbers = {operator.index(item) for item in items if not _is_truth(item)}
     except TypeError:
-        raise InputError(f"{name} {shown(given)} is not a range: {_FORMS}") from None
-    if found and any(_is_truth(item) for item in items):
-        raise InputError(f"{name} {shown(given)} has numbers and truths side by side: {_FORMS}")
-    if not found:
+        raise InputError(f"{name} {shown(values)} is not a range: {_FORMS}") from None
+    if numbers and any(_is_truth(item) for item in items):
+        raise InputError(f"{name} {shown(values)} has numbers and truths side by side: {_FORMS}")
+    if not numbers:
         raise InputError(f"{name} is empty: {_FORMS}")
-    return tuple(sorted(found))
+    return tuple(sorted(numbers))
 
 
 def _is_truth(item: Any) -> bool:
