@@ -8,7 +8,10 @@ Conventions:
 * *Norms behind a sublayer* (and multipliers): a node writes what reaches the residual stream, its linear share of the
   normed sum with that run's own scale.
 * *Super neurons* are a node of their own; the MLP of the formation block is the others, with the bias.
-* In the last block that is read only keys count, since nothing behind its pattern is looked at.
+* *What is read out* is attention to the token, by keys: in the last block that is read only these count, since nothing
+  behind its pattern is looked at. A measure of the residual stream itself would need a receiver of its own.
+* *One token.* All nodes are the sink's. Tokens before it cannot hear it, and those behind it hear its keys and values;
+  what these are in turn made of (a head's query, the values that it mixes) is not taken apart.
 """
 
 from __future__ import annotations
