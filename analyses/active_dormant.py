@@ -170,7 +170,7 @@ def loss_added(study: sl.Study, sets: Sequence[Heads]) -> Float[Tensor, "set pro
         ]
         patches.append(replace(parts[0], also=tuple(parts[1:])))
     late = sl.readouts.next_token_loss("loss", study.batch.tokens, study.shape.n_layers, study.batch.length // 2)
-    return sl.analysis.added(study.run(patches, [late]), patches, "loss")
+    return study.run(patches, [late]).added(patches, "loss")
 
 
 def draw(findings: sl.Findings):

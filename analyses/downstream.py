@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import sinklens as sl
-from sinklens.circuits import Edge, Edges, Node, resized
+from sinklens.circuits import Edge, Edges, Node
 from sinklens.pairs.choice import Direction
 
 CLAIM = "What the super neurons write makes the sink by the keys of later heads, and few of these make most of it."
@@ -158,7 +158,7 @@ def elsewhere(edges: Edges) -> Float[Tensor, "sender prompt d_model"]:
     """The super neurons say what the other neurons of their MLP write at an ordinary token, at their own length."""
     number, said = edges.graph.number, edges.other_token.clone()
     super_neurons, other_neurons = number[super_of(edges)], number[Node("mlp", edges.graph.formation)]
-    said[super_neurons] = resized(said[other_neurons], edges.change[super_neurons])
+    said[super_neurons] = sl.edits.resized(said[other_neurons], edges.change[super_neurons])
     return said
 
 

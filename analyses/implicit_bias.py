@@ -116,7 +116,7 @@ def losses(
     }
     patches |= {f"the others' key and value of the {who} position": both(who) for who in (SINK, ORDINARY)}
     result = study.run(list(patches.values()), [study.readout("loss")])
-    return dict(zip(patches, sl.analysis.added(result, list(patches.values()), "loss"), strict=True))
+    return dict(zip(patches, result.added(list(patches.values()), "loss"), strict=True))
 
 
 def harmless(study: sl.Study, added: Mapping[str, Tensor]) -> sl.analysis.Part:

@@ -172,7 +172,7 @@ def by_block(
     attention = sl.readouts.attention_received("attention", study.after_formation(), (k,), study.batch.n)
     patches.append(carry)
     result = study.run(patches, [attention], {"base": (), MASKED: (mask(layers, (k,)),)})
-    share = sl.analysis.added(result, patches, "attention") / sink
+    share = result.added(patches, "attention") / sink
     axes = {"run": tuple(sets), "layer": blocks, "prompt": range(study.batch.n)}
     values = share[:-1].view(len(sets), len(blocks), study.batch.n)
     return tidy(values, axes, quantity="by block", token=k), share[-1]

@@ -106,7 +106,7 @@ def harm(
     arms |= {"zero, as many of median size": massive_patch(massive, "zero", control=True, length=judged.length)}
     patches = list(arms.values())
     result = here.run(patches, [loss, attention])
-    losses = dict(zip(arms, sl.analysis.added(result, patches, "loss"), strict=True))
+    losses = dict(zip(arms, result.added(patches, "loss"), strict=True))
     attentions = {"untouched": result.runs["base"]["attention"]}
     attentions |= dict(zip(arms, result.values["attention"], strict=True))
     added, left = ({name: here.mean(x) for name, x in of.items()} for of in (losses, attentions))

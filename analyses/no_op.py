@@ -165,7 +165,7 @@ def harmless(study: sl.Study, layers: tuple[int, ...]) -> sl.analysis.Part:
         sl.Patch(sites.V, layers, study.sink, edits.Constant("mean", mean)),
     ]
     result = study.run(patches, [study.readout("loss")])
-    place, zero, content = sl.analysis.added(result, patches, "loss").numpy()
+    place, zero, content = result.added(patches, "loss").numpy()
     cost, control = (study.bootstrap(lambda i, x=x: x[i].mean() / place[i].mean()) for x in (zero, content))
     return sl.analysis.judge(
         "cause",

@@ -90,7 +90,7 @@ def losses(study: sl.Study, recent: int, counts: tuple[int, ...], later: int, be
     loss = sl.readouts.next_token_loss("loss", study.batch.tokens, study.shape.n_layers, begin)
     patches = list(arms.values())
     result = study.run(patches, [loss], {CLEAN: (), MADE: (sink,)})
-    added = dict(zip(arms, sl.analysis.added(result, patches, "loss"), strict=True))
+    added = dict(zip(arms, result.added(patches, "loss"), strict=True))
     try:
         for s in [s for s in counts if s]:
             hooks = sl.interventions.evict(study.model, recent, s, positions="reindexed")

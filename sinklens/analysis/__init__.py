@@ -17,7 +17,7 @@ from sinklens.analysis.discovery import folder, list_analyses, list_groups
 from sinklens.analysis.elsewhere import elsewhere
 from sinklens.analysis.preconditions import check_first_varies, check_k, check_sink_varies
 from sinklens.analysis.run import config_of, load_analysis, main, run_analysis
-from sinklens.analysis.tables import MIN_GAP, added, base_reading, effect_table, mean_and_range, patch_table, tidy
+from sinklens.analysis.tables import MIN_GAP, base_reading, effect_table, mean_and_range, patch_table, tidy
 from sinklens.chain.rules import Condition, Part, above, below, judge, of_bool, rare, unmeasured, within
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "Part",
     "Verdict",
     "above",
-    "added",
     "base_reading",
     "below",
     "cause",

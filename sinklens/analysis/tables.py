@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -72,22 +71,6 @@ def effect_table(setting: Setting, patches: Sequence[Patch], labels: Sequence[Ma
         result.runs[source.run]["attention"].numpy()[table.prompt] for source in (pair.without, pair.with_sink)
     )
     return table.assign(effect=effect(table.attention.to_numpy(), start, end, MIN_GAP))
-
-
-def added(result: PatchResult, patches: Sequence[Patch], readout: str) -> Float[Tensor, "patch prompt"]:
-    """What every patch adds to a readout: its value under the patch, less that of the patch's own run without it.
-
-    Args:
-        result: what :meth:`sinklens.Study.run` gave of them.
-        patches: the patches, in the order in which they were run.
-        readout: name of the readout, in whose units the answer is.
-
-    Raises:
-        ValueError: there are more patches or fewer than were run.
-    """
-    return torch.stack(
-        [value - result.runs[patch.run][readout] for value, patch in zip(result.values[readout], patches, strict=True)]
-    )
 
 
 def base_reading(result: PatchResult, table: pd.DataFrame, readout: str) -> Float[np.ndarray, " row"]:

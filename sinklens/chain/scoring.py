@@ -79,6 +79,7 @@ def effects(trials: Sequence[Trial], result: PatchResult, pair: SinkPair, gap: G
     and its change from the run that was patched.
     """
     frames = []
+    losses = _losses(trials, result)
     for index, trial in enumerate(trials):
         start, end = ends(result, pair, SINK, trial.direction)
         patched = result.values[SINK][index].numpy()
@@ -96,7 +97,7 @@ def effects(trials: Sequence[Trial], result: PatchResult, pair: SinkPair, gap: G
                     "patched": patched,
                     "start": start,
                     "end": end,
-                    **_loss(index, trial, result),
+                    **{name: values[index] for name, values in losses.items()},
                     "patch_id": trial.patch.id,
                     "units": [None if units is None else list(units)] * len(patched),
                 }
@@ -105,11 +106,11 @@ def effects(trials: Sequence[Trial], result: PatchResult, pair: SinkPair, gap: G
     return pd.concat(frames, ignore_index=True)
 
 
-def _loss(index: int, trial: Trial, result: PatchResult) -> dict[str, np.ndarray]:
+def _losses(trials: Sequence[Trial], result: PatchResult) -> dict[str, np.ndarray]:
     if LOSS not in result.values:
         return {}
-    patched = result.values[LOSS][index].numpy()
-    return {LOSS: patched, LOSS_CHANGE: patched - result.runs[trial.patch.run][LOSS].numpy()}
+    change = result.added([trial.patch for trial in trials], LOSS)
+    return {LOSS: result.values[LOSS].numpy(), LOSS_CHANGE: change.numpy()}
 
 
 def check_pair(effects: pd.DataFrame, result: PatchResult, pair: SinkPair, gap: Gap) -> None:

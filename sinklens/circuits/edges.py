@@ -24,6 +24,7 @@ from sinklens.circuits.nodes import Edge, Node
 from sinklens.circuits.parts import Parts
 from sinklens.circuits.paths import edge_patch, together
 from sinklens.circuits.written import Written, written
+from sinklens.edits.general import resized
 from sinklens.pairs.choice import Direction
 from sinklens.pairs.effects import MIN_GAP
 from sinklens.patches import Patch
@@ -152,9 +153,3 @@ class Edges:
                 added = resized(said[senders].sum(0), added)
             patches.append(edge_patch(self.measure.setting, self.parts, heard[0], run, sign * added))
         return together(patches)
-
-
-def resized(x: Float[Tensor, "*any d_model"], like: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
-    """Vectors at the length of others; 0 where there is no direction."""
-    size = x.norm(dim=-1, keepdim=True)
-    return torch.where(size > 0, x / size * like.norm(dim=-1, keepdim=True), torch.zeros_like(x))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from sinklens.circuits.nodes import Edge
 from sinklens.circuits.parts import Parts
 from sinklens.circuits.paths import edge_patch, path_patch
 from sinklens.circuits.written import Written, written
+from sinklens.edits.general import resized
 from sinklens.pairs.choice import Direction
 from sinklens.patches import Positions, Source
 
@@ -88,9 +88,7 @@ def other_tokens(
     setting = measure.setting
     drawn = setting.study.ordinary_position("circuit/other token", _positions(setting.pair.target))
     other = written(setting, graph, parts, Source(setting.pair.without.run, Positions.one_each(drawn.tolist())))
-    away = other.nodes - without.nodes
-    size = away.norm(dim=-1, keepdim=True)
-    return torch.where(size > 0, away / size * change.norm(dim=-1, keepdim=True), torch.zeros_like(away))
+    return resized(other.nodes - without.nodes, change)
 
 
 def _positions(where: Positions) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ from sinklens.edits.general import (
     Subspace,
     Transplant,
     WrittenBy,
+    resized,
 )
 from sinklens.edits.mechanism import (
     AttendSelf,
@@ -85,5 +86,6 @@ __all__ = [
     "amplification",
     "random_orthonormal",
     "random_permutations",
+    "resized",
     "rotate_rows",
 ]

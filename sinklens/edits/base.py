@@ -138,6 +138,45 @@ class Edit:
 
 
 @dataclass(frozen=True, eq=False)
+class WrappingEdit(Edit):
+    """Base class of edits that apply another one: what that one sees, takes, needs and brings along, they do."""
+
+    @property
+    def inner(self) -> Edit:
+        """The edit that is applied."""
+        raise NotImplementedError
+
+    @property
+    @override
+    def reads(self) -> tuple[Read, ...]:
+        return self.inner.reads
+
+    @override
+    def reads_in(self, layer: int) -> tuple[ReadPlace, ...]:
+        return self.inner.reads_in(layer)
+
+    @property
+    @override
+    def uses_source(self) -> bool:
+        return self.inner.uses_source
+
+    @property
+    @override
+    def needs(self) -> tuple[str, ...]:
+        return self.inner.needs
+
+    @property
+    @override
+    def tables(self) -> tuple[Table, ...]:
+        return self.inner.tables
+
+    @property
+    @override
+    def strength(self) -> float:
+        return self.inner.strength
+
+
+@dataclass(frozen=True, eq=False)
 class SourceEdit(Edit):
     """Base class of edits that need the activation of a source run."""
 

@@ -17,6 +17,7 @@ from sinklens.edits.base import (
     Read,
     SourceEdit,
     Table,
+    WrappingEdit,
     need,
     select,
     select_own,
@@ -71,17 +72,17 @@ class Function(SourceEdit):
         return self.function(x, need(source, self))
 
 
-def at_norm_of(direction: Float[Tensor, "*any d"], like: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
-    """``direction`` at the length of ``like``, along the last axis (for every head by itself, where there are heads);
-    zero stays zero.
+def resized(x: Float[Tensor, "*any d"], like: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
+    """Vectors at the length of others, along the last axis (for every head by itself, where there are heads); 0 where
+    there is no direction.
     """
-    length = direction.norm(dim=-1, keepdim=True)
-    return direction * (like.norm(dim=-1, keepdim=True) / length.clamp_min(1e-12))
+    size = x.norm(dim=-1, keepdim=True)
+    return torch.where(size > 0, x / size * like.norm(dim=-1, keepdim=True), torch.zeros_like(x))
 
 
-DIRECTION_ONLY = Function("direction_only", lambda x, source: at_norm_of(source, x))
+DIRECTION_ONLY = Function("direction_only", lambda x, source: resized(source, x))
 """The source's direction at the activation's own norm."""
-NORM_ONLY = Function("norm_only", lambda x, source: at_norm_of(x, source))
+NORM_ONLY = Function("norm_only", lambda x, source: resized(x, source))
 """The activation's own direction at the source's norm."""
 
 
@@ -151,8 +152,8 @@ class Rescale(Edit):
     """
 
     name: str = "rescale"
-    mean: Mapping[int, Float[Tensor, "*prompt unit ..."]] = field(default_factory=dict)
-    """Per block, the mean that is left in place; with one more axis, in front, every prompt has a mean of its own."""
+    mean: Mapping[int, Float[Tensor, "..."]] = field(default_factory=dict)
+    """Per block, the mean that is left in place, ``[unit, ...]``, or ``[prompt, unit, ...]``: each prompt its own."""
     scale: Mapping[int, Float[Tensor, "..."]] = field(default_factory=dict)
     """Per block, the factor on the deviation; broadcasts against the mean."""
 
@@ -176,7 +177,7 @@ class Rescale(Edit):
 
 
 @dataclass(frozen=True, eq=False)
-class SameNormScaling(Edit):
+class SameNormScaling(WrappingEdit):
     """The norm-only control of another edit: scale ``x`` uniformly to the norm which that edit would give it."""
 
     name: str = "same_norm"
@@ -185,28 +186,8 @@ class SameNormScaling(Edit):
 
     @property
     @override
-    def reads(self) -> tuple[Read, ...]:
-        return self.of.reads
-
-    @property
-    @override
-    def uses_source(self) -> bool:
-        return self.of.uses_source
-
-    @property
-    @override
-    def tables(self) -> tuple[Table, ...]:
-        return self.of.tables
-
-    @property
-    @override
-    def needs(self) -> tuple[str, ...]:
-        return self.of.needs
-
-    @property
-    @override
-    def strength(self) -> float:
-        return self.of.strength
+    def inner(self) -> Edit:
+        return self.of
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:
@@ -333,7 +314,7 @@ class RemoveDirection(Edit):
 
 
 @dataclass(frozen=True, eq=False)
-class OfSource(SourceEdit):
+class OfSource(WrappingEdit):
     """Apply another edit to the source's activation and transplant the result."""
 
     name: str = "of_source"
@@ -344,23 +325,13 @@ class OfSource(SourceEdit):
 
     @property
     @override
-    def reads(self) -> tuple[Read, ...]:
-        return self.edit.reads
+    def inner(self) -> Edit:
+        return self.edit
 
     @property
     @override
-    def tables(self) -> tuple[Table, ...]:
-        return self.edit.tables
-
-    @property
-    @override
-    def needs(self) -> tuple[str, ...]:
-        return self.edit.needs
-
-    @property
-    @override
-    def strength(self) -> float:
-        return self.edit.strength
+    def uses_source(self) -> bool:
+        return True
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002

@@ -87,11 +87,12 @@ def check_count(edit: Edit, n_prompts: int) -> None:
                 )
 
 
-def check_values(patch: Patch, sizes: Mapping[str, int], *, more_prompts: bool = False) -> None:
-    """Make sure that an edit's values are there for its blocks and have the size of its place.
+def check_values(patch: Patch, layer: int, sizes: Mapping[str, int], *, more_prompts: bool = False) -> None:
+    """Make sure that an edit's values are there for a block and have the size of its place.
 
     Args:
         patch: the patch, of whose edit :attr:`~sinklens.edits.Edit.tables` are looked at.
+        layer: the block.
         sizes: how long the axes are, ``prompt`` and those of the patch's site; one that is not named may be anything.
         more_prompts: whether there may be values of more prompts, of which the first are run.
 
@@ -99,16 +100,13 @@ def check_values(patch: Patch, sizes: Mapping[str, int], *, more_prompts: bool =
         InputError: they do not.
     """
     for table in patch.edit.tables:
-        for layer in patch.layers:
-            where = f"the edit {patch.edit.name!r} at {patch.site.at(layer)}"
-            if isinstance(table.values, Mapping) and layer not in table.values:
-                raise InputError(f"{where} has no values for block {layer}, only for {sorted(table.values)}")
-            _check_table(where, patch, table, layer, sizes, more_prompts)
+        _check_table(table, patch, layer, sizes, more_prompts)
 
 
-def _check_table(
-    where: str, patch: Patch, table: Table, layer: int, sizes: Mapping[str, int], more_prompts: bool
-) -> None:
+def _check_table(table: Table, patch: Patch, layer: int, sizes: Mapping[str, int], more_prompts: bool) -> None:
+    where = f"the edit {patch.edit.name!r} at {patch.site.at(layer)}"
+    if isinstance(table.values, Mapping) and layer not in table.values:
+        raise InputError(f"{where} has no values for block {layer}, only for {sorted(table.values)}")
     values: object = table.values[layer] if isinstance(table.values, Mapping) else table.values
     if not isinstance(values, Tensor):
         raise InputError(f"{where} needs values that are tensors, not of type {type(values).__name__}")

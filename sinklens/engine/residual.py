@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sinklens.edits import Edit, EditSite
-from sinklens.edits.base import Gathered, ReadPlace, Table, read_key
+from sinklens.edits.base import Gathered, ReadPlace, WrappingEdit, read_key
 from sinklens.errors import NotApplicableError
 from sinklens.models.identities import identities
 from sinklens.models.view import Model, model_shape
@@ -25,11 +25,16 @@ from sinklens.sites import ATTN_OUT, RESID_MID, RESID_PRE
 
 
 @dataclass(frozen=True, eq=False)
-class AsAttention(Edit):
+class AsAttention(WrappingEdit):
     """What an edit makes of ``resid_mid``, as attention's output: ``attn_out + edit(resid_mid) - resid_mid``."""
 
     edit: Edit
-    """The edit of ``resid_mid``."""
+    """The edit of ``resid_mid``, which has the axes of attention's output."""
+
+    @property
+    @override
+    def inner(self) -> Edit:
+        return self.edit
 
     @override
     def reads_in(self, layer: int) -> tuple[ReadPlace, ...]:
@@ -38,23 +43,8 @@ class AsAttention(Edit):
 
     @property
     @override
-    def uses_source(self) -> bool:
-        return self.edit.uses_source
-
-    @property
-    @override
     def needs(self) -> tuple[str, ...]:
         return ("attention_adds", *self.edit.needs)
-
-    @property
-    @override
-    def tables(self) -> tuple[Table, ...]:
-        return self.edit.tables  # attention's output has the axes of resid_mid
-
-    @property
-    @override
-    def strength(self) -> float:
-        return self.edit.strength
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:

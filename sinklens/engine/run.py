@@ -97,6 +97,19 @@ class PatchResult:
     stats: EngineStats
     """What it cost."""
 
+    def added(self, patches: Sequence[Patch], readout: str) -> Float[Tensor, "patch prompt"]:
+        """What every patch adds to a readout: its value under the patch, less that of the patch's own run without it.
+
+        Args:
+            patches: the patches, in the order in which they were run.
+            readout: name of the readout, in whose units the answer is.
+
+        Raises:
+            ValueError: there are more patches or fewer than were run.
+        """
+        runs = [self.runs[patch.run][readout] for patch in patches]
+        return torch.stack([value - run for value, run in zip(self.values[readout], runs, strict=True)])
+
     def __repr__(self) -> str:
         shape = next((tuple(values.shape) for values in self.values.values()), (0, 0))
         return summary(self, f"{shape[0]:,} patches x {shape[1]:,} prompts", f"readouts {some(self.values)}")

@@ -10,7 +10,7 @@ Pitfall: the values are of one model and one list of prompts. Where either chang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from sinklens.edits import Edit, EditSite
-from sinklens.edits.base import Gathered, ReadPlace, Table, units_of_each
+from sinklens.edits.base import Gathered, Table, WrappingEdit, units_of_each
 from sinklens.engine.places import NOWHERE, group_of
 from sinklens.engine.store import ActivationStore, Want
 from sinklens.errors import InputError
-from sinklens.patches import Patch, Runs
+from sinklens.patches import Patch, Runs, Source
 from sinklens.sites import HookSite
 
 Capture = Callable[[Runs, Sequence[Want]], ActivationStore]
@@ -31,7 +31,7 @@ Capture = Callable[[Runs, Sequence[Want]], ActivationStore]
 
 
 @dataclass(frozen=True, eq=False)
-class OfRun(Edit):
+class OfRun(WrappingEdit):
     """Another edit, which brings along what it takes from a source run."""
 
     edit: Edit
@@ -45,24 +45,20 @@ class OfRun(Edit):
     reads_of_source: Mapping[int, Mapping[str, tuple[HookSite, Tensor]]] = field(default_factory=dict)
     """Per block, what :attr:`reads` are in the source run: where, and ``[prompt, place, unit, ...]``."""
 
+    @property
     @override
-    def reads_in(self, layer: int) -> tuple[ReadPlace, ...]:
-        return self.edit.reads_in(layer)
+    def inner(self) -> Edit:
+        return self.edit
 
     @property
     @override
-    def needs(self) -> tuple[str, ...]:
-        return self.edit.needs
+    def uses_source(self) -> bool:
+        return False
 
     @property
     @override
     def tables(self) -> tuple[Table, ...]:
         return (Table(self.values, ("prompt", "place")), *self.edit.tables)
-
-    @property
-    @override
-    def strength(self) -> float:
-        return self.edit.strength
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:  # noqa: ARG002
@@ -80,10 +76,10 @@ class OfRun(Edit):
         return units_of_each(own, replace(at, units=at.units.to(there)))
 
 
-def take_from(roots: Sequence[Patch]) -> dict[str, None]:
-    """The runs that root patches take from, in their order."""
-    parts = (part for root in roots for part in root.parts)
-    return {part.source.run: None for part in parts if part.source is not None and part.edit.uses_source}
+def parts_of_roots(roots: Sequence[Patch]) -> Iterator[tuple[Patch, Source | None]]:
+    """All parts of root patches, with the source that each takes from."""
+    for part in (part for root in roots for part in root.parts):
+        yield part, part.source if part.edit.uses_source else None
 
 
 def check_sources(runs: Runs) -> None:
@@ -93,7 +89,7 @@ def check_sources(runs: Runs) -> None:
         InputError: an edit that takes from a run, and none is named; a run that is not there; runs in a circle.
     """
     for name, roots in runs.items():
-        for part in (part for root in roots for part in root.parts):
+        for part, _ in parts_of_roots(roots):
             if part.source is None and part.edit.uses_source:
                 raise InputError(
                     f"a root patch of the run {name!r} takes from another run, but none is named: give it "
@@ -119,8 +115,9 @@ def ordered(runs: Runs) -> list[str]:
             circle = " takes from ".join(map(repr, (*above[above.index(name) :], name)))
             raise InputError(f"runs cannot take from each other in a circle: {circle}")
         if name not in found:
-            for source in take_from(runs[name]):
-                add(source, (*above, name))
+            for _, source in parts_of_roots(runs[name]):
+                if source is not None:
+                    add(source.run, (*above, name))
             found[name] = None
 
     for name in runs:
@@ -142,9 +139,9 @@ def resolved(runs: Runs, n_prompts: int, capture: Capture) -> tuple[Runs, int]:
     check_sources(runs)
     wants: dict[str, list[Want]] = {}
     for roots in runs.values():
-        for part in (part for root in roots for part in root.parts):
-            if part.source is not None and part.edit.uses_source:
-                wants.setdefault(part.source.run, []).extend(_wants(part, n_prompts))
+        for part, source in parts_of_roots(roots):
+            if source is not None:
+                wants.setdefault(source.run, []).extend(_wants(part, source, n_prompts))
     if not wants:
         return runs, 0
     stores: dict[str, ActivationStore] = {}
@@ -156,10 +153,9 @@ def resolved(runs: Runs, n_prompts: int, capture: Capture) -> tuple[Runs, int]:
     return {name: found[name] for name in runs}, sum(store.n_forwards for store in stores.values())
 
 
-def _wants(part: Patch, n_prompts: int) -> list[Want]:
-    assert part.source is not None
+def _wants(part: Patch, source: Source, n_prompts: int) -> list[Want]:
     used = tuple(sorted({p for prompt in range(n_prompts) for p in part.source_where.at(prompt)}))
-    return [Want(part.source.run, site, layer, used) for site, layer in _places(part)]
+    return [Want(source.run, site, layer, used) for site, layer in _places(part)]
 
 
 def _places(part: Patch) -> list[tuple[HookSite, int]]:
@@ -170,15 +166,14 @@ def _places(part: Patch) -> list[tuple[HookSite, int]]:
 
 def _with_values(root: Patch, stores: Mapping[str, ActivationStore], n_prompts: int) -> Patch:
     first, *rest = [
-        part if part.source is None or not part.edit.uses_source else _of_run(part, stores[part.source.run], n_prompts)
-        for part in root.parts
+        part if source is None else _of_run(part, source.run, stores[source.run], n_prompts)
+        for part, source in parts_of_roots([root])
     ]
     return replace(first, also=tuple(rest))
 
 
-def _of_run(part: Patch, store: ActivationStore, n_prompts: int) -> Patch:
-    assert part.source is not None
-    group, run = group_of(part), part.source.run
+def _of_run(part: Patch, run: str, store: ActivationStore, n_prompts: int) -> Patch:
+    group = group_of(part)
     positions = group.positions[0].expand(n_prompts, -1)
     sources = group.source_positions[0].expand(n_prompts, -1)
     sources = torch.where(sources == NOWHERE, sources[:, :1], sources)  # there are no such places: any will do

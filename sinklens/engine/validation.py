@@ -60,7 +60,8 @@ def validate(
         for root in roots:
             for part in root.parts:
                 _validate_patch(part, shape, n_prompts, length)
-                check_values(part, sizes, more_prompts=True)
+                for layer in part.layers:
+                    check_values(part, layer, sizes, more_prompts=True)
     seen: set[tuple] = set()  # a sweep repeats few places, and edits, in thousands of patches
     for patch in patches:
         for part in patch.parts:
@@ -69,7 +70,8 @@ def validate(
                 _validate_patch(part, shape, n_prompts, length)
                 seen.add(places)
             if (id(part.edit), *places) not in seen:
-                check_values(part, sizes, more_prompts=True)
+                for layer in part.layers:
+                    check_values(part, layer, sizes, more_prompts=True)
                 seen.add((id(part.edit), *places))
             if part.run not in runs or (part.source is not None and part.source.run not in runs):
                 unknown = min({part.run, *([part.source.run] if part.source else [])} - set(runs))

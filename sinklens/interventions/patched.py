@@ -127,7 +127,7 @@ def _check_values(patch: Patch, layer: int, act: Tensor, first: int) -> None:
     """Refuse values of another size than the activation's, which would be broadcast or picked from wrongly."""
     end = first + act.shape[patch.site.pos_axis]
     sizes = dict(zip(patch.site.axes[1:], act.shape[1:], strict=True)) | {"prompt": len(act)}
-    check_values(replace(patch, layers=(layer,)), sizes | dict.fromkeys(("pos", "query", "key"), end))
+    check_values(patch, layer, sizes | dict.fromkeys(("pos", "query", "key"), end))
 
 
 def _check_source(op: Op, name: str, source: Mapping[str, Tensor], pos_axis: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing_extensions import override
 
 from sinklens.edits import AttendSelf, Constant, Edit, EditSite, Function, Transplant
-from sinklens.edits.base import Gathered, Read
+from sinklens.edits.base import Gathered, WrappingEdit
 from sinklens.pairs.pair import SinkPair
 from sinklens.patches import Patch, Positions, Source
 
@@ -17,7 +17,7 @@ _SAME_FOR_ALL = (Transplant, Constant, AttendSelf, Function)
 
 
 @dataclass(frozen=True, eq=False)
-class Shifted(Edit):
+class Shifted(WrappingEdit):
     """Another edit, told the number of each prompt among all prompts where only some are run."""
 
     name: str = "shifted"
@@ -28,23 +28,8 @@ class Shifted(Edit):
 
     @property
     @override
-    def reads(self) -> tuple[Read, ...]:
-        return self.edit.reads
-
-    @property
-    @override
-    def uses_source(self) -> bool:
-        return self.edit.uses_source
-
-    @property
-    @override
-    def needs(self) -> tuple[str, ...]:
-        return self.edit.needs
-
-    @property
-    @override
-    def strength(self) -> float:
-        return self.edit.strength
+    def inner(self) -> Edit:
+        return self.edit
 
     @override
     def __call__(self, x: Gathered, source: Gathered | None, at: EditSite) -> Gathered:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sinklens.analysis.preconditions import check_k, check_sink_varies
-from sinklens.analysis.tables import added, base_reading, mean_and_range, patch_table
+from sinklens.analysis.tables import base_reading, mean_and_range, patch_table
 from sinklens.edits import Constant
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.patches import Patch
@@ -49,12 +49,12 @@ def test_what_a_patch_adds_is_over_its_own_run():
     patches = [Patch(RESID_POST, (1,), (7,), Constant(), run=run) for run in ("base", "other")]
     root = Patch(RESID_POST, (0,), (7,), Constant())
     result = here.run(patches, [norm], {"base": (), "other": (root,)})
-    first, second = added(result, patches, "norm")
+    first, second = result.added(patches, "norm")
     assert torch.equal(first, result.values["norm"][0] - result.runs["base"]["norm"])
     assert torch.equal(second, result.values["norm"][1] - result.runs["other"]["norm"])
     assert not torch.equal(result.runs["base"]["norm"], result.runs["other"]["norm"])
     with pytest.raises(ValueError, match="shorter"):
-        added(result, patches[:1], "norm")
+        result.added(patches[:1], "norm")
 
 
 def test_mean_and_range_of_a_table():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from sinklens.circuits import Edge, Edges, resized
+from sinklens.circuits import Edge, Edges
 from sinklens.circuits.exact import exact_edges
 from sinklens.circuits.paths import together
-from sinklens.edits import Transplant
+from sinklens.edits import Transplant, resized
 from sinklens.sites import K, V
 from tests.helpers.circuits import hears, received, root_hooks, writes
 from tests.helpers.settings import setting_for

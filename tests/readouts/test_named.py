@@ -89,7 +89,8 @@ def test_every_name_is_told_where_one_is_asked_for():
     """A readout that is added shows in the table of sweeps' page and in the options' help."""
     root = Path(__file__).parents[2] / "sinklens"
     page = (root / "sweeps" / "README.md").read_text(encoding="utf-8")
-    rows = [f"| `{name}` | {readout.help} |" for name, readout in READOUTS.items()]
+    told = {name: readout.help.replace("|", r"\|") for name, readout in READOUTS.items()}  # a cell's end, otherwise
+    rows = [f"| `{name}` | {text} |" for name, text in told.items()]
     assert "\n".join(rows) in page and all(readout.help for readout in READOUTS.values())
     for command in ("chain", "sweep"):
         shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400", "NO_COLOR": "1", "TERM": "dumb"})
