@@ -7,18 +7,25 @@ a small model can have a sink whose activations reach neither, and ``dominance_r
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+ROUNDINGS = 16
+"""Roundings of one number within which two values are equal: a sum over neurons in another order moves it so far."""
 
 
 def robust_z(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
     """``(x - median) / (1.4826 MAD)`` along the last axis: a z-score that outliers themselves do not move.
 
     1.4826 makes the median absolute deviation agree with the standard deviation of a normal distribution. Infinite or
-    NaN where more than half of the values are equal.
+    NaN where more than half of the values are equal, up to what rounding in float32 (in float64 for values in float64)
+    makes of equal ones: which of them differ by it, and so the score of each, would go by the processor.
     """
-    wide = x.double()
-    deviation = wide - wide.quantile(0.5, dim=-1, keepdim=True)
+    wide, eps = x.double(), torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+    median = wide.quantile(0.5, dim=-1, keepdim=True)
+    deviation = wide - median
+    deviation = deviation.masked_fill(deviation.abs() <= ROUNDINGS * eps * median.abs(), 0.0)
     return (deviation / (1.4826 * deviation.abs().quantile(0.5, dim=-1, keepdim=True))).float()
 
 

@@ -312,16 +312,15 @@ def _centred(x: Tensor) -> Tensor:
 
 
 def _but_for_rounding(model: Model, left: Tensor, right: Tensor) -> Sides:
-    """Both sides less what is the same for all tokens, as a bias is; in half precision what rounding may do is let be.
+    """Both sides less what is the same for all tokens, as a bias is; what rounding may do is let be.
 
-    There the whole is rounded, what is the same included, and that may be many times as large as the rest.
+    The whole is rounded, what is the same included, and that may be many times as large as the rest, or all there is.
     """
     difference, rest = _centred(left) - _centred(right), _centred(right)
-    if dtype_of(model).itemsize < 4:
-        rounding = torch.finfo(dtype_of(model)).eps * right.norm(dim=-1, keepdim=True)
-        size = difference.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        difference = difference * (1 - rounding / size).clamp_min(0)
-    return rest + difference, rest
+    roundings = 0.5 if dtype_of(model).itemsize < 4 else 16  # in half precision the sums themselves are float32
+    rounding = roundings * torch.finfo(dtype_of(model)).eps * right.norm(dim=-1, keepdim=True)
+    size = difference.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return rest + difference * (1 - rounding / size).clamp_min(0), rest
 
 
 def _attention_adds(model: Model, layer: int, acts: Acts) -> Sides:  # noqa: ARG001
@@ -351,7 +350,7 @@ def _heads_write(model: Model, layer: int, acts: Acts) -> Sides:
 def _neurons_write(model: Model, layer: int, acts: Acts) -> Sides:
     W_out = BlockWeights(model, layer).W_out.detach().float()  # refuses a mixture of experts
     post, out = _act(acts, "mlp.hook_post", "hook_mlp_out")
-    return _centred(post.to(W_out.device) @ W_out).to(out.device), _centred(out)
+    return _but_for_rounding(model, (post.to(W_out.device) @ W_out).to(out.device), out)
 
 
 def _neurons_read(model: Model, layer: int, acts: Acts) -> Sides:
@@ -361,10 +360,10 @@ def _neurons_read(model: Model, layer: int, acts: Acts) -> Sides:
     x, pre = _act(acts, normed, "mlp.hook_pre")
     x = (x * weights.ln2_w.detach().float().to(x.device)).to(W_in.device)
     if W_gate is None:
-        return _centred(x @ W_in).to(pre.device), _centred(pre)
+        return _but_for_rounding(model, (x @ W_in).to(pre.device), pre)
     (linear,) = _act(acts, "mlp.hook_pre_linear")
     left = torch.cat([x @ W_gate.detach().float(), x @ W_in], -1)
-    return _centred(left).to(pre.device), _centred(torch.cat([pre, linear.to(pre.device)], -1))
+    return _but_for_rounding(model, left.to(pre.device), torch.cat([pre, linear.to(pre.device)], -1))
 
 
 def _normed(model: Model, x: Tensor) -> Tensor:

@@ -143,13 +143,13 @@ def test_putting_an_activation_back_changes_nothing(tiny):
 
 
 def test_a_row_never_touches_another(llama):
-    """The same patch gives bit-identical numbers whatever the other rows of its batch do."""
+    """The same patch gives the same numbers, but for the order of a sum, whatever the other rows of its batch do."""
     tokens = tokens_for(llama)
     quiet, loud = transplant(), transplant(edit=edits.Constant(), source=None, layers=(1, 2), positions=(1, 5, 7))
     alone = run_patches(llama, tokens, [quiet, quiet], [received()], max_rows=2 * N)
     beside = run_patches(llama, tokens, [quiet, loud], [received()], max_rows=2 * N)
-    assert torch.equal(alone.values[SINK][0], beside.values[SINK][0])
-    assert not torch.equal(beside.values[SINK][1], beside.values[SINK][0])
+    torch.testing.assert_close(alone.values[SINK][0], beside.values[SINK][0], rtol=1e-6, atol=1e-8)
+    assert (beside.values[SINK][1] - beside.values[SINK][0]).abs().min() > 1e-3
 
 
 def test_a_patch_leaves_its_run_s_other_prompts_and_readouts_alone(llama):

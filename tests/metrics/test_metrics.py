@@ -212,6 +212,16 @@ def test_robust_z_is_the_ordinary_one_on_normal_data() -> None:
     assert z.median().item() == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_robust_z_of_values_that_are_equal_but_for_rounding(dtype: torch.dtype) -> None:
+    """Which of them a kernel rounds otherwise does not decide what is an outlier; a real difference does."""
+    eps = torch.finfo(dtype).eps
+    x = torch.tensor([3.0, 3.0, 3.0, 3.0 * (1 + 2 * eps), 3.0 * (1 - eps), 30.0], dtype=dtype)
+    assert_close(metrics.robust_z(x), torch.tensor([NAN] * 5 + [math.inf]), equal_nan=True)
+    x = torch.tensor([3.0, 3.0 * (1 + 100 * eps), 3.0 * (1 - 100 * eps), 3.0 * (1 + 200 * eps), 30.0], dtype=dtype)
+    assert metrics.robust_z(x).isfinite().all()
+
+
 def test_robust_z_where_most_values_are_equal() -> None:
     assert_close(metrics.robust_z(t(0, 0, 0, 5, -5)), t(NAN, NAN, NAN, math.inf, -math.inf), equal_nan=True)
 

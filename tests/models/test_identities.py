@@ -89,6 +89,18 @@ def test_rounding_to_sixteen_bits_is_no_failure(backend: Any, dtype: str) -> Non
 # --- Planted faults --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_mlp_that_does_the_same_for_every_token_writes_and_reads_what_its_weights_say(dtype: str) -> None:
+    """Then deviations from the mean over tokens are rounding, and no measure of anything."""
+    hf = tiny_hf("gpt2")
+    with torch.no_grad():
+        for block in hf.transformer.h:
+            block.ln_2.weight.fill_(1e-7 if dtype == "float32" else 1e-4)
+            block.ln_2.bias.fill_(1.0)
+    measured = identities(load_model(hf, backend="bridge", device="cpu", dtype=dtype))
+    assert measured.holds("neurons_write") and measured.holds("neurons_read")
+
+
 @pytest.mark.slow
 @pytest.mark.backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -111,7 +123,7 @@ def test_five_percent_in_one_block_are_found(name: str, sublayer: str, linear: s
     assert measured.holds(name, (0, 1, 3)) and not measured.holds(name, (2,))
     assert measured.errors[name][2] == pytest.approx(0.05, rel=0.4)
     require(model, name, (0, 1, 3))
-    with pytest.raises(NotApplicableError, match=r"off by 0\.0[45].* in block 2"):
+    with pytest.raises(NotApplicableError, match=r"off by 0\.0[345].* in block 2"):  # less what rounding may do
         require(model, name, ALL)
 
 

@@ -2,8 +2,9 @@
 
 Behind a few blocks of sharp attention two right passes in bfloat16 read different numbers, so that a reading says
 little about either. Within one block rounding has no time to grow. Each block is given the residual stream that the
-model gives it, and computed three times: in the model's dtype with either way of attention, and in float32. How far the
-first two are from the third is what the dtype does there; the model's own activations may be a few times as far.
+model gives it, and computed in float32 and, several times, in the model's dtype: with either way of attention, and with
+an input that is moved by a rounding. How far those are from float32 is what the dtype does there; the model's own
+activations may be a few times as far.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from sinklens.models.identities import activations
 from sinklens.models.view import Model, device_of
 from sinklens.sites import HookSite
 
-TIMES = 3.0
+TIMES = 2.0
 """How many times as far from float32 as the packed pass in 16 bits the model may be."""
 ROUNDINGS = 4
 """And how many roundings of one number besides."""
 QUANTILES, OF_NOISE = (0.5, 0.75, 0.9), (0.65, 0.9, 0.97)
 """Of the tokens, ordered by their difference: a wrong part moves most of them, an unlucky rounding few. Those of the
 model are held against somewhat higher ones of rounding, which strikes other tokens every time."""
+NUDGES = 2
+"""How many inputs moved by a rounding are tried: which keys a sharp pattern falls on hangs on a few roundings."""
 MOST_TOKENS = 512
 """Of a prompt, how many the trial takes: all activations of all blocks are kept."""
 
@@ -101,6 +104,7 @@ def trial(packed: PackedModel, layout: Layout, layer: int, acts: Mapping[str, Te
     x, same = acts["hook_resid_pre"].flatten(0, 1), set[str]()
     true = _of_block(Exact(packed), layout, layer, x, explicit=True)
     rounded = [_of_block(packed, layout, layer, x, explicit) for explicit in (False, True)]
+    rounded += [_of_block(packed, layout, layer, _nudged(x, packed.dtype, seed), True) for seed in range(NUDGES)]
     for name, theirs in acts.items():
         if name not in true or name == "hook_resid_pre":
             continue
@@ -120,6 +124,12 @@ def _of_block(packed: PackedModel, layout: Layout, layer: int, x: Tensor, explic
     watch = Watch(packed.n_layers, explicit)
     PackedPass(packed, layout, watch).one_block(x.to(packed.dtype), layer)  # type: ignore[arg-type]
     return watch.seen
+
+
+def _nudged(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """An input that may as well have been rounded to ``dtype`` the other way."""
+    sign = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) * 2 - 1
+    return x * (1 + sign * torch.finfo(dtype).eps / 2)
 
 
 def _spread(
