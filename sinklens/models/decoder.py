@@ -12,6 +12,7 @@ Llama.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -192,7 +193,7 @@ def is_decoder_config(config: object) -> bool:
     return isinstance(config, dict) and config.get("architectures") == [ARCHITECTURE]
 
 
-def load_decoder(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> Decoder:
+def load_decoder(folder: Path, dtype: torch.dtype) -> Decoder:
     """A decoder, without its tokenizer, from a folder that :func:`save_decoder` wrote.
 
     Raises:
@@ -201,6 +202,7 @@ def load_decoder(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> De
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (absent := [name for name in SAVED if name not in config]) != []:
         raise InputError(f"{folder / 'config.json'} does not say {absent[0]}; save the model again.")
     if config["variant"] not in REGISTRY:

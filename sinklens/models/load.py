@@ -62,10 +62,16 @@ class ModelSource:
     """Where the weights come from."""
     licence: str
     """SPDX identifier of the weights' licence."""
-    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase | None]]
-    """Gives the Hugging Face model and its tokenizer, fetching them if need be."""
-    find: Callable[[], Path | None]
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase | None]] | None = None
+    """Gives the Hugging Face model and its tokenizer, fetching them if need be; None where there is a folder."""
+    find: Callable[[], Path | None] = lambda: None
     """Where the weights are on this machine, or None; touches neither the network nor the file's contents."""
+    folder: Path | None = None
+    """Of a decoder that sinklens trained, in place of both."""
+
+    def __post_init__(self) -> None:
+        if (self.load is None) is (self.folder is None):
+            raise ValueError("a model with a short name has either load= or the folder= of a decoder.")
 
 
 @dataclass(frozen=True)
@@ -107,11 +113,22 @@ register_model(
         find=_smollm2.find_gguf,
     )
 )
+for _name, _what in (("tiny-sink", "softmax attention"), ("tiny-normed", "head-wise RMSNorm, all else as in tiny-sink")):
+    register_model(
+        ModelSource(
+            name=_name,
+            title=_name,
+            description=f"1.2M parameters, 5 blocks, trained by sinklens on technical documentation with {_what}",
+            source="in the package (2.4 MB)",
+            licence="Apache-2.0",
+            folder=Path(__file__).parent.parent / "data" / _name,
+        )
+    )
 
 
 def list_models() -> list[ModelListing]:
     """The registered models, and where each is on this machine."""
-    return [ModelListing(s.name, s.description, s.source, s.licence, s.find()) for s in REGISTRY.values()]
+    return [ModelListing(s.name, s.description, s.source, s.licence, s.folder or s.find()) for s in REGISTRY.values()]
 
 
 @in_usual_state
@@ -150,8 +167,8 @@ def load_model(
     target, precision = find_device(device), _dtype(dtype)
     if backend not in ("auto", "hooked", "bridge"):
         raise InputError(f'unknown backend {backend!r}; choose "auto", "hooked" or "bridge".')
-    if (config := _decoder_config(model)) is not None:
-        return _decoder(Path(model), config, target, precision, backend, tokenizer, devices)  # type: ignore[arg-type]
+    if (folder := _decoder_folder(model)) is not None:
+        return _decoder(folder, target, precision, backend, tokenizer, devices)
     if backend == "hooked" and not has_hooked_transformer():
         raise InputError('this TransformerLens has no HookedTransformer (it ended with 3.x); use backend="bridge".')
     with _quiet_loading(), _plain_torch():
@@ -180,10 +197,12 @@ def load_model(
         return loaded
 
 
-def _decoder_config(model: object) -> dict[str, Any] | None:
-    """The config of the decoder in a folder; None where there is none."""
+def _decoder_folder(model: object) -> Path | None:
+    """The folder of the decoder that is meant; None where another model is."""
+    if isinstance(model, str) and model in REGISTRY:
+        return REGISTRY[model].folder
     folder = Path(model).expanduser() if isinstance(model, (str, Path)) else None
-    if folder is None or model in REGISTRY or not (folder / "config.json").is_file():
+    if folder is None or not (folder / "config.json").is_file():
         return None
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -191,19 +210,17 @@ def _decoder_config(model: object) -> dict[str, Any] | None:
         return None  # which is said where other models are read
     from sinklens.models.decoder import is_decoder_config
 
-    return config if is_decoder_config(config) else None
+    return folder if is_decoder_config(config) else None
 
 
 def _decoder(
     folder: Path,
-    config: dict[str, Any],
     target: torch.device,
     dtype: torch.dtype,
     backend: Backend,
     tokenizer: str | Path | PreTrainedTokenizerBase | None,
     devices: int,
 ) -> Decoder:
-    folder = folder.expanduser()
     if backend != "auto" or devices != 1:
         raise InputError(
             f"{folder} holds a decoder that sinklens trained, which is neither HookedTransformer nor bridge and runs "
@@ -214,7 +231,7 @@ def _decoder(
     own = folder if any((folder / name).is_file() for name in _TOKENIZER_FILES) else None
     given = own if tokenizer is None else tokenizer
     with _quiet_loading(), _plain_torch():
-        decoder = load_decoder(folder, config, dtype)
+        decoder = load_decoder(folder, dtype)
         attach_tokenizer(decoder, None if given is None else _tokenizer(given))
     return decoder.to(target)
 
@@ -225,6 +242,7 @@ def _resolve(
     """The Hugging Face model, its tokenizer, and the name to report."""
     if isinstance(model, str) and model in REGISTRY:
         source = REGISTRY[model]
+        assert source.load is not None  # one with a folder has been loaded from it
         return *source.load(), source.title
     if isinstance(model, (str, Path)):
         path = Path(model).expanduser()
