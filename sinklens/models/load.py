@@ -113,7 +113,10 @@ register_model(
         find=_smollm2.find_gguf,
     )
 )
-for _name, _what in (("tiny-sink", "softmax attention"), ("tiny-normed", "head-wise RMSNorm, all else as in tiny-sink")):
+for _name, _what in (
+    ("tiny-sink", "softmax attention"),
+    ("tiny-normed", "head-wise RMSNorm, all else as in tiny-sink"),
+):
     register_model(
         ModelSource(
             name=_name,

@@ -94,7 +94,8 @@ def test_an_mlp_that_does_the_same_for_every_token_writes_and_reads_what_its_wei
     """Then deviations from the mean over tokens are rounding, and no measure of anything."""
     hf = tiny_hf("gpt2")
     with torch.no_grad():
-        for block in hf.transformer.h:
+        blocks: Any = hf.transformer.h
+        for block in blocks:
             block.ln_2.weight.fill_(1e-7 if dtype == "float32" else 1e-4)
             block.ln_2.bias.fill_(1.0)
     measured = identities(load_model(hf, backend="bridge", device="cpu", dtype=dtype))
