@@ -124,6 +124,7 @@ def run_several(
     out: str | Path,
     *,
     target: int = 10,
+    loss: bool = False,
     only: Sequence[str] = (),
     analyses: Sequence[Analysis | str | Path] = (),
     config: Mapping[str, Any] | None = None,
@@ -139,6 +140,7 @@ def run_several(
         several: the runs.
         out: the folder that theirs are in.
         target: position that the chains make a sink.
+        loss: whether the chains also read what every edit does to the loss.
         only: names of the parts to run (all by default).
         analyses: further ones, as :func:`sinklens.run_all` takes them.
         config: what else to record, such as the command line.
@@ -169,7 +171,13 @@ def run_several(
     record()  # first of all: what has it can be taken up
     for name, each in several.studies.items():
         starts(name)
-        told_all = {"target": target, "only": only, "analyses": analyses, "config": config}
+        told_all: dict[str, Any] = {
+            "target": target,
+            "loss": loss,
+            "only": only,
+            "analyses": analyses,
+            "config": config,
+        }
         results[name] = run_all(each, out / name, **told_all, begins=begins, ends=ends)
         record()
         finished(name, results[name])

@@ -84,6 +84,7 @@ def run_all(
     out: str | Path,
     *,
     target: int = 10,
+    loss: bool = False,
     only: Sequence[str] = (),
     analyses: Sequence[Analysis | str | Path] = (),
     config: Mapping[str, Any] | None = None,
@@ -96,6 +97,7 @@ def run_all(
         study: model, prompts and seed.
         out: the folder; one that an earlier run left is taken up again.
         target: position that the chain makes a sink.
+        loss: whether the chain also reads what every edit does to the loss, as :func:`sinklens.run_chain` does.
         only: names of the parts to run (all by default).
         analyses: further ones, themselves or ``.py`` files that have one; they run after the package's.
         config: what else to record, such as the command line.
@@ -118,8 +120,8 @@ def run_all(
     chosen = [name for name in names if not only or name in only]
     _check(study, target)
     earlier = earlier_parts(out)
-    keys = {name: _key(study, target, known.get(name)) for name in chosen}
-    suite = _Suite(study, out, target, known)
+    keys = {name: _key(study, target, loss and name == CHAIN, known.get(name)) for name in chosen}
+    suite = _Suite(study, out, target, loss, known)
     # What is there stays on record until it is done again: a run that is interrupted has lost nothing.
     parts = {name: part for name, part in earlier.items() if name in names}
     write_record(out, study, parts, config or {})  # first of all: what has it can be taken up
@@ -216,8 +218,8 @@ class Parts:
 class _Suite(Parts):
     """The formation, the chain and the analyses."""
 
-    def __init__(self, study: Study, out: Path, target: int, analyses: Mapping[str, Analysis]) -> None:
-        self.study, self.out, self.target, self.analyses = study, out, target, analyses
+    def __init__(self, study: Study, out: Path, target: int, loss: bool, analyses: Mapping[str, Analysis]) -> None:
+        self.study, self.out, self.target, self.loss, self.analyses = study, out, target, loss, analyses
 
     def reuse(self, name: str) -> bool:
         try:
@@ -239,7 +241,7 @@ class _Suite(Parts):
             write_json(self.out / "formation.json", formation_to_json(study.formation))
             return "done", ""
         if name == CHAIN:
-            result = score_chain(study, PairChoice(self.target))
+            result = score_chain(study, PairChoice(self.target), loss=self.loss)
             result.save(self.out / name, force=True)
             return "done", ""
         found = run_analysis(self.analyses[name], study)
@@ -248,8 +250,9 @@ class _Suite(Parts):
         return ("not measurable", reason) if outcome == "not measurable" else ("done", "")
 
 
-def _key(study: Study, target: int, analysis: Analysis | None) -> dict[str, Any]:
-    return part_key(study, analysis, {} if analysis is None else analysis.options, {"target": target})
+def _key(study: Study, target: int, loss: bool, analysis: Analysis | None) -> dict[str, Any]:
+    chosen = {"target": target} | ({"loss": True} if loss else {})
+    return part_key(study, analysis, {} if analysis is None else analysis.options, chosen)
 
 
 def part_key(

@@ -28,6 +28,7 @@ from sinklens.cli.common import (
     EventsOption,
     JsonOption,
     LengthOption,
+    LossOption,
     MemoryOption,
     ModelOption,
     NeuronsOption,
@@ -55,6 +56,7 @@ MITIGATIONS = "mitigations"
 def everything(
     model: ModelOption = "smollm2",
     target: Annotated[int, typer.Option(help="Position that the chain makes a sink.")] = 10,
+    loss: LossOption = False,
     length: LengthOption = 64,
     n: CountOption = 32,
     prompts: PromptsOption = "passages",
@@ -115,6 +117,7 @@ def everything(
             ),
             out,
             target=target,
+            loss=loss,
             only=chosen,
             analyses=analyses,
             mitigated=mitigated,
@@ -153,6 +156,7 @@ def run_everything(
     out: Path,
     *,
     target: int,
+    loss: bool,
     only: tuple[str, ...],
     analyses: Sequence[Any] = (),
     mitigated: bool = False,
@@ -181,6 +185,7 @@ def run_everything(
         study = Study(model, batch, seed, memory_budget, given, display.rows)
         options: dict[str, Any] = {
             "target": target,
+            "loss": loss,
             "only": only,
             "analyses": analyses,
             "config": {"command": command_line()},

@@ -30,6 +30,7 @@ from sinklens.cli.common import (
     ForceOption,
     JsonOption,
     LengthOption,
+    LossOption,
     MemoryOption,
     ModelOption,
     NeuronsOption,
@@ -89,14 +90,7 @@ def chain(
     readout_blocks: Annotated[int, typer.Option(min=1, help="Blocks after formation to measure attention in.")] = 4,
     control_draws: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Repetitions of random draws.")] = 3,
     min_gap: Annotated[float, typer.Option(help="Exclude prompts whose metric the pair moves by less.")] = 0.01,
-    loss: Annotated[
-        bool,
-        typer.Option(
-            "--loss",
-            help="Also what every edit does to the loss, beside its control: every row then runs to the end of the "
-            "model, which takes about 4 times as long (SmolLM2, 4 prompts of 32 tokens).",
-        ),
-    ] = False,
+    loss: LossOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.float32,
     backend: BackendOption = Backend.auto,

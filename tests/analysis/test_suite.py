@@ -147,6 +147,14 @@ def test_what_has_changed_is_redone(done, calls, changes, target, redone):
     assert calls.made == redone
 
 
+def test_the_loss_is_the_chain_s_alone_and_is_asked_for(done, calls):
+    assert "loss_change" not in ChainResult.load(done / "chain").scores
+    run_all(study(), done, target=5, loss=True)
+    assert calls.made == ["chain"]
+    assert ChainResult.load(done / "chain").scores.loss_change.notna().all()
+    assert all(part.reused for part in run_all(study(), done, target=5, loss=True).parts.values())
+
+
 @pytest.mark.slow
 def test_other_weights_are_another_model(done, calls):
     other = study()
