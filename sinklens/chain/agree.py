@@ -25,6 +25,9 @@ from sinklens.pairs.choice import Target, check_targets
 from sinklens.prompts import PromptBatch, check_batch
 from sinklens.records.text import join, number
 
+MOST_TOLD = 6
+"""Differing verdicts of which a line says how they differ; of more it has the names."""
+
 
 @dataclass(frozen=True)
 class Said:
@@ -138,11 +141,14 @@ def agreement_text(table: pd.DataFrame, over: str) -> str:
     head = agreement_count(table, over)
     if not differ:
         return f"{head}."
+    if len(differ) > MOST_TOLD:
+        others = join([f"{row['part']} {row['what']}" for row in differ])
+        return f"{head}; they differ in {others} (the table has how)."
     names = [str(column).removeprefix("verdict: ") for column in table if str(column).startswith("verdict: ")]
     each = []
     for row in differ:
         verdicts = [f"{name} {row[f'verdict: {name}']}" for name in names if isinstance(row[f"verdict: {name}"], str)]
-        each.append(f"{row['part']} {row['what']} ({', '.join(verdicts)}; from {_range(row)})")
+        each.append(f"{row['part']} {row['what']} ({', '.join(verdicts)}; {_range(row)})")
     return f"{head}; they differ in {join(each, '; ')}."
 
 
@@ -158,7 +164,8 @@ def compared(table: pd.DataFrame) -> list[dict[Any, Any]]:
 
 
 def _range(row: Mapping[str, Any]) -> str:
-    return f"{number(row['least'])} to {number(row['most'])}"
+    least, most = number(row["least"]), number(row["most"])
+    return least if least == most else f"from {least} to {most}"
 
 
 def _what(edit: str, control: str, direction: str) -> str:

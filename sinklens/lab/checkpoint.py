@@ -40,7 +40,9 @@ def write_checkpoint(run: Path, model: Decoder, optimiser: Optimiser, step: int,
         WriteError: there is no room; earlier ones are as they were.
     """
     path = run / FOLDER / f"step-{step:06d}"
-    with writing(path, "earlier checkpoints are kept; start again where there is some"):
+    with writing(
+        path, "train into another folder; earlier checkpoints are kept, and the same command goes on from the latest"
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
         with replaced(path) as folder:

@@ -65,18 +65,19 @@ def begin(
         )
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: str | Path) -> dict[str, Any]:
     """``lab.json`` of a run.
 
     Raises:
         InputError: there is none, or it is damaged.
     """
+    path = Path(folder).expanduser() / RECORD
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / RECORD} cannot be read: give the folder of a run of `sinklens train`.") from error
+        raise InputError(f"{path} cannot be read: give the folder of a run of `sinklens train`.") from error
     if not isinstance(record, dict):
-        raise InputError(f"{folder / RECORD} is no record of a run.")
+        raise InputError(f"{path} is no record of a run.")
     return record
 
 

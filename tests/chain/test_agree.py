@@ -36,6 +36,10 @@ def test_a_line_says_which_verdicts_of_edits_differ() -> None:
     )
     lacking = {"a": RUNS["a"][1:2], "b": RUNS["b"][1:2], "c": [Said("t", "z", "agrees", 1.0)]}
     assert "s y (a against, b agrees; from" in agreement_text(compare(lacking), "three runs")
+    many = {name: [Said("s", f"x{i}", verdict, 0.5) for i in range(7)] for name, verdict in (("a", "1"), ("b", "2"))}
+    assert agreement_text(compare(many), "two runs").endswith(
+        "they differ in s x0, s x1, s x2, s x3, s x4, s x5 and s x6 (the table has how)."
+    )
     same = {name: said[:1] for name, said in RUNS.items()}
     assert agreement_text(compare(same), "three runs") == "1 of 1 verdicts are the same for three runs."
     assert agreement_text(compare({"a": RUNS["a"]}), "one run") == "There is nothing to compare between one run."

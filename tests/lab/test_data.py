@@ -119,7 +119,9 @@ def test_documents_are_held_out_whole(texts):
     assert isinstance(data, Text)
     numbers = np.argsort([data._row(0, 0, place) for place in range(data.n_rows)])
     trained = data.tokenizer.decode(data.rows(0, 0, data.n_rows)[numbers][:, :-1].ravel())
-    held = data.tokenizer.decode(data.held_out(10_000)[:, :-1].ravel())
+    rows = data.held_out(10_000)
+    order = np.argsort(np.random.default_rng(0).permutation(len(rows)))  # they are drawn from all of it
+    held = data.tokenizer.decode(rows[order][:, :-1].ravel())
     there = [(text[:300] in trained, text[:300] in held) for text in (p.read_text() for p in texts.glob("*.txt"))]
     assert set(there) == {(True, False), (False, True)}
 
@@ -135,6 +137,22 @@ def test_the_cache_goes_by_content(texts, tmp_path):
     assert not any("cutting" in text for text in said)
     (copy / "00.txt").write_text("Something else.")
     assert open_data(copy, LENGTH, vocab=300).folder != first.folder  # type: ignore[attr-defined]
+
+
+def test_what_is_measured_comes_from_all_that_is_held_out(tmp_path):
+    """And not from the files that stand first: here every file has a letter of its own."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    for letter in letters:
+        for number in range(20):
+            (tmp_path / f"{letter}{number}.txt").write_text(f"{letter * (40 + number)} " * 40)
+    data = open_data(tmp_path, LENGTH, vocab=300)
+
+    def found(rows: np.ndarray) -> set[str]:
+        return set(data.tokenizer.decode(rows.ravel())) & set(letters)
+
+    everything, some = data.held_out(10_000), data.held_out(12)
+    first = everything[np.argsort(np.random.default_rng(0).permutation(len(everything)))][:12]
+    assert len(found(some)) > len(found(first)) and found(some) <= found(everything)
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ An epoch goes through all rows in an order drawn by seed and epoch. Row r has to
 inclusive: its last token is the first of the next row, and is predicted here.
 
 What is held out is whole documents, those with the smallest digests: about 2 in 100 tokens, at least one row and about
-half at most. A text of more than 2^16 characters is cut into documents at line ends.
+half at most; the rows that are measured are drawn from all of them. A text of more than 2^16 characters is cut into
+documents at line ends.
 """
 
 from __future__ import annotations
@@ -96,8 +97,9 @@ class Text:
 
     def held_out(self, n: int) -> Tokens:
         """See :class:`~sinklens.lab.data.base.Data`."""
-        there = (len(self._held) - 1) // self.length
-        return self._held.rows(np.arange(min(n, there)), self.length)
+        # Drawn from all documents: the first of them may be of one kind.
+        drawn = np.random.default_rng(0).permutation((len(self._held) - 1) // self.length)
+        return self._held.rows(drawn[:n], self.length)
 
     def described(self) -> dict[str, Any]:
         """See :class:`~sinklens.lab.data.base.Data`."""
@@ -107,6 +109,7 @@ class Text:
             **self.record,
             "tokens_trained": len(self._trained),
             "tokens_held_out": len(self._held),
+            "held_out": "rows drawn from all of it",
         }
 
     def _row(self, seed: int, epoch: int, place: int) -> int:
