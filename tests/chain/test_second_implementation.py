@@ -130,7 +130,9 @@ def n_hooks(model: Any) -> int:
 
 @pytest.fixture(scope="module")
 def second(batch: prompts.PromptBatch, formation: Formation) -> Iterator[Second]:
-    model, _ = REGISTRY["smollm2"].load()
+    load = REGISTRY["smollm2"].load
+    assert load is not None
+    model, _ = load()
     assert model.config._attn_implementation == "eager"
     assert model.dtype == torch.float32
     runs = Second(model.eval(), batch.tokens, formation.layer, formation.neurons)

@@ -92,10 +92,9 @@ def test_rounding_to_sixteen_bits_is_no_failure(backend: Any, dtype: str) -> Non
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_mlp_that_does_the_same_for_every_token_writes_and_reads_what_its_weights_say(dtype: str) -> None:
     """Then deviations from the mean over tokens are rounding, and no measure of anything."""
-    hf = tiny_hf("gpt2")
+    hf: Any = tiny_hf("gpt2")
     with torch.no_grad():
-        blocks: Any = hf.transformer.h
-        for block in blocks:
+        for block in hf.transformer.h:
             block.ln_2.weight.fill_(1e-7 if dtype == "float32" else 1e-4)
             block.ln_2.bias.fill_(1.0)
     measured = identities(load_model(hf, backend="bridge", device="cpu", dtype=dtype))
