@@ -112,7 +112,7 @@ def test_every_stage_equals_one_patch_at_a_time(tiny, kind):
             found = float(result.values[readout.name][index, prompt])
             edit = trial.experiment
             label = (trial.stage.name, edit.edit, edit.control, trial.direction, prompt, readout.name)
-            # Three times that of what is large: a spread is rescaled by a ratio of small ones, and kernels sum otherwise.
+            # Of what is large three times that: a ratio of small spreads rescales it, and kernels sum otherwise.
             assert found == pytest.approx(expected, abs=1e-5, rel=3e-5), label
 
 
