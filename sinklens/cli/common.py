@@ -125,7 +125,7 @@ DatasetOption = Annotated[
     str | None,
     typer.Option(
         help="Prompts from a Hugging Face data set in place of --prompts: NAME[:CONFIG][@SPLIT], such as wikitext, or "
-        "a folder on this machine. Needs sinklens[datasets]."
+        "a folder on this machine. Needs the extra `datasets`."
     ),
 ]
 CountOption = Annotated[int, typer.Option("--n", help="Number of prompts.")]

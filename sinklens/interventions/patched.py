@@ -87,7 +87,7 @@ def _op(patch: Patch, layer: int, act: Tensor, first: int) -> Op:
     ``first`` is the position of its first token: those before were run, and edited, in an earlier pass.
     """
     end = first + act.shape[patch.site.pos_axis]
-    _check_places(patch, act, end)
+    _check_places(patch, layer, act, end)
     placed = patch if any(patch.where.rows) else replace(patch, positions=tuple(range(first, end)))
     group = group_of(placed, act.device)
     rows = torch.arange(len(act), device=act.device)
@@ -106,9 +106,9 @@ def _op(patch: Patch, layer: int, act: Tensor, first: int) -> Op:
     )
 
 
-def _check_places(patch: Patch, act: Tensor, end: int) -> None:
+def _check_places(patch: Patch, layer: int, act: Tensor, end: int) -> None:
     """Refuse places that ``act`` does not have, in which an index would raise, or bring a GPU down."""
-    what = f"the edit {patch.edit.name!r} at {patch.site.template}"
+    what = f"the edit {patch.edit.name!r} at {patch.site.at(layer)}"
     if not patch.where.shared and len(patch.where.rows) != len(act):
         raise InputError(f"{what} has positions for {len(patch.where.rows)} prompts, but the batch has {len(act)}")
     beyond = [position for row in patch.where.rows for position in row if position >= end]

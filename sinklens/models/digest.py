@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
-from sinklens.models.view import Model, config_text, named_parameters_of
+from sinklens.models.view import Model, config_text, named_parameters_of, settings_text
 
 _WORDS = 1 << 13
 """Words that have keys of their own."""
@@ -36,12 +36,12 @@ def weight_digest(model: Model) -> str:
     """A digest over the config, and every parameter's name, shape, dtype and bits, in the order of the names.
 
     The same weights compute something else with another window, rotary base or activation function, so the config
-    counts. The two backends name their parameters differently, so the same weights have one digest on each; they have
-    the same one on every device. Nothing is remembered from one call to the next, as a write through ``.data`` or a
-    NumPy view leaves no trace.
+    counts, and what modules have kept of it. The two backends name their parameters differently, so the same weights
+    have one digest on each; they have the same one on every device. Nothing is remembered from one call to the next,
+    as a write through ``.data`` or a NumPy view leaves no trace.
     """
     named = sorted(named_parameters_of(model))
-    digest = hashlib.sha256(f"weights by sums of rows\n{config_text(model)}".encode())
+    digest = hashlib.sha256(f"weights by sums of rows\n{config_text(model)}\n{settings_text(model)}".encode())
     for (name, weight), bits in zip(named, _on_host([short_of(weight) for _, weight in named]), strict=True):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
         digest.update(bits.numpy().data)

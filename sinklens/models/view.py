@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -501,6 +502,8 @@ def damaged_weight(model: Model) -> str | None:
     return None
 
 
+_SETTINGS = ("attn_scale", "scaling", "eps", "variance_epsilon", "act_fn")
+"""Attributes of modules that they compute with beside parameters."""
 # What a config says of a model's name, its place and its loading, and not of what it computes.
 _ASIDE = (
     "_name_or_path",
@@ -541,6 +544,21 @@ def config_text(model: Model) -> str:
     inside = _inside(model)
     config = inside.original_model.config.to_dict() if is_bridge(model) else vars(inside.cfg)
     return json.dumps(_plain(config), sort_keys=True)
+
+
+def settings_text(model: Model) -> str:
+    """What modules keep of the config and compute with, which somebody may have changed since: scales of attention,
+    epsilons of norms, activation functions; as JSON, in the order of the names.
+    """
+    found: dict[str, Any] = {}
+    for name, module in _inside(model).named_modules():
+        for key in _SETTINGS:
+            value = vars(module).get(key)
+            if isinstance(value, numbers.Real):
+                found[f"{name}.{key}"] = float(value)
+            elif callable(value):
+                found[f"{name}.{key}"] = getattr(value, "__qualname__", type(value).__qualname__)
+    return json.dumps(found, sort_keys=True)
 
 
 def _plain(value: Any) -> Any:

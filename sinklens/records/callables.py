@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
 
-_INSTALLED = {"site-packages", "dist-packages"}
+INSTALLED = {"site-packages", "dist-packages"}
+"""Folders that packages are installed in."""
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 _FROM_OUTSIDE = {
     *("environ", "getenv", "argv", "import_module"),
@@ -85,7 +86,7 @@ def is_library(module: str) -> bool:
     if root == "__main__" or root not in sys.modules:
         return False
     places = [getattr(sys.modules[root], "__file__", None), *getattr(sys.modules[root], "__path__", ())]
-    return any(place is not None and _INSTALLED & set(Path(place).parts) for place in places)
+    return any(place is not None and INSTALLED & set(Path(place).parts) for place in places)
 
 
 def resolves(module: str, name: str, value: object) -> bool:

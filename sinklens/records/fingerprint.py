@@ -47,6 +47,10 @@ _NO_STATE = frozenset({"__dict__", "__weakref__", "__doc__", "__module__", "__an
 """What of a class says nothing of what it does."""
 
 
+_OF_MODULES = frozenset(vars(torch.nn.Module()))
+"""What every module has: its tables of parameters, parts and hooks, and whether it is being trained."""
+
+
 class Unstable(Exception):
     """Nothing tells whether this is the same in another process; the message says what it is."""
 
@@ -150,7 +154,7 @@ def parts_of(value: object) -> Parts:
     if type(value).__module__.partition(".")[0] == "pandas" and hasattr(value, "to_numpy"):
         return _of_table(value)
     wrapped = getattr(value, "__wrapped__", None)
-    if callable(wrapped) and not _named(value):  # such as functools.cache makes
+    if callable(wrapped) and not _named(value) and is_library(type(value).__module__):  # such as functools.cache makes
         return Parts("wrapped", (("", type(value)), ("", wrapped)))
     return _of_object(value)
 
@@ -324,11 +328,20 @@ def _(value: torch.nn.Module) -> Parts:
     inside = vars(value)
     hooks = [hook for name in ("_forward_hooks", "_forward_pre_hooks") for hook in inside.get(name, {}).values()]
     inner = [inside.get(name) or {} for name in ("_parameters", "_buffers", "_modules")]
-    settings = {name: item for name, item in inside.items() if not name.startswith("_")}
+    settings = {name: item for name, item in inside.items() if name not in _OF_MODULES}
     if is_library(type(value).__module__):
-        kept = (bool, int, float, str, Tensor, np.ndarray, FunctionType, BuiltinFunctionType, torch.dtype)
-        settings = {name: item for name, item in settings.items() if isinstance(item, kept)}
+        settings = {name: item for name, item in settings.items() if not name.startswith("_") and _is_setting(item)}
     return Parts("module", (("", type(value)), *(("", dict(part)) for part in inner), ("", settings), ("hooks", hooks)))
+
+
+def _is_setting(value: object) -> bool:
+    """Whether an attribute of a package's module is one that it is set up by, as a window of ``(3,)`` is."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_setting(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_setting(item) for pair in value.items() for item in pair)
+    kept = (bool, int, float, str, Tensor, np.ndarray, FunctionType, MethodType, BuiltinFunctionType, torch.dtype)
+    return value is None or isinstance(value, (*kept, functools.partial))
 
 
 # --- What is called --------------------------------------------------------------------------------------------------

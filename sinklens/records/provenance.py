@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import inspect
 import platform
 import subprocess
@@ -14,7 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sinklens.records.callables import is_library
+from sinklens.records.callables import INSTALLED, is_library
+from sinklens.records.fingerprint import fingerprint_of
 
 
 def versions() -> dict[str, str]:
@@ -70,16 +73,63 @@ def package_digest() -> str:
 
 def code_digest(function: Callable[..., object]) -> str:
     """Digest of sinklens's source, of the file that ``function`` is written in, and of the user's own files that this
-    one imports from.
+    one imports from; of a function that is in no file, such as a notebook's, of what it does.
     """
     digest = hashlib.sha256(package_digest().encode())
     source = inspect.getsourcefile(function)
+    if source is None or not Path(source).is_file():
+        digest.update(fingerprint_of(function).encode())
     files = [] if source is None else [source]
     files += sorted(_imported(getattr(inspect.unwrap(function), "__globals__", {})) - set(files))
-    for path in files:
+    for path in _with_named(files):
         if Path(path).is_file():
             digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _with_named(files: list[str]) -> list[str]:
+    """Files, and those of the user's own modules that their import statements name: a plain number does not say where
+    it comes from.
+    """
+    found = list(files)
+    for path in found:  # which grows meanwhile
+        for name in _import_statements(path):
+            if is_library(name):
+                continue
+            module = sys.modules.get(name)
+            origin = getattr(module, "__file__", None) or _origin(name)
+            if origin is not None and origin not in found:
+                found.append(origin)
+    return found
+
+
+def _import_statements(path: str) -> list[str]:
+    """The modules that a file's import statements name, wherever in it they stand."""
+    try:
+        tree = ast.parse(Path(path).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return []
+    named: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
+            named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return sorted(named)
+
+
+def _origin(name: str) -> str | None:
+    """The file of a module of the user's that is not imported yet; a part of a package cannot be looked for without
+    importing the package.
+    """
+    if "." in name:
+        return None
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    path = None if spec is None else spec.origin
+    return None if path is None or INSTALLED & set(Path(path).parts) or not path.endswith(".py") else path
 
 
 def _imported(names: Mapping[str, Any]) -> set[str]:

@@ -191,3 +191,23 @@ def test_no_large_copy_is_made() -> None:
             bits(held)
         largest = max(event.cpu_memory_usage for event in seen.events() or [])
         assert largest < 16 << 20
+
+
+def test_what_modules_compute_with_beside_weights_counts() -> None:
+    """Somebody may have changed it after the model was loaded."""
+    from sinklens.models.load import load_model
+
+    for model in (tiny_model("llama"), load_model("tiny-sink", device="cpu")):
+        seen = [weight_digest(model)]
+        assert seen[0] == weight_digest(model)
+        block = model.blocks[1]
+        for owner, name, value in (
+            (block.attn, "attn_scale", 2.0),
+            (block.ln1, "eps", 0.1),
+            (block.mlp, "act_fn", abs),
+        ):
+            was = getattr(owner, name)
+            setattr(owner, name, value)
+            seen.append(weight_digest(model))
+            setattr(owner, name, was)
+        assert len(set(seen)) == 4 and weight_digest(model) == seen[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -304,3 +305,39 @@ def test_a_large_array_takes_no_time() -> None:
     """Hashed as bytes, and once for each thing however often it is used."""
     large = torch.zeros(4_000_000)
     assert fingerprint_of([large] * 1000) != fingerprint_of([large] * 1001)
+
+
+class Times:
+    """A decorator with a setting of its own."""
+
+    def __init__(self, function: Any, by: float) -> None:
+        itself: Any = self
+        functools.update_wrapper(itself, function)
+        self.by = by
+
+
+class Private(torch.nn.Module):
+    """A module of a user's, whose setting has an underscore in front."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self._alpha = alpha
+
+
+def identity(x: Any) -> Any:
+    return x
+
+
+@pytest.mark.parametrize(
+    ("make", "values"),
+    [
+        (lambda width: torch.nn.AvgPool1d(width, stride=1), (3, 5)),
+        (lambda apart: torch.nn.MaxPool2d(3, dilation=(apart, 1)), (1, 2)),
+        (Private, (1.0, 2.0)),
+        (lambda by: Times(identity, by), (1.0, 2.0)),
+    ],
+)
+def test_what_a_thing_is_set_up_by_counts(make: Any, values: tuple[Any, Any]) -> None:
+    one, same, other = (make(value) for value in (values[0], *values))
+    assert fingerprint_of(one) == fingerprint_of(same) != fingerprint_of(other)
+    assert unstable_in(other) == []
