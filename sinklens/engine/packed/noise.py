@@ -127,9 +127,9 @@ def _of_block(packed: PackedModel, layout: Layout, layer: int, x: Tensor, explic
 
 
 def _nudged(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
-    """An input that may as well have been rounded to ``dtype`` the other way."""
-    sign = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) * 2 - 1
-    return x * (1 + sign * torch.finfo(dtype).eps / 2)
+    """An input that may as well have been rounded to ``dtype`` otherwise: entries moved by up to half of their eps."""
+    moved = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device) - 0.5
+    return x * (1 + moved * torch.finfo(dtype).eps)
 
 
 def _spread(
