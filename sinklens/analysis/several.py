@@ -171,14 +171,17 @@ def run_several(
     record()  # first of all: what has it can be taken up
     for name, each in several.studies.items():
         starts(name)
-        told_all: dict[str, Any] = {
-            "target": target,
-            "loss": loss,
-            "only": only,
-            "analyses": analyses,
-            "config": config,
-        }
-        results[name] = run_all(each, out / name, **told_all, begins=begins, ends=ends)
+        results[name] = run_all(
+            each,
+            out / name,
+            target=target,
+            loss=loss,
+            only=only,
+            analyses=analyses,
+            config=config,
+            begins=begins,
+            ends=ends,
+        )
         record()
         finished(name, results[name])
     all_agreement(out, results, several.over)

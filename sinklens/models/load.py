@@ -113,20 +113,22 @@ register_model(
         find=_smollm2.find_gguf,
     )
 )
-for _name, _what in (
-    ("tiny-sink", "softmax attention"),
-    ("tiny-normed", "head-wise RMSNorm, all else as in tiny-sink"),
-):
-    register_model(
-        ModelSource(
-            name=_name,
-            title=_name,
-            description=f"1.2M parameters, 5 blocks, trained by sinklens on technical documentation with {_what}",
-            source="in the package (2.4 MB)",
-            licence="Apache-2.0",
-            folder=Path(__file__).parent.parent / "data" / _name,
-        )
+
+
+def _trained(name: str, attention: str) -> ModelSource:
+    """A small model in the package, which sinklens trained."""
+    return ModelSource(
+        name=name,
+        title=name,
+        description=f"1.2M parameters, 5 blocks, trained by sinklens on technical documentation with {attention}",
+        source="in the package (2.4 MB)",
+        licence="Apache-2.0",
+        folder=Path(__file__).parent.parent / "data" / name,
     )
+
+
+register_model(_trained("tiny-sink", "softmax attention"))
+register_model(_trained("tiny-normed", "head-wise RMSNorm, all else as in tiny-sink"))
 
 
 def list_models() -> list[ModelListing]:
