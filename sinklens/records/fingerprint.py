@@ -47,8 +47,8 @@ _NO_STATE = frozenset({"__dict__", "__weakref__", "__doc__", "__module__", "__an
 """What of a class says nothing of what it does."""
 
 
-_OF_MODULES = frozenset(vars(torch.nn.Module()))
-"""What every module has: its tables of parameters, parts and hooks, and whether it is being trained."""
+_OF_MODULES = frozenset(vars(torch.nn.Module())) - {"training"}
+"""Tables of parameters, parts and hooks that every module has; whether it drops out what it is given counts."""
 
 
 class Unstable(Exception):

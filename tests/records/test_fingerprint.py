@@ -335,6 +335,8 @@ def identity(x: Any) -> Any:
         (lambda apart: torch.nn.MaxPool2d(3, dilation=(apart, 1)), (1, 2)),
         (Private, (1.0, 2.0)),
         (lambda by: Times(identity, by), (1.0, 2.0)),
+        (lambda mode: torch.nn.Dropout(0.5).train(mode), (True, False)),
+        (lambda mode: Private(1.0).train(mode), (True, False)),
     ],
 )
 def test_what_a_thing_is_set_up_by_counts(make: Any, values: tuple[Any, Any]) -> None:
