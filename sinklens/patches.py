@@ -97,14 +97,6 @@ Where: TypeAlias = (
 :meth:`Positions.of`."""
 
 
-def _written(where: Where) -> Positions | tuple[int, ...] | tuple[tuple[int, ...], ...]:
-    """The same, in one way of writing it: so that equal places are equal, and can be looked up."""
-    if isinstance(where, Positions):
-        return where
-    positions = Positions.of(where)
-    return positions.rows[0] if positions.shared else positions.rows
-
-
 @dataclass(frozen=True)
 class Source:
     """The run and the positions that a patch takes its source activation from."""
@@ -113,11 +105,11 @@ class Source:
     """Name of the run."""
     positions: Where | None = None
     """Positions in that run, matched one to one with the patch's, or one for all of them; ``None``: the same
-    positions."""
+    positions. However they are given, they are kept as :class:`Positions`."""
 
     def __post_init__(self) -> None:
         if self.positions is not None:
-            object.__setattr__(self, "positions", _written(self.positions))
+            object.__setattr__(self, "positions", Positions.of(self.positions))
 
     def where(self, otherwise: Positions) -> Positions:
         """Its positions; those of whoever takes from it, where it names none."""
@@ -133,7 +125,7 @@ class Patch:
     layers: tuple[int, ...]
     """Blocks in which it is edited."""
     positions: Where
-    """Token positions that are edited."""
+    """Token positions that are edited; however they are given, they are kept as :class:`Positions`."""
     edit: Edit
     """The edit."""
     units: tuple[int, ...] | None = None
@@ -150,14 +142,14 @@ class Patch:
     """Further interventions in the same run at the same time: all together are one patch, one row of a table."""
 
     def __post_init__(self) -> None:
-        """Write places in one way, whichever the caller has chosen.
+        """Keep places in one way, whichever the caller has chosen.
 
         Raises:
             InputError: what is no place, site or edit, or a source of another number of positions.
         """
         self._check_kinds()
         object.__setattr__(self, "layers", whole_numbers(self.layers, "block"))
-        object.__setattr__(self, "positions", _written(self.positions))
+        object.__setattr__(self, "positions", Positions.of(self.positions))
         if self.units is not None:
             object.__setattr__(self, "units", whole_numbers(self.units, "unit"))
         if self.also is None:

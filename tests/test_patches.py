@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,19 @@ def test_patch_ids_are_content_hashes():
     assert a.id != transplant(layers=(2,)).id
     one, two = ({1: torch.full((4, 8), value)} for value in (1.0, 2.0))
     assert transplant(edit=edits.Constant("mean", one)).id != transplant(edit=edits.Constant("mean", two)).id
+
+
+@pytest.mark.parametrize(
+    "written", [(3, 5), [3, 5], range(3, 6, 2), torch.tensor([3, 5]), np.array([3, 5]), Positions.of((3, 5))]
+)
+def test_positions_are_kept_in_one_way(written: Any) -> None:
+    """However they are written, a patch and its source hold the same frozen object, and have the same id."""
+    usual = transplant(positions=(3, 5), source=Source("base", (3, 5)))
+    patch = transplant(positions=written, source=Source("base", written))
+    assert patch.positions == patch.where == patch.source_where == Positions.of((3, 5))
+    assert patch.source == usual.source and patch.id == usual.id
+    each = transplant(positions=((3, 5), (3, 5)), source=Source("base", written))
+    assert each.positions != patch.positions and each.id != patch.id  # of two prompts, and not of any number
 
 
 @pytest.mark.parametrize(

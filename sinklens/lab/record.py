@@ -36,7 +36,7 @@ def begin(
         "arm": folder.name,
         "settings": settings.recorded(),
         "data": data.described(),
-        "model": model.cfg.saved(),
+        "model": model.described(),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "decaying": decaying,
         **more,

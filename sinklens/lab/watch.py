@@ -56,6 +56,7 @@ from sinklens.metrics import (
     vector_norm,
 )
 from sinklens.models.decoder import Decoder
+from sinklens.models.view import model_shape
 
 LENGTH, ROWS = 64, 64
 """T and N."""
@@ -100,10 +101,10 @@ def held_out_loss(model: Decoder, rows: Int[Tensor, "row token"], at_once: int =
 def measured(model: Decoder, rows: Int[Tensor, "row token"]) -> list[Measure]:
     """Everything but the loss, of a model in eval mode, on rows of inputs and one token more."""
     tokens = rows[:ROWS, :-1][:, :LENGTH]
-    names = {f"blocks.{layer}.{site}" for layer in range(model.cfg.n_layers) for site in SITES}
+    layers = range(model_shape(model).n_layers)
+    names = {f"blocks.{layer}.{site}" for layer in layers for site in SITES}
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names, return_type=None)
     seen = {key: cache[key].float() for key in names}
-    layers = range(model.cfg.n_layers)
     alphas = [alpha(normalised_rows(seen[f"blocks.{layer}.attn.hook_pattern"])[0]) for layer in layers]
     half = max(1, tokens.shape[1] // 2)
     highest = int(torch.stack(alphas).mean((0, 1, 2))[:half].argmax())

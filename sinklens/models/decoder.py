@@ -104,6 +104,10 @@ class Decoder(HookedRootModule):
         self.cfg.device, self.cfg.dtype = str(weight.device), weight.dtype
         return self
 
+    def described(self) -> dict[str, Any]:
+        """What a file keeps of its sizes and plan."""
+        return self.cfg.saved()
+
     def stepped(self) -> None:
         """To be called behind every step of training; see :meth:`sinklens.Variant.stepped`."""
         for block in self.blocks:
@@ -182,7 +186,7 @@ def save_decoder(model: Decoder, folder: Path) -> None:
     from sinklens.records.files import write_json, write_tensors
 
     weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
-    write_json(folder / "config.json", {"architectures": [ARCHITECTURE], **model.cfg.saved()})
+    write_json(folder / "config.json", {"architectures": [ARCHITECTURE], **model.described()})
     write_tensors(folder / WEIGHTS, weights)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)

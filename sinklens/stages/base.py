@@ -23,6 +23,7 @@ from sinklens.formation import Formation
 from sinklens.formation.result import READOUT_BLOCKS
 from sinklens.models.identities import identities
 from sinklens.models.view import BlockWeights, Model, ModelShape
+from sinklens.pairs.ablations import EditContext, EditLike, make_edit, read_edit
 from sinklens.pairs.choice import Direction, PairChoice
 from sinklens.pairs.pair import SinkPair, make_pair
 from sinklens.patches import Patch, Source, Where
@@ -134,6 +135,17 @@ class Setting:
             # With the mechanism taken away the source may well be what is there already: that is an effect of 0.
             allow_unchanged=isinstance(edit, OfSource),
         )
+
+    def edit(self, edit: EditLike, site: HookSite, layers: Sequence[int]) -> Edit:
+        """An edit by its name (:data:`sinklens.pairs.EDITS`), made for a site in some blocks of this pair.
+
+        Raises:
+            InputError: an unknown name.
+        """
+        context = EditContext(
+            self.model, self.batch, self.pair, site, tuple(layers), seed=self.study.seed, max_rows=self.max_rows
+        )
+        return make_edit(read_edit(edit), context)
 
     def removal(self, direction: Direction, edit: Edit, within: Sequence[int] | None = None) -> Edit:
         """An edit that takes the mechanism away, for either direction.

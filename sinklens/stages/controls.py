@@ -8,6 +8,7 @@ import torch
 from torch import Generator
 
 from sinklens import edits
+from sinklens.pairs.ablations import EditLike, read_edit
 from sinklens.pairs.pair import Direction
 from sinklens.patches import Patch
 from sinklens.stages.base import ISOLATED, NOTHING, Build, Experiment, Setting, Stage
@@ -26,11 +27,21 @@ def _elsewhere(setting: Setting, stage: Stage, direction: Direction, generator: 
     return replace(patch, allow_unchanged=True)
 
 
-def edited(edit: edits.Edit) -> Build:
-    """What an :class:`Experiment` is built by that puts ``edit`` on the stage's own units at the target."""
+def edited(edit: EditLike) -> Build:
+    """What an :class:`Experiment` is built by that puts ``edit`` on the stage's own units at the target.
+
+    Args:
+        edit: an edit, or the name of one, such as ``"mean"`` (:data:`sinklens.pairs.EDITS`).
+
+    Raises:
+        InputError: an unknown name.
+    """
+    wanted = read_edit(edit)
 
     def build(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
-        return setting.patch(direction, stage.site, stage.layers(setting), edit, units=stage.units(setting))
+        layers = stage.layers(setting)
+        made = setting.edit(wanted, stage.site, layers)
+        return setting.patch(direction, stage.site, layers, made, units=stage.units(setting))
 
     return build
 

@@ -8,11 +8,10 @@ from sinklens.errors import InputError
 from sinklens.models.view import ModelShape
 from sinklens.records.ranges import short
 from sinklens.sites import UNIT_KINDS, HookSite, site_name, unit_count
-from sinklens.stages import Stage
 from sinklens.stages.base import Setting
 from sinklens.sweeps.choices import Choices
 from sinklens.sweeps.grid import Grid, StageAxis
-from sinklens.sweeps.places import Place, Units, find_place, place_name, unit_numbers
+from sinklens.sweeps.places import Place, Units, own_layers, own_units, place_name, site_of, unit_numbers
 from sinklens.sweeps.request import edit_name
 
 
@@ -42,39 +41,34 @@ def axis_of(place: Place, choices: Choices, setting: Setting) -> StageAxis:
     Raises:
         InputError: a unit that the model does not have, or a window that does not fit.
     """
-    found, units = find_place(place), choices.units
-    stage = found if isinstance(found, Stage) else None
-    site = found.site if isinstance(found, Stage) else found
-    own = None if stage is None else stage.units(setting)
+    site, units, own = site_of(place), choices.units, own_units(place, setting)
     each = units_of(site, units, setting.shape, own)
-    layers = choices.layers
     given_numbers = each is not None and units is not None and units.kinds is None
-    if stage is not None and own is not None and not given_numbers:
-        layers = _inside(stage, choices, stage.layers(setting))
+    inside = None if own is None or given_numbers else own_layers(place, setting)
     return StageAxis(
         name=place_name(place),
         site=site,
         site_name=site_name(site),
-        layers=layers,
+        layers=choices.layers if inside is None else _inside(place, choices, inside),
         units=each,
-        together=tuple(sorted(own)) if own is not None and each is None else None,
+        together=own if each is None else None,
     )
 
 
-def _inside(stage: Stage, choices: Choices, blocks: Sequence[int]) -> tuple[int, ...]:
+def _inside(place: Place, choices: Choices, blocks: Sequence[int]) -> tuple[int, ...]:
     """The windows that are within a stage's own blocks."""
     window = choices.window
     inside = tuple(layer for layer in choices.layers if set(range(layer, layer + window)) <= set(blocks))
     if not inside:
         raise InputError(
-            f"the units of {stage.name} are those of block {short(blocks)}: have it among the layers, "
+            f"the units of {place_name(place)} are those of block {short(blocks)}: have it among the layers, "
             "with a window of no more, or give unit numbers"
         )
     return inside
 
 
 def units_of(
-    site: HookSite, units: Units | None, shape: ModelShape, own: Sequence[int] | None = None
+    site: HookSite, units: Units | None, shape: ModelShape, own: tuple[int, ...] | None = None
 ) -> tuple[int, ...] | None:
     """Units of ``site`` that are swept one by one, ``None`` when they are edited at once.
 
@@ -89,7 +83,7 @@ def units_of(
     wanted = "all" in units.kinds or any(site.unit_name in UNIT_KINDS[kind] for kind in units.kinds)
     if not wanted or size is None:
         return None
-    return tuple(range(size)) if own is None else tuple(sorted(own))
+    return tuple(range(size)) if own is None else own
 
 
 def check_units(axes: Sequence[StageAxis], units: Units | None) -> None:

@@ -17,7 +17,7 @@ from sinklens.sites import site_name
 from sinklens.stages import Stage
 from sinklens.stages.base import Setting
 from sinklens.sweeps.grid import StageAxis
-from sinklens.sweeps.places import Place, find_place, place_name, unit_numbers
+from sinklens.sweeps.places import Place, find_place, own_layers, own_units, place_name, site_of, unit_numbers
 
 Read: TypeAlias = Numbers | None
 """What a companion's range is after :func:`read_companions`."""
@@ -82,17 +82,12 @@ def companion_axis(companion: Companion, setting: Setting) -> StageAxis:
     Raises:
         InputError: blocks or units that the model does not have.
     """
-    found, shape = find_place(companion.place), setting.shape
-    stage = found if isinstance(found, Stage) else None
-    site = found.site if isinstance(found, Stage) else found
+    place, site, shape = companion.place, site_of(companion.place), setting.shape
     layers, units = cast(Read, companion.layers), cast(Read, companion.units)
-    if layers is not None:
+    if layers is None:
+        layers = own_layers(place, setting)
+    else:
         layers = within("companion layers", layers, shape.n_layers, "the model's blocks")
-    elif stage is not None:
-        layers = tuple(stage.layers(setting))
-    if units is not None:
-        units = unit_numbers(site, units, shape)
-    elif stage is not None and (own := stage.units(setting)) is not None:
-        units = tuple(sorted(own))
+    units = own_units(place, setting) if units is None else unit_numbers(site, units, shape)
     assert isinstance(layers, tuple)  # a site without blocks was refused
-    return StageAxis(place_name(companion.place), site, site_name(site), layers=layers, together=units)
+    return StageAxis(place_name(place), site, site_name(site), layers=layers, together=units)

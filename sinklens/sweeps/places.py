@@ -13,7 +13,7 @@ from sinklens.records.ranges import Numbers, Range, names_in, parse, read, short
 from sinklens.records.registry import is_the_package_s
 from sinklens.sites import SITES, UNIT_KINDS, HookSite, site_name, unit_count
 from sinklens.stages import STAGES, Stage
-from sinklens.stages.base import KIND
+from sinklens.stages.base import KIND, Setting
 
 Place = str | Stage | HookSite
 """A stage or a site, or the name of one."""
@@ -53,6 +53,25 @@ def place_fingerprint(place: Place) -> object:
     if isinstance(place, str) and is_the_package_s(SITES, sites.KIND, place, found):
         return place
     return [*([place] if isinstance(place, str) else []), found.template, list(found.axes)]
+
+
+def site_of(place: Place) -> HookSite:
+    """Where a place's activation is edited."""
+    found = find_place(place)
+    return found.site if isinstance(found, Stage) else found
+
+
+def own_layers(place: Place, setting: Setting) -> tuple[int, ...] | None:
+    """The blocks that a stage is in; ``None``: a site, which is in all."""
+    found = find_place(place)
+    return tuple(found.layers(setting)) if isinstance(found, Stage) else None
+
+
+def own_units(place: Place, setting: Setting) -> tuple[int, ...] | None:
+    """The units that a stage is about; ``None``: a site, or a stage that is about the whole activation."""
+    found = find_place(place)
+    units = found.units(setting) if isinstance(found, Stage) else None
+    return None if units is None else tuple(sorted(units))
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import sinklens as sl
 from sinklens import edits, stages
 from sinklens.chain.run import _trials
 from sinklens.chain.scoring import SINK
@@ -49,6 +51,41 @@ def test_an_edit_is_put_on_the_stage_s_own_units() -> None:
         assert isinstance(patch.edit, edits.Transplant) and patch.units == setting.neurons
         for name in ("site", "layers", "positions", "units", "run", "source"):
             assert getattr(patch, name) == getattr(shared, name), name
+
+
+def test_an_edit_by_its_name_is_the_one_that_a_sweep_makes() -> None:
+    """In a stage of one's own ``mean`` and ``resample`` put the same there as in a sweep of that stage."""
+    model = tiny_model("llama")
+    setting = setting_for(model)
+    for name in ("zero", "mean", "resample", "transplant"):
+        build = stages.edited(name)
+        patch = build(setting, stages.VALUE_AGGREGATION, "noise", torch.Generator())
+        scored = run_patches(
+            model,
+            setting.batch,
+            [patch],
+            [attention_received(SINK, (2, 3), setting.pair.target, N)],
+            runs=setting.pair.runs,
+        )
+        swept = sl.sweep(
+            model,
+            setting.batch,
+            target=TARGET,
+            formation=setting.formation,
+            stages="value_aggregation",
+            layers=0,
+            window=len(patch.layers),
+            edits=name,
+            directions="noise",
+            readout_layers="2-3",
+            min_gap=0,
+            seed=setting.study.seed,
+        )
+        table = swept.table.sort_values("prompt")
+        assert table.window.unique().tolist() == [patch.layers[-1]] and patch.layers[0] == 0
+        np.testing.assert_allclose(scored.values[SINK][0], table.value, rtol=1e-5)
+    with pytest.raises(InputError, match="edit 'meen' is not known: choose from transplant, zero, mean, resample"):
+        stages.edited("meen")
 
 
 def test_a_prediction_is_by_direction() -> None:
