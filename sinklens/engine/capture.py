@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -43,7 +44,7 @@ from sinklens.metrics.sums import running_sum
 from sinklens.models.identities import identities
 from sinklens.models.state import foreign_hooks, in_usual_state
 from sinklens.models.view import Model, can_resume, device_of
-from sinklens.patches import Runs
+from sinklens.patches import Patch, Runs
 from sinklens.prompts import check_ids
 from sinklens.readouts.base import PositionReadout, Readout, Rows
 from sinklens.sites import RESID_POST, HookSite
@@ -87,10 +88,27 @@ def capture_runs(
     chosen = {run: tuple(roots) for run, roots in runs.items() if wanted[run] or readouts}
     last = max([layer for mine in wanted.values() for _, layer in mine] + read, default=-1)
     if last >= 0:
-        packed = _packed(model, tokens, chosen, wanted, readouts, last + 1)
+        asked = Asked(tokens, chosen, wanted, readouts, last + 1)
+        packed = _packed(model, asked)
         passing = partial(execute, model) if packed is None else partial(execute_whole, packed)
-        _capture(model, passing, tokens, chosen, wanted, readouts, last + 1, store, max_rows)
+        _Capture(model, passing, asked, store).run(max_rows)
     return store
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is to be captured."""
+
+    tokens: Int[Tensor, "prompt pos"]
+    """The prompts."""
+    runs: Mapping[str, tuple[Patch, ...]]
+    """Run name to its root patches."""
+    wanted: Mapping[str, Places]
+    """Run name to the activations that are kept of it."""
+    readouts: Sequence[Readout]
+    """What is read of every run."""
+    stop_at: int
+    """The block in front of which a pass stops."""
 
 
 def without_sources(model: Model, tokens: Int[Tensor, "prompt pos"], runs: Runs, *, max_rows: int) -> tuple[Runs, int]:
@@ -102,18 +120,19 @@ def without_sources(model: Model, tokens: Int[Tensor, "prompt pos"], runs: Runs,
     return resolved(runs, len(tokens), partial(capture_runs, model, tokens, max_rows=max_rows))
 
 
-def _packed(model, tokens, runs, wanted, readouts, stop_at) -> PackedModel | None:  # noqa: ANN001
+def _packed(model: Model, asked: Asked) -> PackedModel | None:
     """The model taken apart, if this can be captured with the packed pass and that is the better way.
 
     It is tried on the first prompt of every run.
     """
-    places = places_of(readouts, runs).union(*wanted.values())
+    tokens = asked.tokens
+    places = places_of(asked.readouts, asked.runs).union(*asked.wanted.values())
     if can_resume(model) or unknown_place(model, tokens.shape[1], places) is not None:
         return None
     packed = packed_model(model, tokens.shape[1])
     try:
         with rounding_allowed(packed, tokens[:1]):
-            _check_packed(model, packed, tokens[:1], runs, readouts, stop_at)
+            _check_packed(model, packed, replace(asked, tokens=tokens[:1]))
     except DifferentModelError as error:
         why = f"the fast pass differs on this model ({error})"
         say_slow(model, why)
@@ -124,84 +143,120 @@ def _packed(model, tokens, runs, wanted, readouts, stop_at) -> PackedModel | Non
     return packed
 
 
-def _check_packed(model, packed, tokens, runs, readouts, stop_at) -> None:  # noqa: ANN001
+def _check_packed(model: Model, packed: PackedModel, asked: Asked) -> None:
     """Make sure that both passes read the same of some prompts, and end with the same residual stream.
 
     Raises:
         DifferentModelError: they do not.
     """
-    last = min(stop_at, packed.n_layers) - 1
-    wanted = {run: {(RESID_POST, last): None} for run in runs}
-    theirs, ours = ActivationStore(tokens.shape[1]), ActivationStore(tokens.shape[1])
+    last = min(asked.stop_at, packed.n_layers) - 1
+    asked = replace(asked, wanted={run: {(RESID_POST, last): None} for run in asked.runs})
+    length = asked.tokens.shape[1]
+    theirs, ours = ActivationStore(length), ActivationStore(length)
     for passing, store in ((partial(execute, model), theirs), (partial(execute_whole, packed), ours)):
-        _capture(model, passing, tokens, runs, wanted, readouts, stop_at, store, len(runs))
-    for run in runs:
+        _Capture(model, passing, asked, store).run(len(asked.runs))
+    for run in asked.runs:
         mine, expected = (store.tensor(run, RESID_POST, last).flatten(0, 1).float() for store in (ours, theirs))
         if not (error := difference(mine, expected, packed.dtype)) <= TOLERANCE[packed.dtype]:
             raise DifferentModelError(f"{RESID_POST.at(last)} is off by {error:.2g} of its size")
-        for readout in readouts:
+        for readout in asked.readouts:
             for layer in readout.layers:
                 mine, expected = (store.readings[run, readout.name, layer] for store in (ours, theirs))
                 check_reading(readout, mine, expected, packed.dtype)
 
 
-def _capture(model, passing, tokens, runs, wanted, readouts, stop_at, store, max_rows) -> None:  # noqa: ANN001
-    device = device_of(model)
-    collected: dict[tuple[str, str, int], list[Tensor]] = defaultdict(list)
-    rows = [(run, prompt) for run in runs for prompt in range(len(tokens))]
-    begin, hooked = 0, bool(foreign_hooks(model))
-    if hooked:
-        warn_of_split(len(tokens), max_rows)
-    while begin < len(rows):
-        chunk = rows[begin : begin + max_rows]
-        if hooked:  # somebody's hook may act on a row by its number: it sees the prompts, all and in their order
-            chunk = chunk[: len(tokens) - begin % len(tokens)]
+class _Capture:
+    """Passes over all rows, a row for every run and prompt, that put into a store what is asked for."""
+
+    def __init__(
+        self, model: Model, passing: Callable[..., dict[tuple[str, int], Tensor]], asked: Asked, store: ActivationStore
+    ) -> None:
+        self.model, self.passing, self.asked, self.store = model, passing, asked, store
+        self.device = device_of(model)
+        self.readings: dict[tuple[str, str, int], list[Tensor]] = defaultdict(list)
+
+    def run(self, max_rows: int) -> None:
+        """Capture all, ``max_rows`` rows at a time, or fewer where they do not fit."""
+        n_prompts, begin = len(self.asked.tokens), 0
+        rows = [(run, prompt) for run in self.asked.runs for prompt in range(n_prompts)]
+        hooked = bool(foreign_hooks(self.model))
+        if hooked:
+            warn_of_split(n_prompts, max_rows)
+        while begin < len(rows):
+            chunk = rows[begin : begin + max_rows]
+            if hooked:  # somebody's hook may act on a row by its number: it sees the prompts, all and in their order
+                chunk = chunk[: n_prompts - begin % n_prompts]
+            try:
+                self._pass(chunk)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or max_rows == 1:
+                    raise
+                max_rows = max(1, max_rows // 2)
+                release_cached(self.device)
+                continue
+            begin += len(chunk)
+        self._join_readings()
+
+    def _pass(self, chunk: Sequence[tuple[str, int]]) -> None:
+        """One pass over some rows."""
         prompts = torch.tensor([prompt for _, prompt in chunk])
         spans = {run: slice(*_span(chunk, run)) for run in dict.fromkeys(run for run, _ in chunk)}
+        program = self._program(chunk, prompts, spans)
+        kept = self._keep(program, spans)
+        readings = self.passing(self.asked.tokens[prompts].to(self.device), program, stop_at=self.asked.stop_at)
+        self._check(program, chunk)
+        for key, act in kept.items():
+            self.store.parts[key].append(act)
+        for (name, layer), value in readings.items():
+            for run, span in spans.items():
+                self.readings[run, name, layer].append(value[span].to(self.device))
+        self.store.n_forwards += 1
+
+    def _program(
+        self, chunk: Sequence[tuple[str, int]], prompts: Int[Tensor, " row"], spans: Mapping[str, slice]
+    ) -> Program:
+        """The root edits of the runs, and what is read."""
         program = Program(
-            prompts.to(device),
-            readouts=[(_running(r), layer) for r, layer in readouts_in(readouts, 0)],
-            broken=torch.zeros(1, dtype=torch.int32, device=device),
+            prompts.to(self.device),
+            readouts=[(_running(readout), layer) for readout, layer in readouts_in(self.asked.readouts, 0)],
+            broken=torch.zeros(1, dtype=torch.int32, device=self.device),
         )
         for run, span in spans.items():
             pairs = [(row, chunk[row][1]) for row in range(span.start, span.stop)]
-            for root in (part for patch in runs[run] for part in patch.parts):
-                program.ops += root_ops(root, pairs, [layer for layer in root.layers if layer < stop_at], device)
-        part: dict = {}
+            for root in (part for patch in self.asked.runs[run] for part in patch.parts):
+                layers = [layer for layer in root.layers if layer < self.asked.stop_at]
+                program.ops += root_ops(root, pairs, layers, self.device)
+        return program
+
+    def _keep(self, program: Program, spans: Mapping[str, slice]) -> dict[tuple[str, HookSite, int], Tensor]:
+        """Have the pass keep what is wanted; it is there when the pass is over."""
+        kept: dict[tuple[str, HookSite, int], Tensor] = {}
+        wanted = self.asked.wanted
         for site, layer in dict.fromkeys(key for run in spans for key in wanted[run]):
             keepers = [(run, span, wanted[run]) for run, span in spans.items() if (site, layer) in wanted[run]]
-            program.captures[site, layer] = _keeper(part, site, layer, keepers)
-        try:
-            readings = passing(tokens[prompts].to(device), program, stop_at=stop_at)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or max_rows == 1:
-                raise
-            max_rows = max(1, max_rows // 2)
-            release_cached(device)
-            continue
+            program.captures[site, layer] = _keeper(kept, site, layer, keepers)
+        return kept
+
+    def _check(self, program: Program, chunk: Sequence[tuple[str, int]]) -> None:
         assert program.finite is not None and program.broken is not None
         if program.broken.any():
-            raise EditError(f"a root edit of the runs {', '.join(map(repr, spans))} gives NaN")
+            runs = ", ".join(repr(run) for run in dict.fromkeys(run for run, _ in chunk))
+            raise EditError(f"a root edit of the runs {runs} gives NaN")
         if not program.finite.all():
             run = chunk[int((~program.finite).nonzero()[0])][0]
             raise InputError(
-                f"the model's activations are not finite by block {stop_at - 1} (run {run!r}): "
+                f"the model's activations are not finite by block {self.asked.stop_at - 1} (run {run!r}): "
                 "check the weights, or use dtype='float32'"
             )
-        for key, act in part.items():
-            store.parts[key].append(act)
-        for (name, layer), value in readings.items():
-            for run, span in spans.items():
-                collected[run, name, layer].append(value[span].to(device))
-        store.n_forwards += 1
-        begin += len(chunk)
-    over_positions = {readout.name for readout in readouts if isinstance(readout, PositionReadout)}
-    for (run, name, layer), values in collected.items():
-        found = torch.cat(values)
-        if name in over_positions:
-            store.before[run, name, layer] = found
-            found = found[:, -1]
-        store.readings[run, name, layer] = found
+
+    def _join_readings(self) -> None:
+        over_positions = {readout.name for readout in self.asked.readouts if isinstance(readout, PositionReadout)}
+        for (run, name, layer), values in self.readings.items():
+            found = torch.cat(values)
+            if name in over_positions:
+                self.store.before[run, name, layer] = found
+                found = found[:, -1]
+            self.store.readings[run, name, layer] = found
 
 
 def warn_of_split(n_prompts: int, max_rows: int) -> None:
@@ -245,7 +300,12 @@ def _merge(wants: Sequence[Want]) -> dict[tuple[HookSite, int], tuple[int, ...] 
     return merged
 
 
-def _keeper(part: dict, site: HookSite, layer: int, keepers: Sequence[tuple[str, slice, Mapping]]):  # noqa: ANN202
+def _keeper(
+    part: dict[tuple[str, HookSite, int], Tensor],
+    site: HookSite,
+    layer: int,
+    keepers: Sequence[tuple[str, slice, Places]],
+) -> Callable[[Tensor], None]:
     def keep(act: Tensor) -> None:
         canonical = site.to_canonical(act)
         for run, span, wanted in keepers:

@@ -7,7 +7,7 @@ down; here each is one sentence.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -41,6 +41,29 @@ def validate(
         raise InputError("PyTorch's MPS backend gives silently wrong results here: use device='cpu' or device='cuda'")
     if length > shape.n_ctx:
         raise InputError(f"prompts of {length} tokens are longer than the model's context of {shape.n_ctx}")
+    _validate_readouts(model, readouts, shape)
+    sizes = {"prompt": n_prompts, "pos": length, "query": length, "key": length}
+    sizes |= {"head": shape.n_heads, "kv_head": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
+    check_sources(runs)
+    for part in (part for roots in runs.values() for root in roots for part in root.parts):
+        _validate_patch(part, shape, n_prompts, length)
+        _validate_values(part, sizes)
+    seen: set[tuple] = set()  # a sweep repeats few places, and edits, in thousands of patches
+    for patch in patches:
+        for part in patch.parts:
+            places = (part.site, part.layers, part.positions, part.units, part.source and part.source.positions)
+            if places not in seen:
+                _validate_patch(part, shape, n_prompts, length)
+                seen.add(places)
+            if (id(part.edit), *places) not in seen:
+                _validate_values(part, sizes)
+                seen.add((id(part.edit), *places))
+            _validate_runs(part, patch, runs)
+    # Behind the places: these ask for blocks that are there.
+    check_edits(model, [*patches, *(root for roots in runs.values() for root in roots)])
+
+
+def _validate_readouts(model: Model, readouts: Sequence[Readout], shape: ModelShape) -> None:
     names = [readout.name for readout in readouts]
     if len(set(names)) != len(names):
         raise InputError(f"readout names must differ, got {names}")
@@ -53,36 +76,23 @@ def validate(
     measured = identities(model)
     for readout in readouts:
         measured.check_layout(readout.site.template, readout.layers)
-    sizes = {"prompt": n_prompts, "pos": length, "query": length, "key": length}
-    sizes |= {"head": shape.n_heads, "kv_head": shape.n_kv_heads, "d_mlp": shape.d_mlp, "d_model": shape.d_model}
-    check_sources(runs)
-    for roots in runs.values():
-        for root in roots:
-            for part in root.parts:
-                _validate_patch(part, shape, n_prompts, length)
-                for layer in part.layers:
-                    check_values(part, layer, sizes, more_prompts=True)
-    seen: set[tuple] = set()  # a sweep repeats few places, and edits, in thousands of patches
-    for patch in patches:
-        for part in patch.parts:
-            places = (part.site, part.layers, part.positions, part.units, part.source and part.source.positions)
-            if places not in seen:
-                _validate_patch(part, shape, n_prompts, length)
-                seen.add(places)
-            if (id(part.edit), *places) not in seen:
-                for layer in part.layers:
-                    check_values(part, layer, sizes, more_prompts=True)
-                seen.add((id(part.edit), *places))
-            if part.run not in runs or (part.source is not None and part.source.run not in runs):
-                unknown = min({part.run, *([part.source.run] if part.source else [])} - set(runs))
-                raise InputError(f"unknown run {unknown!r} in patch {part.describe()}; the runs are {sorted(runs)}")
-            if part.run != patch.run:
-                raise InputError(
-                    f"a patch and those that go with it are in one run, but {part.describe()} is in {part.run!r} and "
-                    f"not in {patch.run!r}"
-                )
-    # Behind the places: these ask for blocks that are there.
-    check_edits(model, [*patches, *(root for roots in runs.values() for root in roots)])
+
+
+def _validate_values(part: Patch, sizes: Mapping[str, int]) -> None:
+    """What an edit brings along fits the activations that it changes."""
+    for layer in part.layers:
+        check_values(part, layer, sizes, more_prompts=True)
+
+
+def _validate_runs(part: Patch, patch: Patch, runs: Runs) -> None:
+    if part.run not in runs or (part.source is not None and part.source.run not in runs):
+        unknown = min({part.run, *([part.source.run] if part.source else [])} - set(runs))
+        raise InputError(f"unknown run {unknown!r} in patch {part.describe()}; the runs are {sorted(runs)}")
+    if part.run != patch.run:
+        raise InputError(
+            f"a patch and those that go with it are in one run, but {part.describe()} is in {part.run!r} and "
+            f"not in {patch.run!r}"
+        )
 
 
 def _validate_patch(patch: Patch, shape: ModelShape, n_prompts: int, length: int) -> None:
