@@ -16,7 +16,7 @@ import typer
 
 from sinklens.cli import all as all_
 from sinklens.cli import analyse, chain, circuit, compare, find, gather, mitigate, models, report, sweep, train
-from sinklens.cli.common import Command, Commands
+from sinklens.cli.command import Command, Commands
 
 app = typer.Typer(
     cls=Commands,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sinklens.cli.common import errors, fail
+from sinklens.cli.mistakes import errors, fail
 
 
 def analyse(

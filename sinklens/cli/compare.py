@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sinklens.cli.common import ForceOption, JsonOption, errors
+from sinklens.cli.mistakes import errors
+from sinklens.cli.options import ForceOption, JsonOption
 
 
 def compare(

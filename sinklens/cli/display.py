@@ -1,27 +1,82 @@
-"""Progress of a sweep: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a command: a bar on a terminal; elsewhere nothing, or a line now and then where it takes long."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import typer
 
-if TYPE_CHECKING:
-    from sinklens.sweeps.plan import Plan
+from sinklens.cli.words import in_own_words
 
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import ProgressColumn
+
+    from sinklens.analysis.suite import Part
+    from sinklens.engine.run import Progress
+    from sinklens.sweeps.plan import Plan
 
 EVERY_SECONDS = 30.0
 """How often progress is told where there is no terminal."""
 
 
+@contextlib.contextmanager
+def progress() -> Iterator[tuple[Callable[[str], None], Progress]]:
+    """A bar on stderr when that is a terminal, as functions to say what is being done and how far it is."""
+    from rich.progress import TimeElapsedColumn
+
+    with _bar(TimeElapsedColumn()) as (bar, _):
+        task = bar.add_task("starting", total=None)
+
+        def step(text: str) -> None:
+            bar.update(task, description=text)
+
+        def rows(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield step, rows
+
+
+@contextlib.contextmanager
+def sweep_display() -> Iterator[SweepDisplay]:
+    """A display of a sweep on stderr."""
+    from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    times = (TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    with _bar(*times) as (bar, terminal):
+        yield SweepDisplay(bar, terminal)
+
+
+@contextlib.contextmanager
+def suite_display() -> Iterator[SuiteDisplay]:
+    """A display of everything on stderr."""
+    from rich.progress import TimeElapsedColumn
+
+    with _bar(TimeElapsedColumn()) as (bar, terminal):
+        yield SuiteDisplay(bar, terminal)
+
+
+@contextlib.contextmanager
+def _bar(*times: ProgressColumn) -> Iterator[tuple[Bar, bool]]:
+    """What is done, a bar and counts, then ``times``; and whether stderr is a terminal, which alone gets to see it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    terminal = sys.stderr.isatty()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
+    with Bar(*columns, console=Console(stderr=True), transient=True, disable=not terminal) as bar:
+        yield bar, terminal
+
+
 class SweepDisplay:
     """A bar with rate and time left on a terminal; elsewhere the size of the grid, and a line now and then."""
 
-    def __init__(self, bar: Any, terminal: bool) -> None:
+    def __init__(self, bar: Bar, terminal: bool) -> None:
         self.bar, self.terminal = bar, terminal
         self.task = bar.add_task("starting", total=None, rate="")
         self.began = self.told = time.monotonic()
@@ -54,31 +109,38 @@ class SweepDisplay:
             typer.echo(text, err=True)
 
 
-@contextlib.contextmanager
-def sweep_display() -> Iterator[SweepDisplay]:
-    """A display on stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+class SuiteDisplay:
+    """Progress over all parts of everything: two bars on a terminal, a line for every part elsewhere."""
 
-    terminal = sys.stderr.isatty()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not terminal) as bar:
-        yield SweepDisplay(bar, terminal)
+    def __init__(self, bar: Bar, terminal: bool) -> None:
+        self.bar, self.terminal = bar, terminal
+        self.parts = bar.add_task("loading", total=None)
+        self.patches = bar.add_task("", total=None, visible=False)
+        self.place = ""
+        self.of_set = ""
+
+    def step(self, text: str) -> None:
+        """What is being done now."""
+        self.bar.update(self.parts, description=text)
+
+    def rows(self, done: int, total: int) -> None:
+        """How far the part is."""
+        self.bar.update(self.patches, description="patched rows", completed=done, total=total, visible=done < total)
+
+    def begins(self, name: str, number: int, of: int) -> None:
+        """A part begins."""
+        self.place = f"{self.of_set}[{number}/{of}]"
+        self.bar.update(self.parts, description=name, completed=number - 1, total=of)
+        self.bar.update(self.patches, visible=False)
+
+    def ends(self, part: Part) -> None:
+        """A part has ended: say how, and why if it failed."""
+        told = "unchanged, kept" if part.reused else f"{part.status}, {part.seconds:.1f} s"
+        text = f"{self.place} {part.name}: {told}" + (f" ({in_own_words(part.reason)})" if part.reason else "")
+        if self.terminal:
+            self.bar.console.print(text, markup=False, highlight=False)
+        else:
+            typer.echo(text, err=True)
 
 
 def grid_text(plan: Plan, pending: Sequence[int]) -> str:

@@ -3,80 +3,42 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
-from sinklens.cli.common import (
-    Backend,
-    BackendOption,
-    BlockOption,
-    Bos,
-    BosOption,
-    CountOption,
-    DatasetOption,
-    DeviceOption,
-    DimsOption,
-    Dtype,
-    DtypeOption,
-    EventOption,
-    JsonOption,
-    LengthOption,
-    ModelOption,
-    NeuronsOption,
-    PromptsOption,
-    SeedOption,
-    errors,
-    given_formation,
-    load,
-    progress,
-)
+from sinklens.cli.display import progress
+from sinklens.cli.inputs import Inputs, with_inputs
+from sinklens.cli.mistakes import errors
+from sinklens.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    from sinklens.formation import Formation
+    from sinklens.prompts import PromptBatch
 
 
-def find(
-    model: ModelOption = "smollm2",
-    length: LengthOption = 64,
-    n: CountOption = 16,
-    prompts: PromptsOption = "passages",
-    dataset: DatasetOption = None,
-    bos: BosOption = Bos.auto,
-    block: BlockOption = None,
-    event: EventOption = None,
-    super_neurons: NeuronsOption = None,
-    outlier_dims: DimsOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = Dtype.float32,
-    backend: BackendOption = Backend.auto,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
-) -> None:
+@with_inputs(n=16, without=("replicate", "memory_budget"))
+def find(*, inputs: Inputs, as_json: JsonOption = False) -> None:
     """Find where the sink forms: blocks, super neurons, outlier dimensions."""
     with errors():
-        given = given_formation(block, super_neurons, outlier_dims, event)
+        given = inputs.given()
         with progress() as (step, _rows):
-            loaded, batch = load(
-                step,
-                model=model,
-                device=device,
-                dtype=dtype,
-                backend=backend,
-                prompts=prompts,
-                dataset=dataset,
-                n=n,
-                length=length,
-                bos=bos,
-                seed=seed,
-            )
+            model, batch = inputs.load(step)
             from sinklens.formation import find_formation
 
             step("finding the formation block")
-            formation = find_formation(loaded, batch, **given)
-        from sinklens.cli.fitting import show
-        from sinklens.cli.tables import console, formation_tables
-        from sinklens.formation import formation_to_json
-        from sinklens.prompts import prompts_text
-        from sinklens.records.plain import to_plain
+            formation = find_formation(model, batch, **given)
+        _print(formation, batch, as_json)
 
-        if as_json:
-            data = {**formation_to_json(formation), **batch.record()}
-            print(json.dumps(to_plain(data), indent=1))  # noqa: T201  (the command's output)
-            return
-        show(console(), *formation_tables(formation))
-        console().print(prompts_text(batch.record()), markup=False)
+
+def _print(formation: Formation, batch: PromptBatch, as_json: bool) -> None:
+    from sinklens.cli.fitting import show
+    from sinklens.cli.tables import console, formation_tables
+    from sinklens.formation import formation_to_json
+    from sinklens.prompts import prompts_text
+    from sinklens.records.plain import to_plain
+
+    if as_json:
+        data = {**formation_to_json(formation), **batch.record()}
+        print(json.dumps(to_plain(data), indent=1))  # noqa: T201  (the command's output)
+        return
+    show(console(), *formation_tables(formation))
+    console().print(prompts_text(batch.record()), markup=False)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sinklens.cli.common import errors
 from sinklens.cli.display import sweep_display
+from sinklens.cli.mistakes import errors
 
 
 def gather(

@@ -9,47 +9,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sinklens.cli.common import (
-    Backend,
-    BackendOption,
-    Bos,
-    BosOption,
-    CountOption,
-    DatasetOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    ForceOption,
-    JsonOption,
-    LengthOption,
-    ModelOption,
-    PromptsOption,
-    SeedOption,
-    command_line,
-    errors,
-    fail,
-    load,
-    note,
-    progress,
-    write_pages,
-)
+from sinklens.cli.command import command_line
+from sinklens.cli.display import progress
+from sinklens.cli.inputs import Inputs, with_inputs
+from sinklens.cli.mistakes import errors, fail
+from sinklens.cli.options import ForceOption, JsonOption, OutOption
+from sinklens.cli.pages import write_pages
+from sinklens.cli.remarks import note
 from sinklens.records.ranges import names
 
 if TYPE_CHECKING:
+    from sinklens.mitigation.result import MitigationResult
     from sinklens.study import Study
 
 
+@with_inputs(
+    length=128,
+    without=("block", "event", "super_neurons", "outlier_dims", "replicate", "memory_budget"),
+)
 def mitigate(
+    *,
     what: Annotated[
         str | None,
         typer.Option(help="Mitigations, such as `softening,bias`, or `all`; seven that need no search by default."),
     ] = None,
-    model: ModelOption = "smollm2",
-    length: LengthOption = 128,
-    n: CountOption = 32,
-    prompts: PromptsOption = "passages",
-    dataset: DatasetOption = None,
-    bos: BosOption = Bos.auto,
     fit: Annotated[
         int | None, typer.Option(min=1, help="Prompts to fit on, which are not measured; a quarter by default.")
     ] = None,
@@ -57,46 +40,38 @@ def mitigate(
         int | None, typer.Option(min=0, help="Recent keys that eviction keeps; a quarter of the length by default.")
     ] = None,
     generate: Annotated[int, typer.Option(min=0, help="Tokens to generate under each; 0 for none.")] = 24,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = Dtype.float32,
-    backend: BackendOption = Backend.auto,
-    seed: SeedOption = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/mitigate"),
+    inputs: Inputs,
+    out: OutOption = Path("runs/mitigate"),
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Take the sink away without training, in several ways, and measure what each costs and what quantisation gains."""
     with errors():
-        from sinklens.mitigation.known import DEFAULT, MITIGATIONS
         from sinklens.records.files import check_out
 
-        chosen = DEFAULT if what is None else tuple(MITIGATIONS) if what == "all" else names("--what", what)
-        unknown = [name for name in chosen if name not in MITIGATIONS]
-        if unknown:
-            fail(f"--what {unknown[0]!r} is not known: choose from {', '.join(MITIGATIONS)}")
+        chosen = _chosen(what)
         check_out(out, force=force)
         with progress() as (step, rows):
-            loaded, batch = load(
-                step,
-                model=model,
-                device=device,
-                dtype=dtype,
-                backend=backend,
-                prompts=prompts,
-                dataset=dataset,
-                n=n,
-                length=length,
-                bos=bos,
-                seed=seed,
-            )
+            model, batch = inputs.load(step)
             from sinklens.mitigation.run import mitigate as run
 
-            options = {"fit": fit, "window": window, "generate": generate, "seed": seed}
-            result = run(loaded, batch, chosen, progress=rows, step=step, **options)
+            options = {"fit": fit, "window": window, "generate": generate, "seed": inputs.seed}
+            result = run(model, batch, chosen, progress=rows, step=step, **options)
         result.config["command"] = command_line()
         result.save(out, force=force)
         _print(result, out, as_json)
         write_pages([out], as_json)
+
+
+def _chosen(what: str | None) -> tuple[str, ...]:
+    """``--what`` as names of mitigations."""
+    from sinklens.mitigation.known import DEFAULT, MITIGATIONS
+
+    chosen = DEFAULT if what is None else tuple(MITIGATIONS) if what == "all" else names("--what", what)
+    unknown = [name for name in chosen if name not in MITIGATIONS]
+    if unknown:
+        fail(f"--what {unknown[0]!r} is not known: choose from {', '.join(MITIGATIONS)}")
+    return chosen
 
 
 def mitigate_into(out: Path, study: Study, step: Callable[[str], None], rows: Callable[[int, int], None]) -> str:
@@ -126,7 +101,7 @@ def mitigate_into(out: Path, study: Study, step: Callable[[str], None], rows: Ca
     return ""
 
 
-def _print(result, out: Path, as_json: bool) -> None:  # noqa: ANN001  (imported with torch)
+def _print(result: MitigationResult, out: Path, as_json: bool) -> None:
     from sinklens.cli.fitting import show
     from sinklens.cli.tables import console
     from sinklens.cli.tables_mitigate import mitigation_table

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-from sinklens.cli.common import Backend, BackendOption, JsonOption, errors, progress
+from sinklens.cli.choices import Backend
+from sinklens.cli.display import progress
+from sinklens.cli.mistakes import errors
+from sinklens.cli.options import BackendOption, JsonOption
 
 
 def models(

@@ -4,52 +4,25 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from sinklens.analysis.base import Analysis, AnalysisResult
 from sinklens.analysis.replicate import replicate_into
 from sinklens.analysis.run import run_analysis
 from sinklens.analysis.suite import earlier_parts
-from sinklens.cli.common import (
-    Backend,
-    BackendOption,
-    BlockOption,
-    Bos,
-    BosOption,
-    CountOption,
-    DatasetOption,
-    DeviceOption,
-    DimsOption,
-    Dtype,
-    DtypeOption,
-    EventOption,
-    ForceOption,
-    JsonOption,
-    LengthOption,
-    MemoryOption,
-    ModelOption,
-    NeuronsOption,
-    PromptsOption,
-    ReplicateOption,
-    SeedOption,
-    budget,
-    command_line,
-    errors,
-    floats,
-    given_formation,
-    left_out,
-    load,
-    progress,
-    write_pages,
-)
+from sinklens.cli.command import command_line
+from sinklens.cli.display import progress
 from sinklens.cli.fitting import show
+from sinklens.cli.inputs import Inputs, with_inputs
+from sinklens.cli.mistakes import errors, left_out
+from sinklens.cli.options import ForceOption, JsonOption, OutOption
+from sinklens.cli.pages import write_pages
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
 from sinklens.cli.tables import console, verdict_table
+from sinklens.cli.values import floats
 from sinklens.errors import InputError
 from sinklens.prompts import prompts_text
 from sinklens.records.files import check_out
@@ -90,107 +63,78 @@ def _command(analysis: Analysis) -> Callable[..., None]:
     return command_of([option for option in options_of(analysis.run, FORMS) if option.possible], run)
 
 
+@with_inputs()
 def _run(
     analysis: Analysis,
     options: dict[str, Any],
-    model: ModelOption = "smollm2",
-    length: LengthOption = 64,
-    n: CountOption = 32,
-    prompts: PromptsOption = "passages",
-    dataset: DatasetOption = None,
-    bos: BosOption = Bos.auto,
-    block: BlockOption = None,
-    event: EventOption = None,
-    super_neurons: NeuronsOption = None,
-    outlier_dims: DimsOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = Dtype.float32,
-    backend: BackendOption = Backend.auto,
-    seed: SeedOption = 0,
-    replicate: ReplicateOption = None,
-    memory_budget: MemoryOption = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs"),
+    *,
+    inputs: Inputs,
+    out: OutOption = Path("runs"),
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    given, allowed = given_formation(block, super_neurons, outlier_dims, event), budget(memory_budget)
-    if replicate is None:
+    given, allowed = inputs.given(), inputs.bytes_allowed()
+    if inputs.replicate is None:
         check_out(out, force=force)
     else:
         earlier_parts(out)
     with progress() as (step, rows):
-        loaded, batch = load(
-            step,
-            model=model,
-            device=device,
-            dtype=dtype,
-            backend=backend,
-            prompts=prompts,
-            dataset=dataset,
-            n=n,
-            length=length,
-            bos=bos,
-            seed=seed,
-            sets=replicate,
-        )
+        model, batch = inputs.load(step)
         step(analysis.title)
-        study = Study(loaded, batch, seed=seed, memory_budget=allowed, given=given, progress=rows)
-        if replicate is not None:
-            _several_sets(analysis, study, options, out, as_json, (replicate, n), fresh=force)
-            return
-        result = run_analysis(analysis, study, **options)
-        result.config["command"] = command_line()
-        result.save(out, force=force)
-    _print(result, out, as_json)
-    write_pages([out], as_json)
+        study = Study(model, batch, seed=inputs.seed, memory_budget=allowed, given=given, progress=rows)
+        if inputs.replicate is None:
+            results = {"": _result(analysis, study, options)}
+            results[""].save(out, force=force)
+            agreement = None
+        else:
+            sizes = (inputs.replicate, inputs.n)
+            results, agreement = _several_sets(analysis, study, options, out, sizes, fresh=force)
+    _print_all(results, out, agreement, as_json)
+    write_pages([out / name for name in results], as_json, besides=[out])
+
+
+def _result(analysis: Analysis, study: Study, options: dict[str, Any]) -> AnalysisResult:
+    result = run_analysis(analysis, study, **options)
+    result.config["command"] = command_line()
+    return result
 
 
 def _several_sets(
-    analysis: Analysis,
-    study: Study,
-    options: dict[str, Any],
-    out: Path,
-    as_json: bool,
-    sizes: tuple[int, int],
-    *,
-    fresh: bool,
-) -> None:
+    analysis: Analysis, study: Study, options: dict[str, Any], out: Path, sizes: tuple[int, int], *, fresh: bool
+) -> tuple[dict[str, AnalysisResult], str]:
     """The analysis on every set of prompts, each in a folder of its own, and how far they agree."""
-    (sets, n), command = sizes, {"command": command_line()}
-
-    def run(each: Study) -> AnalysisResult:
-        result = run_analysis(analysis, each, **options)
-        result.config.update(command)
-        return result
-
-    suite, results, agree = replicate_into(
+    sets, n = sizes
+    suite, results, agreement = replicate_into(
         study,
         sets,
         out,
-        run,
+        lambda each: _result(analysis, each, options),
         AnalysisResult.load,
         n=n,
         options=analysis.options | options,
         analysis=analysis,
-        config=command,
+        config={"command": command_line()},
         fresh=fresh,
     )
     left_out(suite)
+    return results, agreement
+
+
+def _print_all(results: Mapping[str, AnalysisResult], out: Path, agreement: str | None, as_json: bool) -> None:
+    """Print the verdicts by the names of their folders, or what was written as JSON: a list where there are several."""
     if as_json:
         texts = [(out / name / "summary.json").read_text(encoding="utf-8") for name in results]
-        sys.stdout.write(f"[{','.join(texts)}]\n")
-    else:
-        for name, result in results.items():
-            console().print(name, markup=False)
-            _print(result, out / name, as_json=False)
-        console().print(agree, markup=False, soft_wrap=True)
-    write_pages([out / name for name in results], as_json, besides=[out])
-
-
-def _print(result: AnalysisResult, out: Path, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write((out / "summary.json").read_text(encoding="utf-8") + "\n")
+        sys.stdout.write((texts[0] if agreement is None else f"[{','.join(texts)}]") + "\n")
         return
+    for name, result in results.items():
+        if name:
+            console().print(name, markup=False)
+        _print(result)
+    if agreement is not None:
+        console().print(agreement, markup=False, soft_wrap=True)
+
+
+def _print(result: AnalysisResult) -> None:
     screen = console()
     show(screen, verdict_table(result))
     screen.print(prompts_text(result.config), markup=False)

@@ -13,31 +13,10 @@ import typer
 
 from sinklens import find_formation
 from sinklens import sweep as function
-from sinklens.cli.common import (
-    Backend,
-    BackendOption,
-    BlockOption,
-    Bos,
-    BosOption,
-    CountOption,
-    DatasetOption,
-    DeviceOption,
-    DimsOption,
-    Dtype,
-    DtypeOption,
-    EventOption,
-    JsonOption,
-    LengthOption,
-    MemoryOption,
-    ModelOption,
-    NeuronsOption,
-    PromptsOption,
-    budget,
-    given_formation,
-    load,
-)
 from sinklens.cli.display import sweep_display
 from sinklens.cli.fitting import show
+from sinklens.cli.inputs import Inputs, with_inputs
+from sinklens.cli.options import JsonOption
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
 from sinklens.cli.tables import console
 from sinklens.cli.tables_sweep import judged_table, overview_table, strongest_table, verified_table
@@ -80,53 +59,46 @@ def run_command(about: str, args: Sequence[str]) -> None:
     run_alone(command_of(own, _run), about, args, "sinklens sweep")
 
 
+@with_inputs(n=8, without=("seed", "replicate"))
 def _run(
     options: dict[str, Any],
-    model: ModelOption = "smollm2",
-    length: LengthOption = 64,
-    n: CountOption = 8,
-    prompts: PromptsOption = "passages",
-    dataset: DatasetOption = None,
-    bos: BosOption = Bos.auto,
-    block: BlockOption = None,
-    event: EventOption = None,
-    super_neurons: NeuronsOption = None,
-    outlier_dims: DimsOption = None,
-    device: DeviceOption = "auto",
+    *,
+    inputs: Inputs,
     devices: Annotated[int, typer.Option(min=1, help="GPUs that one model's blocks are spread over.")] = 1,
-    dtype: DtypeOption = Dtype.float32,
-    backend: BackendOption = Backend.auto,
-    memory_budget: MemoryOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the results; the same sweep is taken up there again.")] = Path(
         "runs/sweep"
     ),
     force: Annotated[bool, typer.Option("--force", help="Replace what an earlier sweep has left there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    given = given_formation(block, super_neurons, outlier_dims, event)
-    spec = {"model": model, "dtype": dtype.value, "backend": backend.value, "devices": devices}
+    given = inputs.given()
+    spec = {
+        "model": inputs.model,
+        "dtype": inputs.dtype.value,
+        "backend": inputs.backend.value,
+        "devices": devices,
+    }
     defaults = {option.name: option.parameter.default for option in OPTIONS}
     chosen = {**defaults, **options, "out": out, "force": force, "model_spec": spec}
-    chosen["memory_budget"] = budget(memory_budget)
+    chosen["memory_budget"] = inputs.bytes_allowed()
     request, execution = Request.of(chosen), Execution.of(chosen)
     # All that can be said before the model is loaded.
-    request.check_length(length)
+    request.check_length(inputs.length)
     prepare(execution)
-    where = {"model": model, "device": device, "devices": devices, "dtype": dtype, "backend": backend}
-    where |= {"prompts": prompts, "dataset": dataset, "n": n, "length": length, "bos": bos, "seed": request.seed}
     began = time.monotonic()
-    result = _sweep(request, execution, where, given)
+    # The seed is an argument of the sweep, and prompts are drawn by the same.
+    result = _sweep(request, execution, replace(inputs, seed=request.seed), devices, given)
     if as_json:
         _print_json(result, out)
     else:
         _print(result, execution, time.monotonic() - began)
 
 
-def _sweep(request: Request, execution: Execution, where: dict[str, Any], given: dict[str, Any]) -> SweepResult:
-    """Load what ``where`` says, and sweep; ``given`` is what the user says of the formation."""
+def _sweep(request: Request, execution: Execution, inputs: Inputs, devices: int, given: dict[str, Any]) -> SweepResult:
+    """Load what is named, and sweep; ``given`` is what the user says of the formation."""
     try:
         with sweep_display() as display:
-            model, batch = load(display.step, **where)
+            model, batch = inputs.load(display.step, devices=devices)
             if given:
                 display.step("finding the formation block")
                 formation = find_formation(model, batch, memory_budget=execution.memory_budget, **given)

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sinklens.cli.common import JsonOption, command_line
+from sinklens.cli.command import command_line
+from sinklens.cli.options import JsonOption
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
 from sinklens.cli.tables import console
 from sinklens.lab.arms import train as function

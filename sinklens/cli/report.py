@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sinklens.cli.common import errors
+from sinklens.cli.mistakes import errors
 
 
 def report(

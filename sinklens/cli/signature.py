@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sinklens.cli.common import Command, errors, usage_errors
+from sinklens.cli.command import Command
+from sinklens.cli.mistakes import errors, usage_errors
 from sinklens.errors import InputError
 from sinklens.records.ranges import Between, check_number, hints_of, limits_of
 
@@ -145,9 +146,14 @@ def command_of(options: Sequence[Option], run: Callable[..., None]) -> Callable[
         *(option.for_typer() for option in options),
         *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in common),
     ]
+    write_out(command, parameters)
+    return command
+
+
+def write_out(command: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
+    """Give a function these parameters, as far as typer can see."""
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
 
 
 def check_names(options: Sequence[Option], common: Sequence[inspect.Parameter]) -> None:

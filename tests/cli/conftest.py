@@ -83,7 +83,7 @@ def fake_chain(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     fake_report = types.ModuleType("sinklens.pages.page")
     fake_report.report = report  # pyright: ignore[reportAttributeAccessIssue]: a module made here
-    monkeypatch.setattr("sinklens.chain.run.run_chain", run_chain)
+    monkeypatch.setattr("sinklens.cli.of_chain.run_chain", run_chain)
     monkeypatch.setitem(sys.modules, "sinklens.pages.page", fake_report)
     return called
 

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sinklens
-from sinklens.cli import common as _cli
+from sinklens.cli import choices
+from sinklens.cli.display import progress
 from sinklens.errors import EngineError, InputError, WriteError
 from sinklens.models import smollm2 as _smollm2
 from sinklens.models.families import N_CTX
@@ -169,8 +170,8 @@ def test_the_package_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_the_choices_are_the_librarys() -> None:
-    assert {*_cli.Pair} == {*get_args(InducedKind)}
-    assert {*_cli.Backend} == {*get_args(Backend)}
+    assert {*choices.Pair} == {*get_args(InducedKind)}
+    assert {*choices.Backend} == {*get_args(Backend)}
 
 
 # -- Bad input that the model or the files show -----------------------------------------------------------------------
@@ -292,7 +293,7 @@ def test_an_engine_that_cannot_be_trusted_is_exit_code_1(chain: Run, monkeypatch
     def fail(*_: object, **__: object) -> None:
         raise EngineError("identity check failed: the scores of this run cannot be trusted")
 
-    monkeypatch.setattr("sinklens.chain.run.run_chain", fail)
+    monkeypatch.setattr("sinklens.cli.of_chain.run_chain", fail)
     outcome = chain("--n", "2")
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == "sinklens: identity check failed: the scores of this run cannot be trusted\n"
@@ -460,7 +461,7 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bo
     monkeypatch.setenv("TERM", "xterm")
     screen = Screen(terminal)
     monkeypatch.setattr(sys, "stderr", screen)
-    with _cli.progress() as (step, rows):
+    with progress() as (step, rows):
         step("scoring the chain")
         rows(3, 17)
     assert ("scoring the chain" in screen.getvalue()) is terminal

@@ -16,6 +16,8 @@ from sinklens.analysis.several import run_all_events
 from sinklens.analysis.suite import run_all
 from sinklens.chain import run as chain_run
 from sinklens.chain.result import ChainResult
+from sinklens.cli import of_chain
+from sinklens.cli.inputs import Inputs
 from sinklens.errors import InputError, NoSinkError
 from sinklens.formation import find_formation
 from sinklens.pages.gather import gather
@@ -33,11 +35,11 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
     model = planted_twice()
     batch = from_tokens(model, prompts(16)[1:].repeat(3, 1))
-    for name in ("all", "chain", "find", "of_analysis"):
-        monkeypatch.setattr(f"sinklens.cli.{name}.load", lambda *_, **__: (model, batch))
+    monkeypatch.setattr(Inputs, "load", lambda *_, **__: (model, batch))
     fast = partial(chain_run.run_chain, stages=(stages.SUPER_NEURONS,))
     monkeypatch.setattr("sinklens.chain.run.run_chain", fast)
-    monkeypatch.setattr("sinklens.cli.common.write_report", lambda _: None)
+    monkeypatch.setattr("sinklens.cli.of_chain.run_chain", fast)
+    monkeypatch.setattr("sinklens.cli.pages.write_report", lambda _: None)
     return model, batch
 
 
@@ -83,9 +85,7 @@ def test_all_events_have_a_folder_each() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 def test_an_event_that_cannot_be_scored_is_named_and_the_others_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sinklens import formation
-
-    real = formation.explained
+    real = of_chain.explained
     refusal: list[int] = [0]
 
     def explained(model: Any, batch: Any, found: Any, layer: int, **options: Any) -> Any:
@@ -93,7 +93,7 @@ def test_an_event_that_cannot_be_scored_is_named_and_the_others_are_scored(monke
             raise NoSinkError(f"no super neuron in block {layer}")
         return real(model, batch, found, layer, **options)
 
-    monkeypatch.setattr(formation, "explained", explained)
+    monkeypatch.setattr(of_chain, "explained", explained)
     outcome = chain("--event", "all", "--out", "run")
     assert outcome.code == 0
     assert "note: event 1 (block 0) is left out: no super neuron in block 0" in outcome.err
@@ -241,6 +241,6 @@ def test_an_event_that_is_not_there() -> None:
 @pytest.mark.usefixtures("planted")
 def test_the_result_is_printed_before_the_page_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     page = "(the page is written)"
-    monkeypatch.setattr("sinklens.cli.common.write_report", lambda _: print(page))  # noqa: T201
+    monkeypatch.setattr("sinklens.cli.pages.write_report", lambda _: print(page))  # noqa: T201
     out = chain("--event", "1", "--out", "run").out
     assert out.index("super_neurons") < out.index(page) < out.index("Results: run")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sinklens.cli.inputs import Inputs
 from sinklens.prompts import from_tokens
 from tests.helpers.command_line import invoke
 from tests.helpers.planted import MINUS, PLUS, planted_model
@@ -18,12 +19,12 @@ from tests.helpers.planted import MINUS, PLUS, planted_model
 def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The planted model is what is loaded."""
 
-    def load(*_: Any, **options: Any) -> tuple[Any, Any]:
+    def load(inputs: Inputs, _step: Any) -> tuple[Any, Any]:
         model, pairs = planted_model(), torch.tensor([[PLUS, MINUS], [MINUS, PLUS]])
-        drawn = pairs[torch.randint(0, 2, (options["n"], 7), generator=torch.Generator().manual_seed(0))].flatten(1)
-        return model, from_tokens(model, torch.cat([pairs[:1].expand(options["n"], 2), drawn], 1))
+        drawn = pairs[torch.randint(0, 2, (inputs.n, 7), generator=torch.Generator().manual_seed(0))].flatten(1)
+        return model, from_tokens(model, torch.cat([pairs[:1].expand(inputs.n, 2), drawn], 1))
 
-    monkeypatch.setattr("sinklens.cli.mitigate.load", load)
+    monkeypatch.setattr(Inputs, "load", load)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -61,10 +62,8 @@ def test_bad_input_is_one_sentence(planted: Path, arguments: list[str], words: s
 
 @pytest.mark.slow
 def test_all_takes_them_with_it_and_keeps_them(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sinklens.cli.mitigate import load
     from sinklens.mitigation.run import mitigate
 
-    monkeypatch.setattr("sinklens.cli.all.load", lambda _step, **options: load(**options))
     arguments = ["all", "--only", "formation", "--with", "mitigations", "--n", "6", "--target", "4", "--out", "out"]
     done = invoke(*arguments)
     assert done.code == 0, done.err

@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from sinklens.cli import of_analysis
+from sinklens.cli.inputs import Inputs
 from sinklens.prompts import from_tokens
 from tests.helpers.analyses import SIMPLE
 from tests.helpers.tiny import tiny_model, tiny_tokens
@@ -18,7 +19,7 @@ from tests.helpers.tiny import tiny_model, tiny_tokens
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
     model = tiny_model("llama")
     batch = from_tokens(model, tiny_tokens(3, 16))
-    monkeypatch.setattr(of_analysis, "load", lambda *_, **__: (model, batch))
+    monkeypatch.setattr(Inputs, "load", lambda *_, **__: (model, batch))
     with pytest.raises(SystemExit) as stopped:
         of_analysis.run_command(SIMPLE, [*args, "--out", str(tmp_path / "out")], "simple")
     return int(stopped.value.code or 0)

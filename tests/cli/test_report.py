@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sinklens.cli import app
-from sinklens.cli.common import write_report
+from sinklens.cli.pages import write_report
 from tests.helpers.made_results import made_analysis, made_result, put
 
 pytest.importorskip("plotly")

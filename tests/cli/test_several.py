@@ -16,7 +16,8 @@ from sinklens.analysis import suite
 from sinklens.analysis.base import Analysis, AnalysisResult, Findings, verdict
 from sinklens.chain import run as chain_run
 from sinklens.chain.result import ChainResult
-from sinklens.cli.common import spelt_out
+from sinklens.cli.command import spelt_out
+from sinklens.cli.inputs import Inputs
 from sinklens.cli.of_analysis import run_command
 from sinklens.prompts import from_tokens
 from sinklens.statistics import Estimate
@@ -25,7 +26,6 @@ from tests.helpers.command_line import QUICK, invoke, refused
 from tests.helpers.planted import MINUS, PLUS, planted_model, prompts
 
 pytest.importorskip("transformer_lens.HookedTransformer")
-COMMANDS = ("chain", "find", "of_analysis", "all")
 
 
 @pytest.fixture
@@ -36,10 +36,9 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     tokens = prompts(16).repeat(3, 1)
     tokens[:, -1] = torch.tensor([MINUS, MINUS, PLUS, PLUS, MINUS, PLUS])  # no two sets are the same
     batch = from_tokens(model, tokens)
-    for name in COMMANDS:
-        monkeypatch.setattr(f"sinklens.cli.{name}.load", lambda *_, **__: (model, batch))
-    monkeypatch.setattr("sinklens.cli.common.write_report", lambda _: None)
-    monkeypatch.setattr("sinklens.cli.all.write_report", lambda _: None)
+    monkeypatch.setattr(Inputs, "load", lambda *_, **__: (model, batch))
+    monkeypatch.setattr("sinklens.cli.pages.write_report", lambda _: None)
+    monkeypatch.setattr("sinklens.cli.of_all.write_report", lambda _: None)
     sizes, run = [], partial(chain_run.run_chain, stages=(stages.SUPER_NEURONS,))
 
     def counted(model: Any, batch: Any, **options: Any) -> ChainResult:
@@ -47,6 +46,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
         return run(model, batch, **options)
 
     monkeypatch.setattr("sinklens.chain.run.run_chain", counted)
+    monkeypatch.setattr("sinklens.cli.of_chain.run_chain", counted)
     monkeypatch.setattr("sinklens.chain.agree.run_chain", counted)
     return sizes
 
