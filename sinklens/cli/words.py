@@ -1,7 +1,8 @@
 """What the library says, in the words of the command line: ``force=True`` is ``--force`` there.
 
-Messages name arguments as Python has them, ``backend="bridge"`` or ``out=``. Which of them the command has as options,
-and how these are called, is read off the command itself; a few functions stand for an option too.
+Messages name arguments as Python has them, ``backend="bridge"`` or ``out=``, and often begin with one: ``strength inf
+must be ...``. Which of them the command has as options, and how these are called, is read off the command itself; a few
+functions stand for an option too, and what only Python can be given is not said.
 """
 
 from __future__ import annotations
@@ -20,8 +21,23 @@ FUNCTIONS = {
     "bring more prompts with from_file or random_tokens": "bring more prompts with --prompts FILE or --prompts random",
     "use random_tokens or from_tokens": "use --prompts random",
     'leave prepend_bos at "auto" or "never"': "leave --bos at auto or never",
+    "needs workers: ": "needs --workers: ",
+    "choose engine ray": "choose --engine ray",
+    ", or give an Edit": "",
+    ", or give a Companion": "",
+    ": say which (column=)": ": write the one with the prompts to a file, and give that to --prompts",
+    "give the result, or the folder that it is saved in": "give the folder that the result is saved in",
 }
 """What is said shorter, or of an option where Python has a function."""
+NOUNS = ("block", "event", "layer")
+"""Options whose names are words of most messages: ``block 3 is the model's last``."""
+_OF_OPTION = re.compile(
+    r"(: | must | is empty| ['\"\[(]| -?(\d|inf|nan)| natural can | \S+(:| must | needs | is not ))"
+)
+"""What follows the name of an option: something that is said of it, or a value."""
+_LISTED = re.compile(r" ('[^']*'|\"[^\"]*\"|\[[^]]*\])(: | must | is not (known|in)\b)")
+"""What follows the name of one thing of an option's list: a value, and that it is wrong."""
+_LEFT_OUT = re.compile(r"\bleave (\w+)(?: and (\w+))? out\b")
 _ARGUMENT = re.compile(r"""(?<![\w./?&-])(\w+)=(?:(["']?)([\w.:-]*\w)\2)?""")
 
 
@@ -47,7 +63,8 @@ def in_own_words(sentence: str) -> str:
         return sentence
     for python, written in FUNCTIONS.items():
         sentence = sentence.replace(python, written)
-    return _ARGUMENT.sub(lambda found: _option(found, flags), _subject(sentence, flags))
+    sentence = _LEFT_OUT.sub(lambda found: _left_out(found, flags), _subject(sentence, flags))
+    return _ARGUMENT.sub(lambda found: _option(found, flags), sentence)
 
 
 def _option(found: re.Match[str], flags: Mapping[str, str]) -> str:
@@ -57,7 +74,20 @@ def _option(found: re.Match[str], flags: Mapping[str, str]) -> str:
     return flags[name] if value in (None, "True") else f"{flags[name]} {value}"
 
 
+def _left_out(found: re.Match[str], flags: Mapping[str, str]) -> str:
+    """``leave compile out``; of several arguments those that the command has."""
+    options = [flags[name] for name in found.groups() if name in flags]
+    return f"leave {' and '.join(options)} out" if options else found[0]
+
+
 def _subject(sentence: str, flags: Mapping[str, str]) -> str:
-    """``min_gap -1 must be ...``: an argument that the sentence begins with, unless it may be a word of English."""
-    first, _, rest = sentence.partition(" ")
-    return f"{flags[first]} {rest}" if "_" in first and rest and first in flags else sentence
+    """``min_gap -1 must be ...``, ``edit 'none' is not known``: the argument that a sentence begins with, or one of the
+    things that it lists, unless it may be a word of English.
+    """
+    (name,) = re.findall(r"\A\w*", sentence)
+    rest = sentence.removeprefix(name)
+    if name in flags:
+        words = _LISTED if name in NOUNS else _OF_OPTION
+        return flags[name] + rest if words.match(rest) or ("_" in name and rest.startswith(" ")) else sentence
+    listed = flags.get(f"{name}s")
+    return listed + rest if listed is not None and _LISTED.match(rest) else sentence

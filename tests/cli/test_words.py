@@ -13,7 +13,7 @@ import pytest
 
 import sinklens as sl
 from sinklens.cli import app
-from sinklens.cli.words import in_own_words, words_of
+from sinklens.cli.words import FUNCTIONS, in_own_words, words_of
 from tests.helpers.command_line import Run, invoke, refused
 from tests.helpers.folders import earlier_run
 from tests.helpers.references import ROOT
@@ -29,6 +29,17 @@ PARAMETERS = [
         "super_neurons": ["--super-neurons"],
         "backend": ["--backend"],
         "n": ["--n"],
+        "event": ["--event"],
+        "strength": ["--strength"],
+        "stages": ["--stages"],
+        "edits": ["--edits"],
+        "readouts": ["--readouts"],
+        "companions": ["--with"],
+        "layers": ["--layers"],
+        "units": ["--units"],
+        "engine": ["--engine"],
+        "workers": ["--workers"],
+        "ray_address": ["--ray-address"],
         "runs": ["RUNS"],
     }.items()
 ]
@@ -48,13 +59,35 @@ PARAMETERS = [
         ("super_neurons are given: leave them out", "--super-neurons are given: leave them out"),
         ("name neurons yourself (super_neurons=)", "name neurons yourself (--super-neurons)"),
         ('no such token; leave prepend_bos at "auto" or "never".', "no such token; leave --bos at auto or never."),
+        # A sentence that begins with an argument, and its value or what is said of it.
+        ("strength inf must be a finite number", "--strength inf must be a finite number"),
+        ("n must be at least 1, and it is 0.", "--n must be at least 1, and it is 0."),
+        ("layers 4, 5: the model's blocks are 0-3", "--layers 4, 5: the model's blocks are 0-3"),
+        ("layers '5-2' runs backwards: write 2-5", "--layers '5-2' runs backwards: write 2-5"),
+        ("layers is empty: write all", "--layers is empty: write all"),
+        ("units heads: mlp_out has none of these", "--units heads: mlp_out has none of these"),
+        ("block [99] is not in 0..3", "--block [99] is not in 0..3"),
+        # One of the things that it lists; what only Python can be given is not said.
+        ("edit 'no' is not known: choose from zero, or give an Edit", "--edits 'no' is not known: choose from zero"),
+        ("companion 'x': write PLACE:EDIT, or give a Companion", "--with 'x': write PLACE:EDIT"),
+        ("engine ray needs workers: how many copies", "--engine ray needs --workers: how many copies"),
+        (
+            "ray_address is for engine ray, and this is local: leave it out, or choose engine ray",
+            "--ray-address is for engine ray, and this is local: leave it out, or choose --engine ray",
+        ),
+        ("it runs on one device: leave backend and devices out.", "it runs on one device: leave --backend out."),
+        # Nouns of the field, and things that are not what one typed.
+        ("block 3 is the model's last: no later block attends", "block 3 is the model's last: no later block attends"),
+        ("event 1 (block 0) is left out: why", "event 1 (block 0) is left out: why"),
+        ("readout 'kl' is not finite in the run 'base'", "readout 'kl' is not finite in the run 'base'"),
+        ("stages of the chain are scored: leave it out", "stages of the chain are scored: leave it out"),
         # What no option of this command is stays, and so do stages, files and URLs that have such names.
         ("give the patch source=Source(...), tokenizer=", "give the patch source=Source(...), tokenizer="),
         ("stage super_neurons: runs/n=3/x?n=3 and a.min_gap", "stage super_neurons: runs/n=3/x?n=3 and a.min_gap"),
     ],
 )
 def test_an_argument_is_told_as_the_option_that_it_is(python: str, written: str) -> None:
-    assert in_own_words(python) == python
+    assert in_own_words(python) == python, "where no command runs"
     with words_of(PARAMETERS):
         assert in_own_words(python) == written
     assert in_own_words(python) == python
@@ -71,6 +104,26 @@ def test_commands_say_what_one_can_type(chain: Run, here: Path, tiny_folder: Pat
     refused(invoke("analyse", "onset", *on_tiny, "--lengths", "99"), "use longer prompts (--length)")
     refused(invoke("sweep", *on_tiny, "--min-gap", "-1"), "--min-gap -1.0 must be a finite number, 0 or more")
     refused(invoke("sweep", *on_tiny, "--ray-address", "x"), "--ray-address is for engine ray")
+    refused(invoke("sweep", *on_tiny, "--engine", "ray"), "--engine ray needs --workers: how many copies of the model")
+    known = invoke("sweep", *on_tiny, "--edits", "nope")
+    refused(known, "--edits 'nope' is not known: choose from transplant")
+    assert "Edit" not in known.err
+    refused(invoke("sweep", *on_tiny, "--with", "z"), "--with 'z': write PLACE:EDIT")
+    refused(chain("--target", "40"), "--target 40 must be in 1..14")
+    refused(chain("--length", "0"), "prompts of 0 tokens must be at least 3 long")
+
+
+def _said() -> list[str]:
+    """All that the library says when something is wrong, a call's texts as one."""
+    files = [*(ROOT / "sinklens").rglob("*.py"), *(ROOT / "analyses").glob("*.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files if path.parent.name != "cli"]
+    return [_texts(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.slow
+def test_what_is_said_shorter_is_still_said() -> None:
+    said = _said()
+    assert [sentence for sentence in FUNCTIONS if not any(sentence in text for text in said)] == []
 
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -103,7 +156,9 @@ def test_the_library_speaks_of_arguments() -> None:
     assert [pair for pair in said if pair[1] not in OF_OTHERS] == []
 
 
-@pytest.mark.parametrize(("command", "function"), [("chain", "run_chain"), ("circuit", "circuit")])
+@pytest.mark.parametrize(
+    ("command", "function"), [("chain", "run_chain"), ("circuit", "circuit"), ("mitigate", "mitigate")]
+)
 def test_what_is_not_said_is_what_python_would_take(command: str, function: str) -> None:
     """The commands load no torch to show their help, so that some write their defaults themselves."""
     import typer.main
@@ -112,6 +167,6 @@ def test_what_is_not_said_is_what_python_would_take(command: str, function: str)
     options = {option.name: option.default for option in group.commands[command].params}
     parameters = inspect.signature(getattr(sl, function)).parameters.values()
     shared = {one.name: one.default for one in parameters if one.default is not one.empty and one.name in options}
-    numbers = {name: value for name, value in shared.items() if type(value) in (int, float) and name != "target"}
-    assert len(numbers) > 2
-    assert {name: options[name] for name in numbers} == numbers
+    plain = {name: value for name, value in shared.items() if type(value) in (int, float, str) and name != "target"}
+    assert len(plain) > 1
+    assert {name: options[name] for name in plain} == plain
