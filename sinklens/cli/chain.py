@@ -43,8 +43,8 @@ def chain(
     metric: Annotated[
         str,
         typer.Option(
-            help="What is measured of the sink: attention_received, alpha, sink_rate, residual_norm, dominance, "
-            "logit_diff, loss or kl."
+            help="What is measured of the sink: attention_received, alpha, sink_rate, residual_norm, dominance, loss "
+            "or kl."
         ),
     ] = "attention_received",
     strength: StrengthOption = 8.0,

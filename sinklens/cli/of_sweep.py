@@ -20,18 +20,31 @@ from sinklens.cli.options import JsonOption
 from sinklens.cli.signature import Form, command_of, options_of, run_alone
 from sinklens.cli.tables import console
 from sinklens.cli.tables_sweep import judged_table, overview_table, strongest_table, verified_table
+from sinklens.errors import InputError
 from sinklens.pairs.ablations import EditLike
 from sinklens.pairs.choice import Target, target_from_text
 from sinklens.prompts import prompts_text
 from sinklens.readouts.named import ReadoutLike
 from sinklens.records.plain import to_plain
-from sinklens.records.ranges import Range, integers, names, one_of_several
-from sinklens.sweeps.companions import Companions
+from sinklens.records.ranges import Range, integers, names, one_of_several, shown
+from sinklens.sweeps.companions import Companions, read_companions
 from sinklens.sweeps.execution import Execution
 from sinklens.sweeps.places import Place
 from sinklens.sweeps.request import Request
 from sinklens.sweeps.result import SweepResult
 from sinklens.sweeps.run import prepare, run_sweep
+
+
+def _companions(option: str, texts: list[str]) -> list[str]:
+    """What is given to ``--with``, as it is: only an edit or a place in it that is not known is told with the text."""
+    for text in texts:
+        try:
+            read_companions(text)
+        except InputError as error:
+            told = str(error) if str(error).startswith("companion ") else f"{option} {shown(text)}: {error}"
+            raise InputError(told) from None
+    return texts
+
 
 NAMES = Form(names, ",".join)
 FORMS = {
@@ -39,7 +52,7 @@ FORMS = {
     EditLike | Sequence[EditLike]: NAMES,
     ReadoutLike | Sequence[ReadoutLike]: NAMES,
     str | Sequence[str]: NAMES,
-    Companions: Form(write=list, type=list[str]),
+    Companions: Form(_companions, list, list[str]),
     Range: Form(),  # ranges are read by the request
     Sequence[int]: Form(integers),
     Target: Form(lambda _option, text: target_from_text(text), str),

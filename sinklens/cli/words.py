@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-OTHERWISE = {"prepend_bos": "bos", "layer": "block"}
+OTHERWISE = {"prepend_bos": "bos", "layer": "block", "readout": "metric"}
 """Arguments that have another name as options."""
 FUNCTIONS = {
     "choose another folder (out=)": "choose another --out",
@@ -26,17 +26,22 @@ FUNCTIONS = {
     ", or give an Edit": "",
     ", or give a Companion": "",
     ": say which (column=)": ": write the one with the prompts to a file, and give that to --prompts",
+    ": sweep it, and give answers": ": sinklens sweep measures it, with --readouts",
     "give the result, or the folder that it is saved in": "give the folder that the result is saved in",
 }
 """What is said shorter, or of an option where Python has a function."""
-NOUNS = ("block", "event", "layer")
-"""Options whose names are words of most messages: ``block 3 is the model's last``."""
+NOUNS = ("block", "event", "layer", "readout")
+"""Arguments whose names are words of most messages: ``block 3 is the model's last``."""
 _OF_OPTION = re.compile(
-    r"(: | must | is empty| ['\"\[(]| -?(\d|inf|nan)| natural can | \S+(:| must | needs | is not ))"
+    r"(: | must | is empty| is for | ['\"\[(]| -?(\d|inf|nan)| natural can | \S+(:| must | needs | is not ))"
 )
 """What follows the name of an option: something that is said of it, or a value."""
 _LISTED = re.compile(r" ('[^']*'|\"[^\"]*\"|\[[^]]*\])(: | must | is not (known|in)\b)")
 """What follows the name of one thing of an option's list: a value, and that it is wrong."""
+_TUPLE = re.compile(r"\((-?[\d.]+),\)")
+"""One number as Python writes it where there may be several."""
+_UNEXPECTED = re.compile(r"\w+\.__init__\(\) got an unexpected keyword argument ")
+"""What Python says of an option that a variant does not have."""
 _LEFT_OUT = re.compile(r"\bleave (\w+)(?: and (\w+))? out\b")
 _ARGUMENT = re.compile(r"""(?<![\w./?&-])(\w+)=(?:(["']?)([\w.:-]*\w)\2)?""")
 
@@ -63,6 +68,7 @@ def in_own_words(sentence: str) -> str:
         return sentence
     for python, written in FUNCTIONS.items():
         sentence = sentence.replace(python, written)
+    sentence = _UNEXPECTED.sub("it has no option ", _TUPLE.sub(r"\1", sentence))
     sentence = _LEFT_OUT.sub(lambda found: _left_out(found, flags), _subject(sentence, flags))
     return _ARGUMENT.sub(lambda found: _option(found, flags), sentence)
 

@@ -16,9 +16,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import typer.main
 from safetensors.torch import load_file, save_file
 
 import sinklens
+from sinklens import cli
 from sinklens.cli import choices
 from sinklens.cli.display import progress
 from sinklens.errors import EngineError, InputError, WriteError
@@ -26,6 +28,7 @@ from sinklens.models import smollm2 as _smollm2
 from sinklens.models.families import N_CTX
 from sinklens.models.load import Backend
 from sinklens.pairs.choice import InducedKind
+from sinklens.readouts.named import READOUTS
 from tests.helpers.command_line import LINE, NOTE, Run, environment, invoke, process, refused, snapshot
 from tests.helpers.folders import earlier_run
 from tests.helpers.synthetic import synthetic_result
@@ -172,6 +175,13 @@ def test_the_package_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_the_choices_are_the_librarys() -> None:
     assert {*choices.Pair} == {*get_args(InducedKind)}
     assert {*choices.Backend} == {*get_args(Backend)}
+
+
+def test_the_metrics_that_are_offered_are_those_that_a_chain_takes() -> None:
+    commands: Any = typer.main.get_command(cli.app)
+    (metric,) = (option for option in commands.commands["chain"].params if option.name == "metric")
+    offered = re.findall(r"\w+", metric.help.partition(":")[2].replace(" or ", " "))
+    assert offered == [name for name, readout in READOUTS.items() if not readout.needs_answers]
 
 
 # -- Bad input that the model or the files show -----------------------------------------------------------------------

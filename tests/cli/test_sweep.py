@@ -74,7 +74,7 @@ def test_another_sweep_in_the_folder(sweep: Any, here: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        (["--stages", "resid_prey"], ["stage 'resid_prey' is not known", "did you mean resid_pre"]),
+        (["--stages", "resid_prey"], ["--stages 'resid_prey' is not known", "did you mean resid_pre"]),
         (["--stages", ","], ["--stages is empty"]),
         (["--layers", "5-2"], ["layers '5-2' runs backwards: write 2-5"]),
         (["--layers", ""], ["layers is empty"]),
@@ -82,9 +82,9 @@ def test_another_sweep_in_the_folder(sweep: Any, here: Path) -> None:
         (["--positions", "1-20"], ["positions 16, 17, 18, 19 and 1 more", "16 tokens are 0-15"]),
         (["--positions", "3:"], ["positions '3:' is not a range"]),
         (["--readout-layers", "top"], ["--readout-layers 'top' is not a range"]),
-        (["--edits", "swap"], ["edit 'swap' is not known"]),
-        (["--readouts", "kld"], ["readout 'kld' is not known"]),
-        (["--directions", "up"], ["direction 'up': choose denoise or noise"]),
+        (["--edits", "swap"], ["--edits 'swap' is not known"]),
+        (["--readouts", "kld"], ["--readouts 'kld' is not known"]),
+        (["--directions", "up"], ["--directions 'up': choose denoise or noise"]),
         (["--directions", "denoise", "--target", "natural"], ["can only be noised"]),
         (["--target", "15"], ["target 15 must be in 1..14"]),
         (["--target", "here"], ["target 'here' must be a position"]),

@@ -33,7 +33,7 @@ PARAMETERS = [
         "strength": ["--strength"],
         "stages": ["--stages"],
         "edits": ["--edits"],
-        "readouts": ["--readouts"],
+        "metric": ["--metric"],
         "companions": ["--with"],
         "layers": ["--layers"],
         "units": ["--units"],
@@ -76,6 +76,13 @@ PARAMETERS = [
             "--ray-address is for engine ray, and this is local: leave it out, or choose --engine ray",
         ),
         ("it runs on one device: leave backend and devices out.", "it runs on one device: leave --backend out."),
+        ("workers is for engine ray, and this is local", "--workers is for engine ray, and this is local"),
+        ("readout 'no' is not known: choose from kl", "--metric 'no' is not known: choose from kl"),
+        ("none of the positions (99,) will do", "none of the positions 99 will do"),
+        (
+            "not with {'a': 1}: Variant.__init__() got an unexpected keyword argument 'a'.",
+            "not with {'a': 1}: it has no option 'a'.",
+        ),
         # Nouns of the field, and things that are not what one typed.
         ("block 3 is the model's last: no later block attends", "block 3 is the model's last: no later block attends"),
         ("event 1 (block 0) is left out: why", "event 1 (block 0) is left out: why"),
@@ -109,6 +116,10 @@ def test_commands_say_what_one_can_type(chain: Run, here: Path, tiny_folder: Pat
     refused(known, "--edits 'nope' is not known: choose from transplant")
     assert "Edit" not in known.err
     refused(invoke("sweep", *on_tiny, "--with", "z"), "--with 'z': write PLACE:EDIT")
+    refused(invoke("sweep", *on_tiny, "--with", "z:nope"), "--with z:nope: edit 'nope' is not known")
+    refused(invoke("sweep", *on_tiny, "--with", "nope:zero"), "--with nope:zero: stage 'nope' is not known")
+    refused(invoke("analyse", "mask_intervention", *on_tiny, "--positions", "99"), "none of the positions 99 will do")
+    refused(chain("--metric", "nope"), "--metric 'nope' is not known: choose from")
     refused(chain("--target", "40"), "--target 40 must be in 1..14")
     refused(chain("--length", "0"), "prompts of 0 tokens must be at least 3 long")
 
