@@ -44,7 +44,7 @@ def chain(
         str,
         typer.Option(
             help="What is measured of the sink: attention_received, alpha, sink_rate, residual_norm, dominance, loss "
-            "or kl."
+            "or kl; `sinklens sweep` also measures logit_diff."
         ),
     ] = "attention_received",
     strength: StrengthOption = 8.0,

@@ -30,11 +30,10 @@ def check_finite(option: str, value: float, least: float = -math.inf) -> None:
 
 
 def check_enough(n: int, told: str | None = None) -> None:
-    """Make sure that there are prompts to compute a variance over; ``told`` says how many there are, ``--n`` does."""
+    """Make sure that there are prompts to compute a variance over; ``told`` says how many, or else ``--n`` does."""
     if n < 2:
-        fail(
-            "the chain compares variances over prompts, so it needs at least 2 of them, and " + (told or f"--n is {n}")
-        )
+        why = "the chain compares variances over prompts, so it needs at least 2 of them"
+        fail(f"{why}, and {told or f'--n is {n}'}")
 
 
 def targets_of(text: str, length: int) -> list[Target]:

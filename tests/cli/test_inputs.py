@@ -65,7 +65,8 @@ def test_commands_have_the_same_options(name: str) -> None:
 
 
 def test_the_help_shows_how_a_data_set_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    for name, value in {"COLUMNS": "400", "NO_COLOR": "1", "TERM": "dumb"}.items():
+        monkeypatch.setenv(name, value)
     assert "NAME[:CONFIG][@SPLIT], such as" in " ".join(invoke("find", "--help").out.split())
 
 

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        (["--engine", "ray"], ["engine ray needs workers"]),
-        (["--workers", "2"], ["workers is for engine ray, and this is local"]),
+        (["--engine", "ray"], ["--engine ray needs --workers"]),
+        (["--workers", "2"], ["--workers is for engine ray, and this is local"]),
         (["--engine", "ray", "--workers", "0"], ["workers 0 must be at least 1"]),
         (["--engine", "ray", "--workers", "1", "--threads-per-worker", "0"], ["threads-per-worker 0 must be"]),
         (
