@@ -12,7 +12,7 @@ from sinklens.circuits import Circuit
 from sinklens.errors import InputError
 from sinklens.pages.figures import page_figure
 from sinklens.pages.run import reproduce, settings, total_seconds
-from sinklens.pages.views import MOST_COLOURED, MOST_TOKENS, Frame
+from sinklens.pages.views import HEADS_HINT, MOST_COLOURED, MOST_TOKENS, TOKENS_HINT, Frame
 from sinklens.pairs.choice import is_natural
 from sinklens.records.ranges import spans
 from sinklens.records.text import effect_text, number, pretty, seconds_text
@@ -152,11 +152,11 @@ def _tokens(circuit: Circuit) -> Frame:
         for place, (token, *values) in enumerate(zip(tokens, *columns, strict=False))
     ]
     caption = (
-        "The first prompt, shown by CircuitsVis: what the values of each token add, by way of all heads, to what the "
-        "super neurons read at the sink; blue adds, red takes away, and runs share a scale."
+        "The first prompt: what the values of each token add, by way of all heads, to what the super neurons read at "
+        "the sink; blue adds, red takes away, and runs share a scale."
     )
     title = "The first prompt, its tokens coloured by what they add"
-    return Frame("tokens", title, script_json(sections), caption, head, rows)
+    return Frame("tokens", title, script_json(sections), caption, TOKENS_HINT, head, rows)
 
 
 def _attention(circuit: Circuit) -> Frame:
@@ -165,12 +165,9 @@ def _attention(circuit: Circuit) -> Frame:
     shown = heads[:MOST_HEADS]
     views = {f"{pretty(run)} run": viz.circuit_attention_view(circuit, run, shown, MOST_TOKENS) for run in runs}
     some = f"the first {len(shown)} of its {len(heads)} heads" if len(heads) > len(shown) else "its heads"
-    caption = (
-        f"Attention of the circuit on the first prompt, {some} (block.head), shown by CircuitsVis: a row is a query, a "
-        "column a key. Point at a head to see it, click it (or press Enter on it) to keep it."
-    )
+    caption = f"Attention of the circuit on the first prompt, {some} (block.head): a row is a query, a column a key."
     title = f"Attention of the circuit's heads on the first prompt: {', '.join(views)}"
-    return Frame("attention", title, script_json([section("", views)]), caption, [], [])
+    return Frame("attention", title, script_json([section("", views)]), caption, HEADS_HINT, [], [])
 
 
 def facts(circuit: Circuit) -> list[tuple[str, list[str]]]:

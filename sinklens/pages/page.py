@@ -93,7 +93,7 @@ def render(run: Gathered | Result) -> str:
     claims = _claims(gathered, figures)
     mitigations = _mitigations(gathered, figures)
     texts = {"plotly": plotly, "page": data_of("report.js")}
-    texts |= {"circuitsvis": library(), "frame": frame_script()} if framed else {}
+    texts |= {"paper": data_of("paper.js"), "circuitsvis": library(), "frame": frame_script()} if framed else {}
     template = templates("sinklens.pages").get_template("report.html.j2")
     return template.render(
         frame_style=frame_style() if framed else "",

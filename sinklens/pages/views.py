@@ -14,6 +14,9 @@ from sinklens.viz.circuitsvis import label, script_json, section
 
 MOST_HEADS, MOST_TOKENS, MOST_COLOURED = 6, 64, 256
 """Heads and tokens of attention views, and tokens that are coloured: the page stays small, and a browser quick."""
+HEADS_HINT = "Shown by CircuitsVis: point at a head to see it, click it (or press Enter on it) to keep it."
+TOKENS_HINT = "Shown by CircuitsVis: point at a token to read its value."
+"""What one can do with the views; paper has nothing to point at."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Frame:
     """JSON for ``frame.js``."""
     caption: str
     """What there is to see."""
+    hint: str
+    """What one can do there with a mouse or keys; not said on paper."""
     head: list[str]
     """Head of the table with the same numbers; empty where there is none."""
     rows: list[list[str]]
@@ -73,11 +78,11 @@ def _tokens(result: ChainResult) -> Frame:
         for position, (token, *values) in enumerate(zip(tokens, *columns, strict=False))
     ]
     caption = (
-        f"The first prompt{_cut(result, MOST_COLOURED)}, shown by CircuitsVis: the stronger a token's colour, the more "
-        "of it; runs share a scale. Point at a token to read its value. The last token is seen by no later query, so "
-        "that it has no attention received."
+        f"The first prompt{_cut(result, MOST_COLOURED)}: the stronger a token's colour, the more of it; runs share a "
+        "scale. The last token is seen by no later query, so that it has no attention received."
     )
-    return Frame("tokens", "The first prompt, its tokens coloured by value", script_json(sections), caption, head, rows)
+    title = "The first prompt, its tokens coloured by value"
+    return Frame("tokens", title, script_json(sections), caption, TOKENS_HINT, head, rows)
 
 
 def _attention(result: ChainResult) -> Frame:
@@ -90,11 +95,11 @@ def _attention(result: ChainResult) -> Frame:
     beyond = " The target lies beyond these tokens." if target_position(result) >= MOST_TOKENS else ""
     caption = (
         f"Attention of block {block}, the one after the formation block, on the first prompt"
-        f"{_cut(result, MOST_TOKENS)}: {shown}, shown by CircuitsVis.{beyond} A row is a query, a column a key; a "
-        "column that stands out is a sink. Point at a head to see it, click it (or press Enter on it) to keep it."
+        f"{_cut(result, MOST_TOKENS)}: {shown}.{beyond} A row is a query, a column a key; a column that stands out is "
+        "a sink."
     )
     title = f"Attention patterns of block {block} on the first prompt: {names}"
-    return Frame("attention", title, script_json([section("", views)]), caption, [], [])
+    return Frame("attention", title, script_json([section("", views)]), caption, HEADS_HINT, [], [])
 
 
 def _cut(result: ChainResult, most: int) -> str:

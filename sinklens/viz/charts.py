@@ -186,7 +186,9 @@ def heatmap(
 
 def mark(figure: Figure, *, x: float | None = None, y: float | None = None, text: str = "") -> Figure:
     """Draw a dashed line at ``x`` or ``y`` in every panel: a null, a threshold, what a claim predicts."""
-    common = {"line": {"color": INK, "width": 1.5, "dash": "dash"}, "annotation_text": html.escape(text, quote=False)}
+    common: dict[str, Any] = {"line": {"color": INK, "width": 1.5, "dash": "dash"}}
+    if text:  # an empty note has a place all the same, and a logarithmic axis would reach to 10 to the power of it
+        common["annotation_text"] = html.escape(text, quote=False)
     if x is not None:
         figure.add_vline(x=x, **common)
     if y is not None:

@@ -340,21 +340,88 @@ def test_paper_gets_everything_in_light(show, page):
     assert len(pdf) > 100_000
     shown.run("dispatchEvent(new Event('beforeprint'))")
     assert shown.run("return document.querySelectorAll('details:not([open])').length") == 0
-    # Nothing is wider than A4 between its margins: a printer would cut it, or shrink every page.
-    size = {"width": 703, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-    shown.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    shown.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    assert shown.run("return document.documentElement.scrollWidth") <= 703
-    beyond = shown.run(
-        "return [...document.querySelectorAll('td, th, .main-svg, iframe')]"
-        ".filter((it) => it.getBoundingClientRect().right > 704).map((it) => it.outerHTML.slice(0, 200))"
-    )
-    assert beyond == []
-    assert shown.run("return [...document.querySelectorAll('.main-svg')].every((it) => it.clientHeight <= 940)")
-    shown.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    shown.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     shown.run("dispatchEvent(new Event('afterprint'))")
     assert shown.run("return document.querySelectorAll('details:not([open])').length") == folded
+
+
+PAPER = {"width": 703, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+"""A4 between its margins, in pixels."""
+
+
+@pytest.fixture(params=["page", "circuit_page"])
+def paper(request, show) -> Iterator[Page]:
+    """A page as it is printed, on a sheet without end."""
+    shown = show(request.getfixturevalue(request.param))
+    shown.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    shown.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PAPER)
+    shown.run("dispatchEvent(new Event('beforeprint'))")
+    yield shown
+    shown.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    shown.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_paper_cuts_nothing_and_has_no_scroll_bars(paper):
+    overflowing = paper.run("return document.documentElement.scrollWidth")
+    beyond = paper.run(
+        "return [...document.querySelectorAll('body *')].filter((it) => !it.closest('.hidden, .unseen, svg') && "
+        "it.checkVisibility() && it.getBoundingClientRect().right > arguments[0] + 1)"
+        ".map((it) => it.outerHTML.slice(0, 200))",
+        PAPER["width"],
+    )
+    assert beyond == []  # a printer would cut it, or shrink every page
+    assert overflowing <= PAPER["width"]
+    scrolling = paper.run(
+        "return [...document.querySelectorAll('body *')].filter((it) => !it.closest('.hidden, .unseen, .plot, .box') "
+        "&& it.checkVisibility() && getComputedStyle(it).overflow !== 'visible' && "
+        "(it.scrollHeight > it.clientHeight + 1 || it.scrollWidth > it.clientWidth + 1))"
+        ".map((it) => it.outerHTML.slice(0, 200))"
+    )
+    assert scrolling == []
+    spilt = paper.run(  # what a column of a table cannot hold lies on the next one
+        "return [...document.querySelectorAll('td, th')].filter((it) => it.checkVisibility() && "
+        "it.scrollWidth > it.clientWidth + 2).map((it) => it.outerHTML.slice(0, 200))"
+    )
+    assert spilt == []
+
+
+def test_paper_keeps_figures_whole_and_headings_with_what_they_head(paper):
+    heights = paper.run(
+        "return [...document.querySelectorAll('.plot, .sinklens-chain')].map((it) => it.getBoundingClientRect().height)"
+    )
+    assert heights and max(heights) <= 940  # of a letter's page
+    style = "(it, name) => getComputedStyle(it)[name]"
+    for selector, rule in (
+        ("h2, h3, h4, summary, article > .claim, .note:has(+ .scroll)", "breakAfter"),
+        ("h2, h3, h4, summary, article > .claim, .note:has(+ .scroll), figure, tr", "breakInside"),
+    ):
+        found = paper.run(
+            f"const style = {style}; return [...document.querySelectorAll('{selector}')].filter((it) => "
+            "it.checkVisibility()).map((it) => style(it, arguments[0]))",
+            rule,
+        )
+        assert found and set(found) == {"avoid"}, rule
+    heads = paper.run("return [...document.querySelectorAll('thead')].map((it) => getComputedStyle(it).display)")
+    assert set(heads) == {"table-header-group"}  # repeated on every page
+
+
+def test_paper_has_still_views_in_place_of_interactive_ones(paper):
+    assert not paper.run("return [...document.querySelectorAll('iframe, .screen')].some((it) => it.checkVisibility())")
+    data = paper.run(
+        "return [...document.querySelectorAll('iframe')].map((it) => "
+        "JSON.parse(document.getElementById(it.dataset.views).textContent))"
+    )
+    views = [view for sections in data for section in sections for view in section["views"]]
+    tokens = [view["props"]["tokens"] for view in views if view["component"] == "ColoredTokens"]
+    assert [item.get_attribute("textContent") for item in paper.all(".paper .tokens")] == ["".join(t) for t in tokens]
+    heads = [len(view["props"]["attention"]) for view in views if view["component"] == "AttentionHeads"]
+    assert [len(item.find_elements("css selector", "canvas")) for item in paper.all(".paper .heads")] == heads
+    blank = paper.run(
+        "return [...document.querySelectorAll('.paper canvas')].filter((it) => new Set(it.getContext('2d')"
+        ".getImageData(0, 0, it.width, it.height).data).size < 4).length"
+    )
+    assert heads and blank == 0
+    assert paper.run("return window.hacked") is None
+    assert paper.run("return document.querySelectorAll('.paper :is(img, a, b, script)').length") == 0
 
 
 def test_the_page_of_one_analysis(show, tmp_path):

@@ -253,3 +253,12 @@ def test_what_is_no_chain_or_no_sweep_is_one_sentence():
     for draw in (*draws, lambda it: viz.matrix_figure(it, "denoise")):
         with pytest.raises(InputError, match="this draws the result of run_chain.*not of type DataFrame"):
             draw(table)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_mark_without_words_leaves_a_logarithmic_axis_alone():
+    """A note has its place as a logarithm there: one at 24 edges would stretch the axis to 10 to the power of 24."""
+    table = pd.DataFrame({"edges": [1, 10, 100], "share": [0.1, 0.5, 0.9]})
+    figure = viz.mark(viz.line(table, "edges", "share", log_x=True), x=24)
+    assert [shape.x0 for shape in figure.layout.shapes] == [24] and not figure.layout.annotations
+    (note,) = viz.mark(viz.line(table, "edges", "share"), x=24, text="kept").layout.annotations
+    assert note.text == "kept"

@@ -28,7 +28,9 @@
 
   // Before printing the style sheet still answers for the screen.
   const onPaper = { "--line": "#d9dee4", "--ink": "#1b1f24", "--soft": "#59626d", "--raised": "#f6f7f9" };
-  const paperWidth = 700, paperHeight = 940;
+  // A figure on paper is drawn larger than it stands there: its letters are as large as those of the tables.
+  const paperHeight = 840, paperZoom = 0.7;
+  const paperWidth = (place) => (place.closest(".pair") ? 340 : place.closest("figure:not(.whole, .broad)") ? 440 : 700) / paperZoom;
 
   const recoloured = (value) => {
     if (Array.isArray(value)) return value.map(recoloured);
@@ -54,8 +56,8 @@
     };
   };
 
-  // Panels that stand beside one another go below one another, where a screen is narrow.
-  const stacked = ({ data, layout }) => {
+  // Panels in columns, as many as asked: one where a screen is narrow, more than a screen's two on paper.
+  const panelsOf = ({ data, layout }) => {
     const used = new Set(data.map((trace) => "xaxis" + (trace.xaxis || "x").slice(1)));
     const panels = [];
     for (const key of Object.keys(layout).filter((name) => /^xaxis\d*$/.test(name))) {
@@ -66,22 +68,34 @@
     }
     const beside = panels.every(({ x, y }) => x.domain && y && y.domain && !x.overlaying && !y.overlaying)
       && panels.some(({ x }) => x.domain[1] - x.domain[0] < 0.8);
-    if (panels.length < 2 || !beside) return;
-    panels.sort((a, b) => b.y.domain[0] - a.y.domain[0] || a.x.domain[0] - b.x.domain[0]);
-    const rows = new Set(panels.map(({ y }) => y.domain[0])).size;
-    const each = Math.max(220, Math.min(330, ((layout.height || 440) - 60) / rows));
-    const title = (side) => panels.map((panel) => panel[side].title).find((found) => found && found.text);
-    layout.height = 60 + each * panels.length;
+    if (panels.length < 2 || !beside) return [];
+    return panels.sort((a, b) => b.y.domain[0] - a.y.domain[0] || a.x.domain[0] - b.x.domain[0]);
+  };
+  const rowsOf = (panels) => new Set(panels.map(({ y }) => y.domain[0])).size;
+  const arranged = ({ layout }, panels, columns, most) => {
+    if (!panels.length) return;
+    const each = Math.max(220, Math.min(most, ((layout.height || 440) - 60) / rowsOf(panels)));
+    const rows = Math.ceil(panels.length / columns);
+    const titles = (side) => panels.map((panel) => panel[side].title).filter((found) => found && found.text);
+    const [titlesX, titlesY] = [titles("x"), titles("y")];
+    // A title that all share stands at the edge alone, where there are columns.
+    const titled = (own, all, edge) => (edge || new Set(all.map(({ text }) => text)).size > 1 ? own || all[0] : undefined);
+    layout.height = 60 + each * rows;
     panels.forEach(({ x, y }, index) => {
-      const top = 1 - index / panels.length;
+      const column = index % columns;
+      const top = 1 - Math.floor(index / columns) / rows;
       const wanted = [top - (each - 75) / layout.height, top - 10 / layout.height];
+      const across = [(column + 0.2 * (column > 0)) / columns, (column + 1) / columns];
       for (const note of layout.annotations || []) {
         const over = note.yref === "paper" && Math.abs(note.y - y.domain[1]) < 0.02
           && note.xref === "paper" && note.x >= x.domain[0] && note.x <= x.domain[1];
-        if (over && !note.moved) Object.assign(note, { x: 0.5, y: wanted[1], moved: true });
+        if (!over || note.moved) continue;
+        Object.assign(note, { x: (across[0] + across[1]) / 2, y: wanted[1], moved: true });
+        if (columns > 1) note.font = { ...note.font, size: 10 };
       }
-      Object.assign(x, { domain: [0, 1], showticklabels: true, title: x.title || title("x") });
-      Object.assign(y, { domain: wanted, showticklabels: true, title: y.title || title("y") });
+      const lowest = columns === 1 || index + columns >= panels.length;
+      Object.assign(x, { domain: across, showticklabels: true, title: titled(x.title, titlesX, lowest) });
+      Object.assign(y, { domain: wanted, showticklabels: true, title: titled(y.title, titlesY, column === 0) });
     });
   };
 
@@ -113,10 +127,23 @@
       if (small) trace.showscale = false;
       if (night && trace.colorscale) trace.textfont = { color: "#ffffff" };
     }
-    if (small) stacked(figure);
-    placed(figure, printing ? paperWidth : place.clientWidth);
+    const panels = small || printing ? panelsOf(figure) : [];
+    const broad = printing && rowsOf(panels) > 1 && !place.closest(".whole");
+    place.closest("figure")?.classList.toggle("broad", broad);
+    if (small) arranged(figure, panels, 1, 330);
+    if (broad) {
+      arranged(figure, panels, panels.length === 5 || panels.length === 6 ? 3 : 4, 280);
+      figure.layout.margin = { ...figure.layout.margin, b: 10 };
+    }
+    placed(figure, printing ? paperWidth(place) : place.clientWidth);
     const layout = { ...figure.layout, template: template(), dragmode: false, autosize: true };
-    if (printing) Object.assign(layout, { width: paperWidth, height: Math.min(layout.height || 440, paperHeight) });
+    if (printing) {
+      const tall = layout.height || 440;
+      const lines = figure.data.some((trace) => trace.type === "heatmap" || trace.orientation === "h"); // of text
+      const share = place.closest(".whole, .broad") ? 1 : lines ? 0.85 : tall > 500 ? 0.9 : 0.75;
+      Object.assign(layout, { width: paperWidth(place), height: Math.min(share * tall, paperHeight / paperZoom) });
+    }
+    place.style.zoom = printing ? paperZoom : "";
     const config = { responsive: true, displaylogo: false, scrollZoom: false, modeBarButtons: [["toImage"]] };
     return Plotly.react(place, figure.data, layout, config);
   };
@@ -141,8 +168,6 @@
   dark.addEventListener("change", drawAll);
   narrow.addEventListener("change", drawAll);
 
-  const frames = document.querySelectorAll("iframe");
-
   // Paper is white, has no folds to open, and is narrower than a screen.
   let folded = [];
   addEventListener("beforeprint", () => {
@@ -150,20 +175,10 @@
     folded = [...document.querySelectorAll("details:not([open])")];
     for (const fold of folded) fold.open = true;
     places.forEach(attempt);
-    for (const frame of frames) { // as wide inside as it was, so that it is as high: nothing in it is cut
-      const { offsetWidth: width, offsetHeight: height } = frame;
-      const scale = Math.min(1, paperWidth / width);
-      Object.assign(frame.style, {
-        width: width + "px", transform: `scale(${scale})`, transformOrigin: "0 0",
-        marginRight: (scale - 1) * width + "px", marginBottom: (scale - 1) * height + "px",
-      });
-    }
   });
   addEventListener("afterprint", () => {
     printing = false;
     for (const fold of folded) fold.open = false;
-    for (const frame of frames)
-      Object.assign(frame.style, { width: "", transform: "", transformOrigin: "", marginRight: "", marginBottom: "" });
     drawAll();
   });
 
