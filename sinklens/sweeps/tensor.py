@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -28,6 +28,10 @@ class LabelledTensor:
     """For every axis, what each place along it is."""
     name: str = "value"
     """What the values are."""
+    at: Mapping[str, Any] = field(default_factory=dict)
+    """What it was cut from: the place on every axis that was selected and is gone; the readout, where it is known."""
+    over: Mapping[str, int] = field(default_factory=dict)
+    """Axes that a mean was taken over, and of how many places."""
 
     def __post_init__(self) -> None:
         sizes = tuple(len(self.coords[axis]) for axis in self.axes)
@@ -35,7 +39,9 @@ class LabelledTensor:
             raise ValueError(f"axes {self.axes} of sizes {sizes} do not fit a tensor of {tuple(self.values.shape)}")
 
     def __repr__(self) -> str:
-        return summary(self, self.name, *(f"{axis} {len(self.coords[axis])}" for axis in self.axes))
+        cut = [f"at {axis} {place}" for axis, place in self.at.items() if place is not None]
+        means = [f"mean over {n} of {axis}" for axis, n in self.over.items()]
+        return summary(self, self.name, *(f"{axis} {len(self.coords[axis])}" for axis in self.axes), *cut, *means)
 
     def _repr_html_(self) -> str:
         flat = self.squeeze()
@@ -50,7 +56,8 @@ class LabelledTensor:
         dims = tuple(self.axes.index(axis) for axis in axes)
         left = tuple(axis for axis in self.axes if axis not in axes)
         values = self.values.nanmean(dims) if dims else self.values
-        return LabelledTensor(values, left, {axis: self.coords[axis] for axis in left}, self.name)
+        over = {**self.over, **{axis: len(self.coords[axis]) for axis in axes}}
+        return replace(self, values=values, axes=left, coords={axis: self.coords[axis] for axis in left}, over=over)
 
     def select(self, **where: Any) -> LabelledTensor:
         """The places at which some axes have a given coordinate; these axes go."""
@@ -63,7 +70,8 @@ class LabelledTensor:
                 )
             values = values.select(left.index(axis), self.coords[axis].index(wanted))
             left.remove(axis)
-        return LabelledTensor(values, tuple(left), {axis: self.coords[axis] for axis in left}, self.name)
+        coords, at = {axis: self.coords[axis] for axis in left}, {**self.at, **where}
+        return replace(self, values=values, axes=tuple(left), coords=coords, at=at)
 
     def squeeze(self) -> LabelledTensor:
         """Without the axes that have one place alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from sinklens.errors import InputError
 from sinklens.records.text import pretty
 from sinklens.sites import SITES, HookSite
 from sinklens.stages import STAGES, Stage
-from sinklens.sweeps.result import SweepResult
+from sinklens.sweeps.result import TENSOR_AXES, SweepResult
 from sinklens.sweeps.tensor import LabelledTensor
 from sinklens.viz.charts import need_plotly, styled
 
@@ -52,8 +53,7 @@ def sweep_heatmap(
     """
     quantity: Any = value or "effect"
     tensor = source.to_tensor(readout, quantity) if isinstance(source, SweepResult) else source
-    n_prompts = len(tensor.coords["prompt"]) if "prompt" in tensor.axes and "prompt" not in (x, y) else 0
-    if n_prompts:
+    if "prompt" in tensor.axes and "prompt" not in (x, y):
         tensor = tensor.mean("prompt")
     y, x = _drawn(tensor, x, y)
     drawn = tensor = _present(tensor)
@@ -62,7 +62,7 @@ def sweep_heatmap(
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed", automargin=True)
     figure.update_yaxes(title_text=_axis_title(y, tensor), col=1)
     figure.update_annotations(font_size=13)
-    title = html.escape(_title(drawn, readout_of(source, readout), n_prompts, x, y), quote=False)
+    title = html.escape(_title(drawn, readout_of(source, readout), x, y), quote=False)
     figure.update_layout(coloraxis=_colours(tensor.name), title={"text": title, "font": {"size": 14}, "x": 0.01})
     figure.update_layout(margin={"t": 80})  # room for it above the panels' own titles
     return figure
@@ -70,16 +70,24 @@ def sweep_heatmap(
 
 def readout_of(source: SweepResult | LabelledTensor, readout: str | None) -> str:
     """What was measured, where the source knows."""
-    return source.readout(readout) if isinstance(source, SweepResult) else readout or ""
+    return source.readout(readout) if isinstance(source, SweepResult) else readout or str(source.at.get("readout", ""))
 
 
-def _title(tensor: LabelledTensor, readout: str, n_prompts: int, x: str, y: str) -> str:
-    """What all panels share: readout and quantity, the places of the axes that have one alone, and prompts."""
-    shared = [axis for axis in tensor.axes if axis not in (x, y) and len(tensor.coords[axis]) == 1]
-    places = [_place(axis, tensor.coords[axis][0]) for axis in shared if tensor.coords[axis][0] is not None]
-    prompts = "" if not n_prompts else "1 prompt" if n_prompts == 1 else f"mean over {n_prompts} prompts"
+def _title(tensor: LabelledTensor, readout: str, x: str, y: str) -> str:
+    """What all panels share: readout and quantity, the places that were cut out or are alone, and means."""
+    alone = [axis for axis in tensor.axes if axis not in (x, y) and len(tensor.coords[axis]) == 1]
+    shared = {axis: place for axis, place in tensor.at.items() if axis != "readout"}
+    shared |= {axis: tensor.coords[axis][0] for axis in alone}
+    ordered = sorted(shared, key=lambda axis: TENSOR_AXES.index(axis) if axis in TENSOR_AXES else len(TENSOR_AXES))
+    places = [_place(axis, shared[axis]) for axis in ordered if shared[axis] is not None]
+    means = [_mean(axis, n) for axis, n in tensor.over.items()]
     measured = f"{pretty(readout)}: {tensor.name}" if readout else tensor.name
-    return ", ".join(part for part in (measured, *places, prompts) if part)
+    return ", ".join((measured, *places, *means))
+
+
+def _mean(axis: str, n: int) -> str:
+    name = _axis_title(axis)
+    return f"1 {name}" if n == 1 else f"mean over {n} {name}s"
 
 
 def _grid(panels: dict[str, LabelledTensor], x: str, y: str, columns: int) -> Figure:
@@ -132,7 +140,7 @@ def _present(tensor: LabelledTensor) -> LabelledTensor:
     there = tensor.values.isnan().logical_not().movedim(dim, 0).flatten(1).any(1)
     units = tuple(unit for unit, some in zip(tensor.coords["unit"], there.tolist(), strict=True) if some)
     values = tensor.values.index_select(dim, there.nonzero().flatten())
-    return LabelledTensor(values, tensor.axes, {**tensor.coords, "unit": units}, tensor.name)
+    return replace(tensor, values=values, coords={**tensor.coords, "unit": units})
 
 
 def _panels(tensor: LabelledTensor, x: str, y: str) -> dict[str, LabelledTensor]:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from sinklens import viz
 from sinklens.cli.common import write_report
 from sinklens.errors import InputError
+from sinklens.sweeps import LabelledTensor
 from sinklens.viz.chain import KINDS
 from sinklens.viz.circuitsvis import safe
 from tests.helpers.made_results import HOSTILE, N_BLOCKS, made_result
@@ -262,3 +264,25 @@ def test_a_mark_without_words_leaves_a_logarithmic_axis_alone():
     assert [shape.x0 for shape in figure.layout.shapes] == [24] and not figure.layout.annotations
     (note,) = viz.mark(viz.line(table, "edges", "share"), x=24, text="kept").layout.annotations
     assert note.text == "kept"
+
+
+def test_a_part_of_a_tensor_says_what_it_is_of():
+    coords = {
+        "stage": ("z", "resid_pre"),
+        "layer": (0, 1),
+        "position": (3, 4),
+        "direction": ("denoise", "noise"),
+        "prompt": (0, 1, 2),
+    }
+    values = torch.arange(48.0).reshape(2, 2, 2, 2, 3)
+    whole = LabelledTensor(values, tuple(coords), coords, "effect", {"readout": "attention_received"})
+    cut = whole.select(direction="noise").mean("prompt").select(stage="resid_pre")
+    assert cut.axes == ("layer", "position") and torch.equal(cut.values, values[1, :, :, 1].mean(-1))
+    title = "attention received: effect, resid pre, noise, mean over 3 prompts"
+    assert viz.heatmap(cut).layout.title.text == title
+    assert viz.heatmap(whole.select(direction="noise", stage="resid_pre")).layout.title.text == title
+    assert viz.heatmap(cut, readout="loss").layout.title.text.startswith("loss: effect")
+    for fact in ("at direction noise", "at stage resid_pre", "mean over 3 of prompt"):
+        assert fact in repr(cut) and fact in cut._repr_html_()
+    means = viz.heatmap(whole.mean("direction").select(stage="z", prompt=2)).layout.title.text
+    assert means == "attention received: effect, z, prompt 2, mean over 2 directions"
