@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinklens.engine.capture import capture_runs
-from sinklens.engine.store import Want
+from sinklens.engine.store import ActivationStore, Want
 from sinklens.errors import InputError, need
 from sinklens.models.view import Model, can_resume, device_of, forward, hooked, model_shape, tokenizer_of
 from sinklens.patches import CLEAN
@@ -137,7 +137,9 @@ def neuron_view(
     return safe(need("circuitsvis.tokens").colored_tokens_multi(tokens, rounded, labels=names))
 
 
-def logit_lens(model: Model, batch: Any, *, prompt: int = 0, top: int = 5, hooks: Hooks = ()) -> pd.DataFrame:
+def logit_lens(
+    model: Model, batch: Any, *, prompt: int = 0, top: int = 5, hooks: Hooks = (), against: Hooks | None = None
+) -> pd.DataFrame:
     """What the model would predict behind every block of one prompt: the residual there, normalised and unembedded.
 
     Args:
@@ -146,40 +148,48 @@ def logit_lens(model: Model, batch: Any, *, prompt: int = 0, top: int = 5, hooks
         prompt: which of the prompts.
         top: tokens to name at every place.
         hooks: in force while the residuals are computed.
+        against: hooks of another run, which is subtracted.
 
     Returns:
         One row for every block and position: layer, position, token (what stands there), following (what comes next),
         p_following (its probability, NaN at the end) and rank_following (0: it is the first choice), predicted (names
-        of the ``top`` tokens) and p_predicted (their probabilities).
+        of the ``top`` tokens) and p_predicted (their probabilities). With ``against`` probabilities and ranks are
+        differences, and ``predicted`` are the tokens whose probability differs most, in either direction.
 
     Raises:
         InputError: there is no such prompt, or ``top`` is no number of tokens.
     """
     check_number("top", top, Between(1, 100), whole=True)
     one, n_layers = _one(model, batch, prompt), model_shape(model).n_layers
-    wants = [Want("base", RESID_POST, layer) for layer in range(n_layers)]
-    with hooked(model, hooks):
-        store = capture_runs(model, one.tokens, CLEAN, wants, max_rows=1)
+    stores = [_residuals(model, one, list(each)) for each in (hooks, against) if each is not None]
     rows: list[dict[str, Any]] = []
     for first in range(0, n_layers, ROWS):
         blocks = range(first, min(first + ROWS, n_layers))
-        residual = torch.cat([store.tensor("base", RESID_POST, layer).to(device_of(model)) for layer in blocks])
-        probabilities = _unembedded(model, one, residual).softmax(-1)
-        for layer, of_block in zip(blocks, probabilities, strict=True):
+        runs = [_probabilities(model, one, store, blocks) for store in stores]
+        for layer, *of_block in zip(blocks, *runs, strict=True):
             rows += _places(model, one, layer, of_block, top)
     return pd.DataFrame(rows)
 
 
 def lens_figure(
-    model: Model, batch: Any, *, prompt: int = 0, hooks: Hooks = (), first: int = 0, last: int = 16
+    model: Model,
+    batch: Any,
+    *,
+    prompt: int = 0,
+    hooks: Hooks = (),
+    against: Hooks | None = None,
+    first: int = 0,
+    last: int = 16,
 ) -> Figure:
     """:func:`logit_lens` of positions ``first .. last - 1``: the first choices, coloured by their probability.
+
+    With ``against`` a cell has the token whose probability differs most: blue where it is more, and red where less.
 
     Raises:
         InputError: plotly is not installed, or as :func:`logit_lens`.
     """
     go, _ = need_plotly()
-    table: Any = logit_lens(model, batch, prompt=prompt, hooks=hooks)
+    table: Any = logit_lens(model, batch, prompt=prompt, hooks=hooks, against=against)
     table = table[(table.position >= first) & (table.position < last)]
     if table.empty:
         raise InputError(f"there is no position in {first}..{last - 1}: the prompt has fewer tokens")
@@ -197,12 +207,17 @@ def lens_figure(
         texttemplate="%{text}",
         customdata=grid(table.apply(_hover, axis=1)),
         hovertemplate="%{customdata}<extra></extra>",
-        zmin=0,
+        zmin=0 if against is None else -1,
         zmax=1,
-        colorscale="Blues",
-        colorbar={"title": {"text": "probability"}, "thickness": 12, "outlinewidth": 0},
+        colorscale="Blues" if against is None else "RdBu",
+        colorbar={
+            "title": {"text": "probability" if against is None else "change"},
+            "thickness": 12,
+            "outlinewidth": 0,
+        },
     )
-    figure = go.Figure(trace, layout={"title": {"text": "Logit lens: first choice behind every block"}})
+    shown = "first choice behind every block" if against is None else "what changes most behind every block"
+    figure = go.Figure(trace, layout={"title": {"text": f"Logit lens: {shown}"}})
     figure.update_xaxes(title={"text": "token"}, type="category")
     figure.update_yaxes(title={"text": "block"}, type="category")
     return styled(figure, 120 + 24 * table.layer.nunique())
@@ -220,6 +235,20 @@ def _block(model: Model, layer: int) -> int:
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= top:
         raise InputError(f"block {layer} is not in 0..{top}")
     return layer
+
+
+def _residuals(model: Model, one: PromptBatch, hooks: list[tuple[str, Any]]) -> ActivationStore:
+    """What stands behind every block."""
+    wants = [Want("base", RESID_POST, layer) for layer in range(model_shape(model).n_layers)]
+    with hooked(model, hooks):
+        return capture_runs(model, one.tokens, CLEAN, wants, max_rows=1)
+
+
+def _probabilities(
+    model: Model, one: PromptBatch, store: ActivationStore, blocks: Iterable[int]
+) -> Float[Tensor, "block pos d_vocab"]:
+    residual = torch.cat([store.tensor("base", RESID_POST, layer).to(device_of(model)) for layer in blocks])
+    return _unembedded(model, one, residual).softmax(-1)
 
 
 def _read(model: Model, one: PromptBatch, site: HookSite, layer: int, hooks: Hooks) -> Float[Tensor, "1 pos *rest"]:
@@ -244,20 +273,31 @@ def _unembedded(model: Model, one: PromptBatch, residual: Float[Tensor, "row pos
         return forward(model, given, start_at=start, return_type="logits").float()
 
 
-def _places(model: Model, one: PromptBatch, layer: int, probabilities: Tensor, top: int) -> list[dict[str, Any]]:
+def _places(model: Model, one: PromptBatch, layer: int, runs: Sequence[Tensor], top: int) -> list[dict[str, Any]]:
+    """The rows of a block, of the probabilities ``[pos d_vocab]`` in one run, or less those in another."""
     labels, ids = one.labels[0], one.tokens[0].tolist()
-    best = probabilities.topk(top, -1)
-    chosen, values = best.indices.tolist(), best.values.tolist()
+    shown = _first_less(runs)
+    best = (shown if len(runs) == 1 else shown.abs()).topk(top, -1).indices
+    chosen, values = best.tolist(), shown.gather(-1, best).tolist()
     rows = []
-    for position, (token, probability) in enumerate(zip(labels, probabilities, strict=True)):
+    for position, token in enumerate(labels):
         row = {"layer": layer, "position": position, "token": token}
         following = ids[position + 1] if position + 1 < len(ids) else None
-        given = float("nan") if following is None else float(probability[following])
-        rank = float("nan") if following is None else float((probability > probability[following]).sum())
+        given = float("nan") if following is None else float(shown[position, following])
+        rank = float("nan") if following is None else float(_first_less([_rank(p[position], following) for p in runs]))
         row |= {"following": "" if following is None else labels[position + 1], "p_following": given}
         row |= {"rank_following": rank, "predicted": [_name(model, i) for i in chosen[position]]}
         rows.append(row | {"p_predicted": values[position]})
     return rows
+
+
+def _first_less(runs: Sequence[Tensor]) -> Tensor:
+    return runs[0] if len(runs) == 1 else runs[0] - runs[1]
+
+
+def _rank(probability: Float[Tensor, " d_vocab"], token: int) -> Tensor:
+    """How many tokens are more probable."""
+    return (probability > probability[token]).sum()
 
 
 def _name(model: Model, token: int) -> str:

@@ -1,6 +1,7 @@
 """A figure in a file: a page that works offline, or a picture.
 
-Pictures are plotly's through kaleido, which drives a Chrome or Chromium that is on this machine and fetches nothing.
+Pictures are drawn by kaleido 1.x, which drives a Chrome or Chromium that is on this machine (Debian's ``chromium`` will
+do) with the plotly that is installed and without MathJax, so that nothing is fetched; a picture takes some seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 """What kaleido writes."""
+HEIGHT = 450
+"""Of a picture whose figure has none, pixels: plotly's own default."""
 
 
 def save(figure: Figure, path: str | Path, *, width: int = 1000, height: int | None = None, scale: float = 2) -> Path:
@@ -48,9 +51,11 @@ def save(figure: Figure, path: str | Path, *, width: int = 1000, height: int | N
 
 
 def _picture(figure: Any, kind: str, width: int, height: int | None, scale: float) -> bytes:
-    need("kaleido", "png")
+    kaleido = need("kaleido", "png")
+    wanted = {"format": kind, "width": width, "height": height or figure.layout.height or HEIGHT, "scale": scale}
     try:
-        return figure.to_image(format=kind, width=width, height=height or figure.layout.height, scale=scale)
+        # Asked through plotly, kaleido would look for MathJax on the network every time.
+        return kaleido.calc_fig_sync(figure.to_dict(), opts=wanted, kopts={"mathjax": False})
     except Exception as error:  # kaleido's, plotly's and the browser's share no class
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(

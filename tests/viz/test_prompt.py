@@ -77,6 +77,23 @@ def test_hooks_reach_the_lens(model: Any) -> None:
     assert (plain.p_following - without.p_following).abs().max() > 1e-6
 
 
+def test_a_lens_against_another_is_the_difference(model: Any) -> None:
+    hooks = ablate_heads(0, [0, 1])
+    one, other = (viz.logit_lens(model, TOKENS, hooks=each, top=100) for each in (hooks, ()))
+    less = viz.logit_lens(model, TOKENS, hooks=hooks, against=(), top=2)
+    difference = (one.p_following - other.p_following).dropna().tolist()
+    assert less.p_following.dropna().tolist() == pytest.approx(difference, abs=1e-6) and any(difference)
+    assert less.rank_following.iloc[0] == one.rank_following.iloc[0] - other.rank_following.iloc[0]
+    same = viz.logit_lens(model, TOKENS, hooks=hooks, against=hooks)
+    assert same.p_following.dropna().eq(0).all() and all(x == 0 for row in same.p_predicted for x in row)
+    # What is named differs most, with its sign: by hand from all that each run predicts.
+    runs = [dict(zip(table.predicted[0], table.p_predicted[0], strict=True)) for table in (one, other)]
+    change = {name: runs[0][name] - runs[1][name] for name in runs[0].keys() & runs[1].keys()}
+    first = max(change, key=lambda name: abs(change[name]))
+    assert less.predicted[0][0] == first and less.p_predicted[0][0] == pytest.approx(change[first], abs=1e-6)
+    assert not hooks_left(model)
+
+
 def test_views_hold_the_numbers(model: Any) -> None:
     pytest.importorskip("circuitsvis")
     pytest.importorskip("plotly")
@@ -95,6 +112,10 @@ def test_views_hold_the_numbers(model: Any) -> None:
     assert torch.allclose(torch.tensor(props["values"]), expected, rtol=1e-3)
     figure: Any = viz.lens_figure(model, TOKENS, first=2, last=5)
     assert len(figure.data[0].z) == model.cfg.n_layers and len(figure.data[0].z[0]) == 3
+    changed: Any = viz.lens_figure(model, TOKENS, hooks=OFF, against=(), first=2, last=5)
+    less = viz.logit_lens(model, TOKENS, hooks=OFF, against=())
+    assert changed.data[0].z[1][0] == less[(less.layer == 1) & (less.position == 2)].p_predicted.iloc[0][0]
+    assert (changed.data[0].zmin, changed.data[0].zmax) == (-1, 1) and "changes most" in changed.layout.title.text
 
 
 @pytest.mark.parametrize(

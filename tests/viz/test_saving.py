@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -28,15 +29,16 @@ def test_a_page_works_offline(figure: Any, tmp_path: Path) -> None:
 def test_a_picture_is_what_kaleido_gives(figure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 
-    def to_image(_: Any, **options: Any) -> bytes:
-        seen.append(options)
+    def drawn(_: Any, opts: dict[str, Any], kopts: dict[str, Any]) -> bytes:
+        assert kopts == {"mathjax": False}  # which it would look for on the network
+        seen.append(opts)
         return b"picture"
 
-    monkeypatch.setitem(sys.modules, "kaleido", sys)
-    monkeypatch.setattr(type(figure), "to_image", to_image)
+    kaleido = SimpleNamespace(calc_fig_sync=drawn)
+    monkeypatch.setitem(sys.modules, "kaleido", kaleido)
     assert viz.save(figure, tmp_path / "figure.PNG", width=640).read_bytes() == b"picture"
     assert seen == [{"format": "png", "width": 640, "height": figure.layout.height, "scale": 2}]
-    monkeypatch.setattr(type(figure), "to_image", lambda *_, **__: 1 / 0)
+    kaleido.calc_fig_sync = lambda *_, **__: 1 / 0
     with pytest.raises(InputError, match=r"could not be drawn \(division by zero\).*Chromium"):
         viz.save(figure, tmp_path / "other.png")
     assert [path.name for path in tmp_path.iterdir()] == ["figure.PNG"]
@@ -55,4 +57,6 @@ def test_what_is_missing_is_named(figure: Any, tmp_path: Path, monkeypatch: pyte
 
 def test_a_real_picture(figure: Any, tmp_path: Path) -> None:
     pytest.importorskip("kaleido")
-    assert viz.save(figure, tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    picture = viz.save(figure, tmp_path / "figure.png", width=500).read_bytes()
+    assert picture.startswith(b"\x89PNG") and int.from_bytes(picture[16:20]) == 1000  # two pixels to one
+    assert viz.save(figure, tmp_path / "figure.svg").read_text(encoding="utf-8").startswith("<svg")
