@@ -23,7 +23,10 @@ from sinklens.formation import Formation, formation_from_json, formation_to_json
 from sinklens.formation.result import frame_of
 from sinklens.records.files import atomic_folder, write_json, write_tensors
 from sinklens.records.plain import check_kinds, to_plain
+from sinklens.records.printable import clip
+from sinklens.records.ranges import spans
 from sinklens.records.summaries import html, some, summary
+from sinklens.records.text import change_text, effect_text, interval_text, number
 from sinklens.stages.base import experiment_kind
 from sinklens.statistics import drawn_interval
 
@@ -37,8 +40,31 @@ LOSS_CHANGE = "loss_change"
 """Column of what an edit does to the loss, where that was read."""
 OF_LOSS = (LOSS_CHANGE, f"{LOSS_CHANGE}_low", f"{LOSS_CHANGE}_high")
 """The same with the ends of its interval, in a table of scores."""
+_LONGEST = 60
+"""Letters of a name in a notebook's table."""
 OF_TOKENS = ("received", "neurons")
 """Fields of a result with a number for every token."""
+
+
+def _row(rows: pd.DataFrame) -> dict[str, str]:
+    """A row of the table that the command prints: an edit in every direction."""
+    first = rows.iloc[0]
+    strength = first.get("strength")  # runs of earlier versions do not know it, nor the share
+    times = "" if strength is None or pd.isna(strength) else f" (x {strength:.3g})"
+    cells = {
+        "stage": clip(first.stage, _LONGEST),
+        "edit": clip(first.edit, _LONGEST) + times,
+        "layers": spans(first.layers, "-"),
+    }
+    for score in rows.to_dict("records"):
+        interval = "" if pd.isna(score["ci_low"]) else f" {interval_text(score['ci_low'], score['ci_high'])}"
+        effect = f"{effect_text(score['effect'])}{interval} ({number(score['predicted'])})"
+        cells[str(score["direction"])] = effect if score["n"] else "no prompt left"
+    if LOSS_CHANGE in rows:
+        cells["loss, nats"] = " ".join(map(change_text, rows[LOSS_CHANGE]))
+    if "share" in rows:
+        cells["over ½"] = " ".join(f"{share:.0%}" for share in rows.share)
+    return {**cells, "n": str(rows.n.min())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +108,15 @@ class ChainResult:
         return summary(self, f"{self.metric}, {sink}", f"stages {stages}", f"block {self.formation.layer}")
 
     def _repr_html_(self) -> str:
-        wanted = (*SCORE_KEYS, "predicted", "effect", "ci_low", "ci_high", "share", "n", *OF_LOSS)
-        shown = [name for name in wanted if name in self.scores]
-        return html(repr(self), pd.DataFrame(self.scores, columns=shown))
+        own: Any = self.scores[self.scores.control == ""]
+        left = len(self.scores) - len(own)
+        line = f"{self!r}; mean over prompts [95% interval] (predicted by the claim)"
+        line += f"; {left} scores of controls are in .scores" if left else ""
+        rows = pd.DataFrame([_row(rows) for _, rows in own.groupby(["stage", "edit"], sort=False)])
+        if len(rows):
+            rows.loc[rows.stage.duplicated(), "stage"] = ""  # once, as where the command prints it
+        with pd.option_context("display.max_colwidth", None):
+            return html(line) + rows.to_html(index=False, escape=True, border=0)
 
     @property
     def metric(self) -> str:

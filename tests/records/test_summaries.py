@@ -16,6 +16,7 @@ from sinklens.engine.run import PatchRunner
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.build import attention_received
 from sinklens.records.summaries import html, some, summary
+from sinklens.records.text import effect_text, interval_text
 from sinklens.statistics import Estimate
 from sinklens.study import Study
 from sinklens.sweeps import Worker
@@ -61,10 +62,19 @@ def test_in_a_line_and_as_a_table(shown: dict[str, Any], capsys: pytest.CaptureF
     assert "Study(" in told and "formation" not in told.split("Study(")[1]  # nothing was looked for
 
 
-def test_a_chain_s_table_has_intervals_and_predictions() -> None:
-    page = synthetic_result()._repr_html_()
-    for name in ("stage", "control", "predicted", "effect", "ci_low", "ci_high", "n"):
+def test_a_chain_s_table_is_the_command_s_without_its_controls() -> None:
+    result = synthetic_result()
+    page, scores = result._repr_html_(), result.scores
+    for name in ("stage", "edit", "layers", *scores.direction.unique(), "n"):
         assert f"<th>{name}</th>" in page, name
+    own = scores[scores.control == ""]
+    for row in own.to_dict("records"):
+        interval = "" if pd.isna(row["ci_low"]) else f" {interval_text(row['ci_low'], row['ci_high'])}"
+        assert f"<td>{effect_text(row['effect'])}{interval} ({row['predicted']:g})</td>" in page
+    edits = own[["stage", "edit"]].drop_duplicates()
+    assert page.count("<tr>") == len(edits)  # the head's has a style
+    assert f"{len(scores) - len(own)} scores of controls are in .scores" in page or len(scores) == len(own)
+    assert [page.count(f"<td>{stage}</td>") for stage in edits.stage.unique()] == [1] * edits.stage.nunique()
 
 
 @pytest.mark.slow
