@@ -15,6 +15,7 @@ from sinklens.errors import InputError, WriteError
 from sinklens.pages.page import render, report
 from sinklens.records.text import effect_text, interval_text
 from tests.helpers.made_results import HOSTILE, made_result
+from tests.helpers.pages import readmes
 from tests.helpers.parsed import Parsed
 
 pytest.importorskip("plotly")
@@ -172,3 +173,12 @@ def test_missing_plotly_is_one_clear_sentence(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"sinklens\[viz\]"):
         report(made_result(), tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_pages_say_which_model_a_result_is_of():
+    """The default model is the Instruct one, dequantised from 4 bits: its numbers are not those of the base model."""
+    named = {path: path.read_text(encoding="utf-8") for path in readmes() if path.parent.name != "benchmark"}
+    named = {path: text for path, text in named.items() if "SmolLM2-135M" in text}
+    assert len(named) >= 4
+    for path, text in named.items():
+        assert re.search(r"\*\*Instruct\*\*[^.|]*dequantised\s+from\s+4\s+bits", text), path
