@@ -65,9 +65,9 @@ def test_in_a_line_and_as_a_table(shown: dict[str, Any], capsys: pytest.CaptureF
 def test_a_chain_s_table_is_the_command_s_without_its_controls() -> None:
     result = synthetic_result()
     page, scores = result._repr_html_(), result.scores
+    own: Any = scores[scores.control == ""]
     for name in ("stage", "edit", "layers", *scores.direction.unique(), "n"):
         assert f"<th>{name}</th>" in page, name
-    own = scores[scores.control == ""]
     for row in own.to_dict("records"):
         interval = "" if pd.isna(row["ci_low"]) else f" {interval_text(row['ci_low'], row['ci_high'])}"
         assert f"<td>{effect_text(row['effect'])}{interval} ({row['predicted']:g})</td>" in page
