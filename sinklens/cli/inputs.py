@@ -211,6 +211,8 @@ def with_inputs(*, without: Sequence[str] = (), **defaults: Any) -> Callable[[Fu
         parameters = list(inspect.signature(run, eval_str=True).parameters.values())
         (place,) = (place for place, one in enumerate(parameters) if _is_inputs(one.annotation))
         inputs = parameters[place]
+        if slips := {*without, *defaults} - {field.name for field in fields(inputs.annotation)}:
+            raise TypeError(f"{', '.join(sorted(slips))}: there is no such option")
         options = [one for one in _options(inputs.annotation, defaults) if one.name not in without]
 
         @functools.wraps(run)

@@ -33,6 +33,10 @@ def command(*, first: int = 1, inputs: Inputs, last: bool = False) -> None:
     SAID.append((first, inputs, last))
 
 
+def bare(*, inputs: Inputs) -> None:
+    """A function that no options are put into."""
+
+
 def run(*arguments: str) -> Any:
     alone = typer.Typer(add_completion=False)
     alone.command()(command)
@@ -51,6 +55,12 @@ def test_what_is_said_arrives_and_the_command_s_own_defaults_where_nothing_is() 
     assert run() == (1, Inputs(n=3), False)
     given = run("--n", "5", "--layer", "2", "--bos", "never", "--last", "--first", "4")
     assert given == (4, replace(Inputs(), n=5, block=2, bos="never"), True)
+
+
+def test_a_slip_in_the_name_of_an_option_is_told_at_once() -> None:
+    for slip in (with_inputs(number=3), with_inputs(without=("events",))):
+        with pytest.raises(TypeError, match="there is no such option"):
+            slip(bare)
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
