@@ -132,7 +132,9 @@
     place.closest("figure")?.classList.toggle("broad", broad);
     if (small) arranged(figure, panels, 1, 330);
     if (broad) {
-      arranged(figure, panels, panels.length === 5 || panels.length === 6 ? 3 : 4, 280);
+      const longest = Math.max(...(figure.layout.annotations || []).map((note) => String(note.text ?? "").length), 1);
+      const room = Math.floor(paperWidth(place) / (5.8 * longest)); // for titles beside one another
+      arranged(figure, panels, Math.max(2, Math.min(room, panels.length === 5 || panels.length === 6 ? 3 : 4)), 280);
       figure.layout.margin = { ...figure.layout.margin, b: 10 };
     }
     placed(figure, printing ? paperWidth(place) : place.clientWidth);
