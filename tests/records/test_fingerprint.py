@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cache, cached_property, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,82 +19,9 @@ import pandas as pd
 import pytest
 import torch
 
-from sinklens.records.callables import is_library
 from sinklens.records.fingerprint import fingerprint_of, unstable_in
+from tests.helpers.cells import CELLS, prints
 
-# What a notebook may have in its cells. It is run with other values in their places, as a cell is that has been edited.
-CELLS = """
-import functools, math
-from dataclasses import dataclass
-from enum import Enum
-import numpy as np
-import torch
-A = 260
-WORDS = {"b", "a", "c"}
-TABLE = {"x": [1, 2.0], "y": ("z", None)}
-VECTOR = np.arange(5000.0)
-Color = Enum("Color", {"RED": 1})
-def helper(x): return x * 2
-def twice(x): return helper(helper(x))
-@functools.cache
-def remembered(n): return n + 1
-@torch.no_grad()
-def decorated(x): return helper(x)
-class Base:
-    def scaled(self, x): return x * 3
-class Callable(Base):
-    where = 7
-    def __init__(self, k): self.k = k
-    def __call__(self, logits, rows): return self.scaled(logits)[:, self.where] * self.k
-    def method(self, logits, rows): return super().scaled(logits) + self.k
-    @property
-    def half(self): return self.k / 2
-    @staticmethod
-    def plain(logits, rows): return helper(logits)
-@dataclass(frozen=True)
-class Data:
-    k: float = 0.5
-    def __call__(self, logits, rows): return logits * self.k
-def even(n): return n == 0 or odd(n - 1)
-def odd(n): return n != 0 and even(n - 1)
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = torch.nn.Linear(2, 2, bias=False)
-        self.inner.weight.data.fill_(0.5)
-        self.scale = 2.0
-    def forward(self, x): return self.inner(x) * self.scale
-net = Net()
-instance = Callable(2)
-def closed(k): return lambda x, rows: x * k
-def mix(x, source, a): return (1 - a) * x + a * source
-THINGS = {
-    "a global": lambda logits, rows: logits[:, -1, A],
-    "a set": lambda logits, rows: "a" in WORDS,
-    "a dict": lambda logits, rows: TABLE["x"],
-    "an array": lambda logits, rows: logits @ VECTOR,
-    "an enum": lambda logits, rows: Color.RED.value,
-    "a helper": lambda logits, rows: helper(logits),
-    "a helper of a helper": lambda logits, rows: twice(logits),
-    "a cached helper": lambda logits, rows: remembered(3),
-    "a decorated function": decorated,
-    "an inner function": lambda logits, rows: [helper(x) for x in logits],
-    "a callable object": Callable(2),
-    "a global object": lambda logits, rows: instance(logits, rows),
-    "a method": Callable(2).method,
-    "a static method": Callable.plain,
-    "a property": lambda logits, rows: instance.half,
-    "a data class": Data(),
-    "a circle": even,
-    "a module": net,
-    "a global module": lambda logits, rows: net(logits),
-    "a closure": closed(0.5),
-    "a partial": functools.partial(mix, a=0.5),
-    "a partial of a partial": functools.partial(functools.partial(mix, a=0.5), source=1),
-    "a lambda with a default": lambda logits, rows, at=3: logits[:, at],
-    "a set in the code": lambda x, rows: x in {"p", "q", "r"},
-}
-"""
 EDITS = [  # what is edited in the cells, and what that changes
     ("A = 260", "A = 100", {"a global"}),
     ('"b", "a"', '"b", "d"', {"a set"}),
@@ -124,20 +50,6 @@ EDITS = [  # what is edited in the cells, and what that changes
 ]
 
 
-def prints(cells: str) -> dict[str, str]:
-    """The fingerprints of the cells' things."""
-    notebook: dict[str, Any] = {"__name__": "a_notebook"}
-    module = ModuleType("a_notebook")
-    sys.modules["a_notebook"] = module
-    try:
-        exec(compile(cells, "<cell>", "exec"), vars(module))  # noqa: S102  (as a notebook does)
-        notebook = vars(module)
-        assert not any(unstable_in(thing) for thing in notebook["THINGS"].values())
-        return {name: fingerprint_of(thing) for name, thing in notebook["THINGS"].items()}
-    finally:
-        del sys.modules["a_notebook"]
-
-
 @pytest.mark.parametrize("before, after, changed", EDITS)
 def test_what_is_edited_in_a_cell_changes_what_uses_it(before: str, after: str, changed: set[str]) -> None:
     found, edited = prints(CELLS), prints(CELLS.replace(before, after))
@@ -153,7 +65,7 @@ def test_where_it_is_written_does_not_count() -> None:
 def test_another_process_finds_the_same() -> None:
     """With another hash seed, so that sets are in another order."""
     expected = repr(sorted(prints(CELLS).items()))
-    code = "from tests.records.test_fingerprint import CELLS, prints; print(sorted(prints(CELLS).items()))"
+    code = "from tests.helpers.cells import CELLS, prints; print(sorted(prints(CELLS).items()))"
     path = os.pathsep.join([*filter(None, sys.path), "."])
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
@@ -252,11 +164,7 @@ def imports(_logits: Any, _rows: Any) -> Any:
     return sweeps
 
 
-SETTINGS = ModuleType("settings_of_a_notebook")
 OUTSIDE: dict[str, Any] = {
-    "getattr": lambda logits, _: logits[:, -1, getattr(SETTINGS, "A")],  # noqa: B009
-    "vars": lambda logits, _: logits[:, -1, vars(SETTINGS)["A"]],
-    "__dict__": lambda logits, _: logits[:, -1, SETTINGS.__dict__["A"]],
     "modules": lambda logits, _: logits[:, -1, sys.modules["settings"].A],
     "environ": lambda logits, _: logits[:, -1, int(os.environ["A"])],
     "load": lambda logits, _: logits @ torch.load("direction.pt"),
@@ -275,8 +183,8 @@ UNSTABLE: list[tuple[str, Any]] = [
     ("an import of tests.helpers", imports),
     ("a ufunc", np.frompyfunc(lambda x: x, 1, 1)),
     ("a tensor without values", torch.zeros(2, device="meta")),
-    *((f"through {name}", OUTSIDE[name]) for name in ("getattr", "vars", "__dict__")),
-    *((f"{name} in a function", OUTSIDE[name]) for name in ("modules", "environ", "load", "read_text", "read_csv")),
+    *((f"{name} in a function", thing) for name, thing in OUTSIDE.items()),
+    ("the environment of the process", os.environ),
 ]
 
 
@@ -296,9 +204,23 @@ def test_an_open_file_and_what_goes_too_deep(tmp_path: Path) -> None:
     assert "too deeply nested" in unstable_in(deep)[0]
 
 
-def test_whose_a_module_is() -> None:
-    assert all(is_library(name) for name in ("json", "torch.nn", "numpy", "sinklens.edits", "builtins"))
-    assert not any(is_library(name) for name in ("__main__", "tests.helpers", "a_notebook"))
+class Shy:
+    """An object that does not want to be looked at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise ValueError(name)
+
+
+def test_what_cannot_be_looked_at_is_named() -> None:
+    assert unstable_in([Shy()]) == ["a Shy"]
+    nameless = type("Nameless", (), {"__module__": None, "k": 1})
+    assert fingerprint_of(nameless) != fingerprint_of(type("Nameless", (), {"__module__": None, "k": 2}))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_module_is_named() -> None:
+    """What it does is nowhere to be read."""
+    assert unstable_in(torch.jit.script(torch.nn.ReLU())) == ["a scripted module"]
 
 
 def test_a_large_array_takes_no_time() -> None:
