@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib.util
-import inspect
+import os
 import platform
 import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-from sinklens.records.callables import INSTALLED, is_library
-from sinklens.records.fingerprint import fingerprint_of
+from sinklens.records.fingerprint import fingerprint_of, unstable_in
+from sinklens.records.own_files import own_files
 
 
 def versions() -> dict[str, str]:
@@ -71,78 +66,18 @@ def package_digest() -> str:
     return digest.hexdigest()
 
 
-def code_digest(function: Callable[..., object]) -> str:
-    """Digest of sinklens's source, of the file that ``function`` is written in, and of the user's own files that this
-    one imports from; of a function that is in no file, such as a notebook's, of what it does.
+def code_digest(*functions: Callable[..., object]) -> str:
+    """Digest of sinklens's source, of what functions do (:mod:`sinklens.records.fingerprint`: what they close over, and
+    the globals that they read, may have changed in a running process), of the files that they are written in, and of
+    the user's own files that these import from.
+
+    Of functions of which nothing tells whether they do the same, as of one that reads a file, no two digests are equal.
     """
     digest = hashlib.sha256(package_digest().encode())
-    source = inspect.getsourcefile(function)
-    if source is None or not Path(source).is_file():
+    for function in functions:
         digest.update(fingerprint_of(function).encode())
-    files = [] if source is None else [source]
-    files += sorted(_imported(getattr(inspect.unwrap(function), "__globals__", {})) - set(files))
-    for path in _with_named(files):
-        if Path(path).is_file():
-            digest.update(Path(path).read_bytes())
+        if unstable_in(function):
+            digest.update(os.urandom(16))
+    for path in own_files(*functions):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _with_named(files: list[str]) -> list[str]:
-    """Files, and those of the user's own modules that their import statements name: a plain number does not say where
-    it comes from.
-    """
-    found = list(files)
-    for path in found:  # which grows meanwhile
-        for name in _import_statements(path):
-            if is_library(name):
-                continue
-            module = sys.modules.get(name)
-            origin = getattr(module, "__file__", None) or _origin(name)
-            if origin is not None and origin not in found:
-                found.append(origin)
-    return found
-
-
-def _import_statements(path: str) -> list[str]:
-    """The modules that a file's import statements name, wherever in it they stand."""
-    try:
-        tree = ast.parse(Path(path).read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return []
-    named: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
-            named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return sorted(named)
-
-
-def _origin(name: str) -> str | None:
-    """The file of a module of the user's that is not imported yet; a part of a package cannot be looked for without
-    importing the package.
-    """
-    if "." in name:
-        return None
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, AttributeError, ValueError):
-        return None
-    path = None if spec is None else spec.origin
-    return None if path is None or INSTALLED & set(Path(path).parts) or not path.endswith(".py") else path
-
-
-def _imported(names: Mapping[str, Any]) -> set[str]:
-    """The files of the user's own modules that the names of a module come from, and of those that these import from."""
-    found: set[str] = set()
-    ahead = [names]
-    while ahead:
-        for value in list(ahead.pop().values()):
-            of = getattr(value, "__module__", None)
-            module = value if isinstance(value, ModuleType) else sys.modules.get(of) if isinstance(of, str) else None
-            path = getattr(module, "__file__", None)
-            if module is None or path is None or path in found or is_library(module.__name__):
-                continue
-            found.add(path)
-            ahead.append(vars(module))
-    return found

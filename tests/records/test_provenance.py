@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 from sinklens.records.provenance import code_digest
 
 
-def test_the_users_own_files_count_and_those_that_they_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_edited_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one from which a plain number comes, which does not say where it is from."""
     monkeypatch.syspath_prepend(tmp_path)
     texts = {
         "an_analysis": "import torch\nfrom a_helper import helped\ndef run(study): return helped(study)\n",
-        "a_helper": "import a_constant as c\ndef helped(study): return c.K\n",
-        "a_constant": "K = 1\n",
+        "a_helper": "from a_number import K\ndef helped(study): return K\n",
+        "a_number": "K = 1\n",
         "another": "K = 1\n",
     }
     for name, text in texts.items():
@@ -28,7 +30,7 @@ def test_the_users_own_files_count_and_those_that_they_import(tmp_path: Path, mo
         assert code_digest(run) == digest
         (tmp_path / "another.py").write_text("K = 2\n")
         assert code_digest(run) == digest
-        for name in ("an_analysis", "a_helper", "a_constant"):
+        for name in ("an_analysis", "a_helper", "a_number"):
             before, path = code_digest(run), tmp_path / f"{name}.py"
             path.write_text(path.read_text() + "# edited\n")
             assert code_digest(run) != before
@@ -37,22 +39,35 @@ def test_the_users_own_files_count_and_those_that_they_import(tmp_path: Path, mo
             sys.modules.pop(name, None)
 
 
-def test_a_plain_number_from_another_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not say where it comes from; the import statement does, inside a function too."""
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "of_numbers.py").write_text("from number_one import K\ndef run(study):\n    from number_two import L\n")
-    for name in ("number_one", "number_two"):
-        (tmp_path / f"{name}.py").write_text("K = L = 1\n")
-    try:
-        run = importlib.import_module("of_numbers").run
-        digest = code_digest(run)
-        for name in ("number_one", "number_two"):
-            (tmp_path / f"{name}.py").write_text("K = L = 2\n")
-            assert code_digest(run) != digest
-            digest = code_digest(run)
-    finally:
-        for name in ("of_numbers", "number_one"):
-            sys.modules.pop(name, None)
+SCALE = {"k": 1.0}
+
+
+def scaled(study: Any) -> float:
+    return study * SCALE["k"]
+
+
+def closed(k: float) -> Any:
+    return lambda study: study * k
+
+
+def test_what_changes_in_a_running_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are the same: a global, what is closed over, a partial function's arguments, an object's state."""
+    digest = code_digest(scaled)
+    assert code_digest(scaled) == digest
+    monkeypatch.setitem(SCALE, "k", 2.0)
+    assert code_digest(scaled) != digest
+    assert code_digest(closed(1)) == code_digest(closed(1)) != code_digest(closed(2))
+    assert code_digest(partial(pow, 2)) == code_digest(partial(pow, 2)) != code_digest(partial(pow, 3))
+    assert code_digest(closed(1), closed(1)) != code_digest(closed(1), closed(2))
+
+
+def test_of_what_cannot_be_told_no_two_digests_are_equal() -> None:
+    """What it reads may have changed meanwhile."""
+
+    def reads(_study: Any) -> str:
+        return Path("numbers.txt").read_text(encoding="utf-8")
+
+    assert code_digest(reads) != code_digest(reads)
 
 
 def test_a_function_of_a_notebook_is_known_by_what_it_does() -> None:
