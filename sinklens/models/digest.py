@@ -22,7 +22,9 @@ import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
-from sinklens.models.view import Model, config_text, named_parameters_of, settings_text
+from sinklens.models.replaced import replaced_code
+from sinklens.models.view import Model, config_text, held_tensors_of, named_parameters_of, settings_text
+from sinklens.records.fingerprint import fingerprint_of
 
 _WORDS = 1 << 13
 """Words that have keys of their own."""
@@ -33,19 +35,34 @@ _ROWS = {"cpu": 16}
 
 @torch.no_grad()
 def weight_digest(model: Model) -> str:
-    """A digest over the config, and every parameter's name, shape, dtype and bits, in the order of the names.
+    """A digest over the config, and the name, shape, dtype and bits of every parameter and of every other tensor that a
+    module holds, in the order of the names; and over code that is not the model's own (:mod:`sinklens.models.replaced`).
 
     The same weights compute something else with another window, rotary base or activation function, so the config
     counts, and what modules have kept of it. The two backends name their parameters differently, so the same weights
     have one digest on each; they have the same one on every device. Nothing is remembered from one call to the next,
     as a write through ``.data`` or a NumPy view leaves no trace.
     """
-    named = sorted(named_parameters_of(model))
+    tensors = sorted([*named_parameters_of(model), *held_tensors_of(model)], key=lambda pair: pair[0])
     digest = hashlib.sha256(f"weights by sums of rows\n{config_text(model)}\n{settings_text(model)}".encode())
-    for (name, weight), bits in zip(named, _on_host([short_of(weight) for _, weight in named]), strict=True):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+    for where, code in replaced_code(model):
+        digest.update(f"{where} {fingerprint_of(code)}\n".encode())
+    for (name, tensor), bits in zip(tensors, _on_host(_shorts([tensor for _, tensor in tensors])), strict=True):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(bits.numpy().data)
     return digest.hexdigest()
+
+
+def _shorts(tensors: Sequence[Tensor]) -> list[Integer[Tensor, " byte"]]:
+    """:func:`short_of` each; blocks may share a table, which is looked at once."""
+    known: dict[tuple[object, ...], Tensor] = {}
+    shorts = []
+    for tensor in tensors:
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in known:
+            known[key] = short_of(tensor)
+        shorts.append(known[key])
+    return shorts
 
 
 def short_of(weight: Shaped[Tensor, "..."]) -> Integer[Tensor, " byte"]:

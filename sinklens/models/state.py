@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from sinklens.errors import InputError
-from sinklens.models.view import Model, hook_points_kept, is_bridge, is_decoder, weights_stamp
+from sinklens.models.replaced import replaced_code
+from sinklens.models.view import Model, hook_points_kept, is_bridge, is_decoder, named_modules_of, weights_stamp
 from sinklens.variants import Variant, variant_kind
 
 P = ParamSpec("P")
@@ -319,14 +320,17 @@ def check_bare(model: Model, where: str, instead: str) -> None:
         instead: what can be done where there is more.
 
     Raises:
-        InputError: there are hooks on the model, or a part of it is not as it was loaded.
+        InputError: there are hooks on the model, or a part or a function of it is not as it was loaded.
     """
     if foreign_hooks(model):
         raise InputError(
             f"there are hooks on the model, and {where} knows nothing of them: call model.reset_hooks() or leave the "
             f"with of model.hooks first, or {instead}"
         )
-    if (part := foreign_part(model)) is not None:
+    part = foreign_part(model)
+    if part is None and (replaced := replaced_code(model)):
+        part = f"another function in place of its own ({replaced[0][0]})"
+    if part is not None:
         raise InputError(f"the model has {part}, and {where} knows nothing of it but its weights: {instead}")
 
 
@@ -347,7 +351,7 @@ def foreign_part(model: Model) -> str | None:
     """
     bridge = is_bridge(model)
     own = is_decoder(model)
-    for name, module in _named_modules(model):
+    for name, module in named_modules_of(model):
         kind = type(module)
         if getattr(module, "parametrizations", None):
             return f"a parametrised module ({name})"
@@ -366,14 +370,6 @@ def _of_variant(model: Any, name: str, module: torch.nn.Module) -> bool:
     if not isinstance(module, Variant):
         return ".variant." in name and type(module).__module__.startswith("torch.nn.modules.")
     return type(module) is variant_kind(model.cfg.variant) and module.options() == model.cfg.variant_options
-
-
-def _named_modules(model: object) -> Iterator[tuple[str, torch.nn.Module]]:
-    assert isinstance(model, torch.nn.Module)
-    wrapped = vars(model).get("original_model")
-    yield from model.named_modules()
-    if isinstance(wrapped, torch.nn.Module):
-        yield from wrapped.named_modules()
 
 
 Snapshot = tuple[Any, ...]

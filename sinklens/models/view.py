@@ -16,12 +16,14 @@ Pitfalls that this module exists for, all checked by running:
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 from weakref import WeakKeyDictionary
 
@@ -30,6 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens.errors import EngineError, InputError, NotApplicableError
+from sinklens.records.fingerprint import fingerprint_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -453,6 +456,30 @@ def named_parameters_of(model: Model) -> Iterator[tuple[str, torch.nn.Parameter]
     yield from _inside(model).named_parameters()
 
 
+def named_modules_of(model: Model) -> Iterator[tuple[str, torch.nn.Module]]:
+    """All modules that a forward pass can come by and their names, each once; those that a bridge wraps, too."""
+    inside, seen = _inside(model), set()
+    wrapped = vars(inside).get("original_model")
+    for whole in (inside, wrapped) if isinstance(wrapped, torch.nn.Module) else (inside,):
+        for name, module in whole.named_modules():
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield name, module
+
+
+def held_tensors_of(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that modules compute with beside parameters, and their names: rotary tables, masks."""
+    for name, module in named_modules_of(model):
+        plain = {key: item for key, item in vars(module).items() if not key.startswith("_") and key != _MADE_LATER}
+        for key, item in {**plain, **module._buffers}.items():
+            if isinstance(item, Tensor):
+                yield f"{name}.{key}", item
+
+
+_MADE_LATER = "alibi"
+"""A tensor that TransformerLens makes of the config, in the first forward pass that needs it."""
+
+
 def dtype_of(model: Model) -> torch.dtype:
     """The dtype of the model's weights."""
     return next(parameters_of(model)).dtype
@@ -502,8 +529,6 @@ def damaged_weight(model: Model) -> str | None:
     return None
 
 
-_SETTINGS = ("attn_scale", "scaling", "eps", "variance_epsilon", "act_fn")
-"""Attributes of modules that they compute with beside parameters."""
 # What a config says of a model's name, its place and its loading, and not of what it computes.
 _ASIDE = (
     "_name_or_path",
@@ -547,18 +572,28 @@ def config_text(model: Model) -> str:
 
 
 def settings_text(model: Model) -> str:
-    """What modules keep of the config and compute with, which somebody may have changed since: scales of attention,
-    epsilons of norms, activation functions; as JSON, in the order of the names.
+    """What modules are and what they keep of the config, which somebody may have changed since: their classes, scales
+    of attention, epsilons of norms, windows, activation functions; as JSON, in the order of the names.
     """
     found: dict[str, Any] = {}
-    for name, module in _inside(model).named_modules():
-        for key in _SETTINGS:
-            value = vars(module).get(key)
+    for name, module in named_modules_of(model):
+        found[name] = f"{type(module).__module__}.{type(module).__qualname__}"
+        for key, value in vars(module).items():
+            if key.startswith("_") or key in _ASIDE or key in _PASSING:
+                continue
             if isinstance(value, numbers.Real):
                 found[f"{name}.{key}"] = float(value)
-            elif callable(value):
-                found[f"{name}.{key}"] = getattr(value, "__qualname__", type(value).__qualname__)
+            elif value is None or isinstance(value, str):
+                found[f"{name}.{key}"] = value
+            elif isinstance(value, (list, tuple)) and all(isinstance(each, (numbers.Real, str)) for each in value):
+                found[f"{name}.{key}"] = [str(each) for each in value]
+            elif isinstance(value, (FunctionType, BuiltinFunctionType, functools.partial)):
+                found[f"{name}.{key}"] = fingerprint_of(value)
     return json.dumps(found, sort_keys=True)
+
+
+_PASSING = {"training", "is_caching", "context_level", "gradient_checkpointing", "max_seq_len_cached", "name_or_path"}
+"""Attributes of modules that passes and training leave behind, or that say where a model is from."""
 
 
 def _plain(value: Any) -> Any:
