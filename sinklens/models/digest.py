@@ -36,7 +36,7 @@ _ROWS = {"cpu": 16}
 @torch.no_grad()
 def weight_digest(model: Model) -> str:
     """A digest over the config, and the name, shape, dtype and bits of every parameter and of every other tensor that a
-    module holds, in the order of the names; and over code in place of the model's own (:mod:`sinklens.models.replaced`).
+    module holds, in the order of the names; and over code in place of its own (:mod:`sinklens.models.replaced`).
 
     The same weights compute something else with another window, rotary base or activation function, so the config
     counts, and what modules have kept of it. The two backends name their parameters differently, so the same weights
