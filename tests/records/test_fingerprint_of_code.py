@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import colorsys
 import fractions
 import functools
 import json
@@ -11,7 +12,6 @@ import os
 import pickle
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -359,9 +359,9 @@ math.MINE=VALUE
 def f(l): return math.MINE
 """,
     "a function in place of a package's": """
-import textwrap
-textwrap.dedent=lambda s: VALUE
-def f(l): return textwrap.dedent('')
+import colorsys
+colorsys.rgb_to_hsv = lambda *a: VALUE
+def f(l): return colorsys.rgb_to_hsv()
 """,
     "a method in place of a package's": """
 import fractions
@@ -390,7 +390,7 @@ f=A(); f.t
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
     """Some cells put something into Python's own modules and classes."""
-    changed = ((builtins, "MINE"), (math, "MINE"), (textwrap, "dedent"), (fractions.Fraction, "limit_denominator"))
+    changed = ((builtins, "MINE"), (math, "MINE"), (colorsys, "rgb_to_hsv"), (fractions.Fraction, "limit_denominator"))
     before = [(place, name, getattr(place, name, None)) for place, name in changed]
     yield
     for place, name, item in before:
