@@ -1,33 +1,42 @@
-"""The edits of a sweep by name, and what the ablations put in place of an activation.
+"""Edits by name: what a sweep, a stage or an analysis puts in the place of an activation.
 
-==========  ===================================================================================================
-transplant  the activation of the pair's other run at the same place (natural sink: at an ordinary position)
-zero        nothing
-mean        per block and unit, the mean over all ordinary positions of all prompts, in the run without the sink
-resample    the activation at one ordinary position of one prompt, both drawn for each prompt with the seed
-==========  ===================================================================================================
+===================  ==========================================================================================
+transplant           the activation of the pair's other run at the same place (natural sink: at an ordinary position)
+zero                 nothing
+mean                 per block and unit, the mean over all ordinary positions of all prompts, in the run without the
+                     sink
+resample             the activation at one ordinary position of one prompt, both drawn for each prompt with the seed
+sink_mean            the mean over prompts of the activation at the target, in the run with the sink: the same for all
+random_write         a random direction for each prompt, of the norm of its activation at the target in that run
+deviation_exchanged  the activation at the target with its deviation from the mean over prompts from the other run
+mean_exchanged       the same with its mean from the other run, and its own deviation
+===================  ==========================================================================================
 
-Ablations are applied in the run that the direction patches: noised, the run with the sink.
+Ablations are applied in the run that the direction patches: noised, the run with the sink. What is exchanged depends on
+the direction. ``sink_mean`` and ``deviation_exchanged`` say whether it is what varies over prompts that counts, at any
+site and in any block: the stages have them with a control of equal size (``no_variance``, ``constant_key``, ...).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens.edits import Constant, Edit, PerPrompt
 from sinklens.edits.general import Transplant
 from sinklens.engine.capture import capture_runs
-from sinklens.engine.store import Want
+from sinklens.engine.store import ActivationStore, Want
 from sinklens.errors import InputError
 from sinklens.models.view import Model, model_shape
+from sinklens.pairs.choice import Direction
 from sinklens.pairs.pair import SinkPair
 from sinklens.pairs.subset import roots_for_prompts
+from sinklens.patches import Source
 from sinklens.prompts import PromptBatch
 from sinklens.records.fingerprint import fingerprint_of
 from sinklens.records.registry import enter, is_the_package_s
@@ -36,35 +45,6 @@ from sinklens.statistics import generator
 
 _CHUNK_BYTES = 1 << 28
 """Activations kept at once while means are taken."""
-
-
-def _ablation(name: Literal["mean", "resample"], context: EditContext) -> Edit:
-    """The edit ``mean`` or ``resample`` of a site, in some blocks, on all prompts."""
-    model, batch, pair, site = context.model, context.batch, context.pair, context.site
-    layers, max_rows = context.layers, context.max_rows
-    donors = draw_places(pair.ordinary, generator(context.seed, "sweep/resample"))
-    per_block = batch.length * model_shape(model).d_model * 4 * max(1, len(layers))
-    step = max(1, min(max_rows, _CHUNK_BYTES // per_block))
-    sums: dict[int, Tensor] = {}
-    drawn: dict[int, Tensor] = {}
-    for first in range(0, batch.n, step):
-        marks = pair.ordinary[first : first + step].bool()
-        run = pair.without.run
-        roots = roots_for_prompts(pair.runs[run], first)
-        wants = [Want(run, site, layer) for layer in layers]
-        store = capture_runs(model, batch.tokens[first : first + step], {run: roots}, wants, max_rows=max_rows)
-        mine = (donors[:, 0] >= first) & (donors[:, 0] < first + step)
-        for layer in layers:
-            x = store.tensor(run, site, layer)
-            here = x[marks.to(x.device)].double().sum(0)
-            sums[layer] = sums[layer] + here if layer in sums else here
-            if layer not in drawn:
-                drawn[layer] = x.new_zeros(batch.n, *x.shape[2:])
-            drawn[layer][mine.to(x.device)] = x[donors[mine, 0] - first, donors[mine, 1]]
-    if name == "mean":
-        count = pair.ordinary.sum().item()
-        return Constant("mean", {layer: (total / count).float() for layer, total in sums.items()})
-    return PerPrompt("resample", drawn)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +65,38 @@ class EditContext:
     """Fixes every draw."""
     max_rows: int
     """Rows for one forward pass."""
+    direction: Direction | None = None
+    """Which run is patched, for edits that depend on it."""
+
+    @property
+    def step(self) -> int:
+        """Prompts whose activations in all the blocks are kept at once."""
+        per_prompt = self.batch.length * model_shape(self.model).d_model * 4 * max(1, len(self.layers))
+        return max(1, min(self.max_rows, _CHUNK_BYTES // per_prompt))
+
+    def captured(self, run: str, index: Int[Tensor, " prompt"] | None = None) -> Iterator[tuple[int, ActivationStore]]:
+        """A run's activations there, of :attr:`step` prompts after the other: the first one's number, and theirs.
+
+        Args:
+            run: name of the run.
+            index: one position of every prompt, where no other is needed.
+        """
+        for first in range(0, self.batch.n, self.step):
+            chosen = slice(first, first + self.step)
+            at = None if index is None else tuple(sorted(set(index[chosen].tolist())))
+            wants = [Want(run, self.site, layer, at) for layer in self.layers]
+            runs = {run: roots_for_prompts(self.pair.runs[run], first)}
+            yield first, capture_runs(self.model, self.batch.tokens[chosen], runs, wants, max_rows=self.max_rows)
+
+    def at_target(self, source: Source) -> dict[int, Float[Tensor, "prompt unit *rest"]]:
+        """By block, the activation of a run at the target, or where the source says, of every prompt."""
+        index = source.where(self.pair.target).single(self.batch.n)
+        parts: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        for first, store in self.captured(source.run, index):
+            for layer in self.layers:
+                here = index[first : first + self.step]
+                parts[layer].append(store.at(source.run, self.site, layer, here).float())
+        return {layer: torch.cat(part) for layer, part in parts.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +107,60 @@ class NamedEdit:
     """The name."""
     make: Callable[[EditContext], Edit]
     """``(context) -> Edit``."""
+    exchanges: bool = False
+    """Whether it exchanges parts of the two runs' activations at the target: then it is made for each direction, and is
+    for the target alone."""
+
+
+def _ablation(name: Literal["mean", "resample"], context: EditContext) -> Edit:
+    """The edit ``mean`` or ``resample`` of a site, in some blocks, on all prompts."""
+    pair, layers = context.pair, context.layers
+    donors = draw_places(pair.ordinary, generator(context.seed, "sweep/resample"))
+    sums: dict[int, Tensor] = {}
+    drawn: dict[int, Tensor] = {}
+    run = pair.without.run
+    for first, store in context.captured(run):
+        marks = pair.ordinary[first : first + context.step].bool()
+        mine = (donors[:, 0] >= first) & (donors[:, 0] < first + context.step)
+        for layer in layers:
+            x = store.tensor(run, context.site, layer)
+            here = x[marks.to(x.device)].double().sum(0)
+            sums[layer] = sums[layer] + here if layer in sums else here
+            if layer not in drawn:
+                drawn[layer] = x.new_zeros(context.batch.n, *x.shape[2:])
+            drawn[layer][mine.to(x.device)] = x[donors[mine, 0] - first, donors[mine, 1]]
+    if name == "mean":
+        count = pair.ordinary.sum().item()
+        return Constant("mean", {layer: (total / count).float() for layer, total in sums.items()})
+    return PerPrompt("resample", drawn)
+
+
+def _sink_mean(context: EditContext) -> Edit:
+    with_sink = context.at_target(context.pair.with_sink)
+    return Constant("sink_mean", {layer: x.mean(0) for layer, x in with_sink.items()})
+
+
+def _random_write(context: EditContext) -> Edit:
+    drawn, values = generator(context.seed, "sweep/random_write"), {}
+    for layer, x in context.at_target(context.pair.with_sink).items():
+        flat = x.flatten(1)
+        direction = torch.randn(flat.shape, generator=drawn, dtype=torch.float32).to(flat)
+        size = flat.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True)
+        values[layer] = (size * direction).view(x.shape)
+    return PerPrompt("random_write", values)
+
+
+def _exchanged(name: Literal["deviation_exchanged", "mean_exchanged"], context: EditContext) -> Edit:
+    """The activation at the target, one part of which is the other run's: the deviation from the mean, or the mean."""
+    assert context.direction is not None
+    _, there = context.pair.ends(context.direction)
+    here = context.pair.without if context.direction == "denoise" else context.pair.with_sink
+    kept, other = context.at_target(here), context.at_target(there)
+    values = {}
+    for layer, x in kept.items():
+        own, theirs = x.mean(0), other[layer].mean(0)
+        values[layer] = own + other[layer] - theirs if name == "deviation_exchanged" else theirs + x - own
+    return PerPrompt(name, values)
 
 
 KIND = "an edit"
@@ -139,6 +205,12 @@ def make_edit(edit: EditLike, context: EditContext) -> Edit:
     return (EDITS[edit] if isinstance(edit, str) else edit).make(context)
 
 
+def exchanges(edit: EditLike) -> bool:
+    """Whether the edit is another one in the other direction, and for the target alone."""
+    named = EDITS[edit] if isinstance(edit, str) else edit
+    return isinstance(named, NamedEdit) and named.exchanges
+
+
 def edit_fingerprint(edit: EditLike) -> object:
     """What tells an edit from another, in plain data."""
     if isinstance(edit, str):
@@ -157,5 +229,9 @@ for _edit in (
     NamedEdit("zero", lambda _: Constant("zero")),
     NamedEdit("mean", lambda context: _ablation("mean", context)),
     NamedEdit("resample", lambda context: _ablation("resample", context)),
+    NamedEdit("sink_mean", _sink_mean),
+    NamedEdit("random_write", _random_write),
+    NamedEdit("deviation_exchanged", lambda context: _exchanged("deviation_exchanged", context), exchanges=True),
+    NamedEdit("mean_exchanged", lambda context: _exchanged("mean_exchanged", context), exchanges=True),
 ):
     register_edit(_edit)

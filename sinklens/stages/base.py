@@ -136,14 +136,21 @@ class Setting:
             allow_unchanged=isinstance(edit, OfSource),
         )
 
-    def edit(self, edit: EditLike, site: HookSite, layers: Sequence[int]) -> Edit:
+    def edit(self, direction: Direction, edit: EditLike, site: HookSite, layers: Sequence[int]) -> Edit:
         """An edit by its name (:data:`sinklens.pairs.EDITS`), made for a site in some blocks of this pair.
 
         Raises:
             InputError: an unknown name.
         """
         context = EditContext(
-            self.model, self.batch, self.pair, site, tuple(layers), seed=self.study.seed, max_rows=self.max_rows
+            model=self.model,
+            batch=self.batch,
+            pair=self.pair,
+            site=site,
+            layers=tuple(layers),
+            seed=self.study.seed,
+            max_rows=self.max_rows,
+            direction=direction,
         )
         return make_edit(read_edit(edit), context)
 

@@ -40,7 +40,7 @@ def edited(edit: EditLike) -> Build:
 
     def build(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
         layers = stage.layers(setting)
-        made = setting.edit(wanted, stage.site, layers)
+        made = setting.edit(direction, wanted, stage.site, layers)
         return setting.patch(direction, stage.site, layers, made, units=stage.units(setting))
 
     return build

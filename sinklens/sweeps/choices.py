@@ -11,7 +11,7 @@ from sinklens.edits import Edit
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.view import Model, ModelShape, device_of, dtype_of, model_shape
-from sinklens.pairs.ablations import NamedEdit, edit_fingerprint
+from sinklens.pairs.ablations import NamedEdit, edit_fingerprint, exchanges
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.named import fingerprint
 from sinklens.records.ranges import Numbers, short, within
@@ -20,7 +20,7 @@ from sinklens.stages import Stage
 from sinklens.study import provenance
 from sinklens.sweeps.companions import Companion
 from sinklens.sweeps.places import Units, place_fingerprint
-from sinklens.sweeps.request import Request
+from sinklens.sweeps.request import Request, edit_name
 
 ESTIMATES = 1 << 14
 """Patches in a task where they are estimated."""
@@ -90,6 +90,7 @@ def resolve(request: Request, model: Model, batch: PromptBatch) -> Choices:
     """
     shape = model_shape(model)
     request.check_length(batch.length)  # before any work
+    _check_edits(request)
     resolved = {
         "layers": window_starts(request.layers, request.window, shape.n_layers),
         "positions": request.positions_in(batch.length),
@@ -107,6 +108,15 @@ def resolve(request: Request, model: Model, batch: PromptBatch) -> Choices:
         bos=batch.bos,
         has_bos=batch.has_bos,
     )
+
+
+def _check_edits(request: Request) -> None:
+    for edit in request.edits:
+        if exchanges(edit) and request.positions != "target":
+            raise InputError(
+                f"edit {edit_name(edit)} exchanges what the two runs have at the target: leave positions out, or ask "
+                "for another edit"
+            )
 
 
 def window_starts(layers: Numbers, window: int, n_layers: int) -> tuple[int, ...]:

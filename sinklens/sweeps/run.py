@@ -69,7 +69,10 @@ def sweep(
         "Each by itself: `heads`, `neurons`, `dims` of the sites that have such, `all` of every site, or a range. "
         "By default whole activations, or all a stage's own units (the super neurons) at once.",
     ] = None,
-    edits: Annotated[EditLike | Sequence[EditLike], "transplant, zero, mean, resample."] = ("transplant",),
+    edits: Annotated[
+        EditLike | Sequence[EditLike],
+        "transplant, zero, mean, resample, sink_mean, random_write, deviation_exchanged, mean_exchanged.",
+    ] = ("transplant",),
     companions: Annotated[
         Companions,
         "PLACE:EDIT[:LAYERS[:UNITS]], such as super_neurons:zero or z:transplant:12:3: an edit that is held fixed "

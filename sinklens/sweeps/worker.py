@@ -23,7 +23,7 @@ from sinklens.engine.run import PatchResult, PatchRunner, Progress, run_patches
 from sinklens.models.identities import is_unnormalised
 from sinklens.models.view import Model, model_shape
 from sinklens.pairs import Direction, SinkPair, make_pair, pair_for_prompts
-from sinklens.pairs.ablations import EditContext, EditLike, make_edit
+from sinklens.pairs.ablations import EditContext, EditLike, exchanges, make_edit
 from sinklens.pairs.subset import edit_for_prompts
 from sinklens.patches import Patch, Positions
 from sinklens.readouts.named import Context, baseline, build, readout_name
@@ -62,7 +62,7 @@ class Worker:
         self.model, self.plan = model, plan
         self._limits: dict[str, Any] = {"memory_budget": memory_budget, "max_rows": max_rows}
         self._group: Group | None = None
-        self._edits: dict[tuple[str, int, int], Edit] = {}
+        self._edits: dict[tuple[str, int, int, Direction | None], Edit] = {}
 
     @property
     def _method(self) -> str:
@@ -171,14 +171,15 @@ class Worker:
         sites = [axis.site for axis in grid.stages]
         windows, units = self._windows, self._units
         places = [pair.target] if grid.positions is None else [Positions.of((p,)) for p in grid.positions]
-        present = {*zip(cells.stage.tolist(), cells.edit.tolist(), strict=True)}
-        edits = {(s, e): self._edit(s, e, group.first) for s, e in present}
-        ends = [pair.ends(_direction(name)) for name in grid.directions]
-        held = [self._companions(_direction(name), group) for name in grid.directions]
+        directions: list[Direction] = [_direction(name) for name in grid.directions]
+        present = {*zip(cells.stage.tolist(), cells.direction.tolist(), cells.edit.tolist(), strict=True)}
+        edits = {(s, d, e): self._edit(s, directions[d], e, group.first) for s, d, e in present}
+        ends = [pair.ends(direction) for direction in directions]
+        held = [self._companions(direction, group) for direction in directions]
         columns = (cells.stage, cells.direction, cells.edit, cells.layer, cells.position, cells.unit)
         built = []
         for s, d, e, layer, p, u in zip(*(column.tolist() for column in columns), strict=True):
-            edit, (run, source) = edits[s, e], ends[d]
+            edit, (run, source) = edits[s, d, e], ends[d]
             built.append(
                 Patch(
                     site=sites[s],
@@ -201,7 +202,7 @@ class Worker:
         held = []
         for number, axis in enumerate(self.plan.companions):
             wanted = self.plan.choices.companions[number].edit
-            edit = self._kept(("companion", number, 0), wanted, axis, axis.layers)
+            edit = self._kept(("companion", number, 0), wanted, axis, axis.layers, direction)
             held.append(
                 Patch(
                     site=axis.site,
@@ -226,19 +227,27 @@ class Worker:
         axes = self.plan.grid.stages
         return [[axis.together] if axis.units is None else [(unit,) for unit in axis.units] for axis in axes]
 
-    def _edit(self, stage: int, number: int, first: int) -> Edit:
+    def _edit(self, stage: int, direction: Direction, number: int, first: int) -> Edit:
         axis, window = self.plan.grid.stages[stage], self.plan.grid.window
         layers = tuple(sorted({start + step for start in axis.layers for step in range(window)}))
         wanted = self.plan.choices.edits[number]
-        return edit_for_prompts(self._kept(("swept", stage, number), wanted, axis, layers), first)
+        return edit_for_prompts(self._kept(("swept", stage, number), wanted, axis, layers, direction), first)
 
-    def _kept(self, key: tuple[str, int, int], wanted: EditLike, axis: StageAxis, layers: tuple[int, ...]) -> Edit:
+    def _kept(
+        self,
+        which: tuple[str, int, int],
+        wanted: EditLike,
+        axis: StageAxis,
+        layers: tuple[int, ...],
+        direction: Direction,
+    ) -> Edit:
         """One object for all patches of a kind, which the engine then runs as one kernel."""
+        key = (*which, direction if exchanges(wanted) else None)
         if key not in self._edits:
-            self._edits[key] = make_edit(wanted, self._edit_context(axis, layers))
+            self._edits[key] = make_edit(wanted, self._edit_context(axis, layers, direction))
         return self._edits[key]
 
-    def _edit_context(self, axis: StageAxis, layers: tuple[int, ...]) -> EditContext:
+    def _edit_context(self, axis: StageAxis, layers: tuple[int, ...], direction: Direction) -> EditContext:
         return EditContext(
             model=self.model,
             batch=self.plan.batch,
@@ -247,6 +256,7 @@ class Worker:
             layers=layers,
             seed=self.plan.choices.seed,
             max_rows=self._rows,
+            direction=direction,
         )
 
 

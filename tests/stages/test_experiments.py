@@ -15,9 +15,12 @@ from sinklens.chain.run import _trials
 from sinklens.chain.scoring import SINK
 from sinklens.engine.run import run_patches
 from sinklens.errors import InputError, NotApplicableError
+from sinklens.pairs import EDITS, Direction
+from sinklens.patches import Patch
 from sinklens.prompts import from_tokens
 from sinklens.readouts.build import attention_received
-from sinklens.stages.base import Prediction
+from sinklens.sites import Z
+from sinklens.stages.base import Prediction, Setting
 from tests.helpers.settings import TARGET, N, setting_for, tokens_for
 from tests.helpers.tiny import tiny_model
 
@@ -53,37 +56,80 @@ def test_an_edit_is_put_on_the_stage_s_own_units() -> None:
             assert getattr(patch, name) == getattr(shared, name), name
 
 
-def test_an_edit_by_its_name_is_the_one_that_a_sweep_makes() -> None:
-    """In a stage of one's own ``mean`` and ``resample`` put the same there as in a sweep of that stage."""
-    model = tiny_model("llama")
-    setting = setting_for(model)
-    for name in ("zero", "mean", "resample", "transplant"):
-        build = stages.edited(name)
-        patch = build(setting, stages.VALUE_AGGREGATION, "noise", torch.Generator())
-        scored = run_patches(
-            model,
-            setting.batch,
-            [patch],
-            [attention_received(SINK, (2, 3), setting.pair.target, N)],
-            runs=setting.pair.runs,
+EXCHANGED = ["sink_mean", "mean_exchanged"]
+
+
+def in_a_sweep(setting: Setting, name: str, direction: str, patch: Patch) -> np.ndarray:
+    """What an edit by its name gives in a sweep that edits the stage's blocks at once, two prompts at a time."""
+    swept = sl.sweep(
+        setting.model,
+        setting.batch,
+        target=TARGET,
+        formation=setting.formation,
+        stages="value_aggregation",
+        layers=0,
+        window=len(patch.layers),
+        edits=name,
+        directions=direction,
+        readout_layers="2-3",
+        min_gap=0,
+        seed=setting.study.seed,
+        group_size=2,
+    )
+    table = swept.table.sort_values("prompt")
+    assert table.window.unique().tolist() == [patch.layers[-1]] and patch.layers[0] == 0
+    return table.value.to_numpy()
+
+
+def scored(setting: Setting, patch: Patch) -> np.ndarray:
+    readout = attention_received(SINK, (2, 3), setting.pair.target, N)
+    return run_patches(setting.model, setting.batch, [patch], [readout], runs=setting.pair.runs).values[SINK][0].numpy()
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("name", list(EDITS))
+def test_an_edit_by_its_name_is_the_one_that_a_sweep_makes(name: str, direction: Direction) -> None:
+    """In a stage of one's own an edit puts the same there as in a sweep of that stage."""
+    setting = setting_for(tiny_model("llama"))
+    patch = stages.edited(name)(setting, stages.VALUE_AGGREGATION, direction, torch.Generator())
+    np.testing.assert_allclose(in_a_sweep(setting, name, direction, patch), scored(setting, patch), rtol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize(
+    ("name", "experiment"),
+    [("sink_mean", "no_variance"), ("deviation_exchanged",) * 2, ("mean_exchanged",) * 2, ("zero", "no_write")],
+)
+def test_the_chain_s_fairer_edits_can_be_swept(name: str, experiment: str, direction: Direction) -> None:
+    """They are those of the stage, block by block: over all its blocks at once they give its number."""
+    setting, stage = setting_for(tiny_model("llama")), stages.VALUE_AGGREGATION
+    (own,) = [each for each in stage.experiments if each.edit == experiment and not each.control]
+    patch = own.build(setting, stage, direction, torch.Generator())
+    np.testing.assert_allclose(in_a_sweep(setting, name, direction, patch), scored(setting, patch), rtol=1e-5)
+
+
+def test_what_is_random_has_the_size_of_what_it_replaces() -> None:
+    setting = setting_for(tiny_model("llama"))
+    edit = setting.edit("noise", "random_write", Z, (1, 2))
+    assert isinstance(edit, edits.PerPrompt)
+    with_sink = setting.at(setting.pair.with_sink, Z, (1, 2))
+    for layer, values in edit.values.items():
+        own = with_sink[layer].flatten(1)
+        np.testing.assert_allclose(values.flatten(1).norm(dim=1), own.norm(dim=1), rtol=1e-5)
+        assert (torch.cosine_similarity(values.flatten(1), own).abs() < 0.9).all()
+    again = setting.edit("noise", "random_write", Z, (1, 2))
+    assert isinstance(again, edits.PerPrompt) and again.fingerprint() == edit.fingerprint()
+
+
+def test_what_is_exchanged_is_exchanged_at_the_target() -> None:
+    setting = setting_for(tiny_model("llama"))
+    with pytest.raises(InputError, match="edit mean_exchanged exchanges what the two runs have at the target: leave"):
+        sl.sweep(
+            setting.model, setting.batch, target=TARGET, formation=setting.formation, positions="2-4", edits=EXCHANGED
         )
-        swept = sl.sweep(
-            model,
-            setting.batch,
-            target=TARGET,
-            formation=setting.formation,
-            stages="value_aggregation",
-            layers=0,
-            window=len(patch.layers),
-            edits=name,
-            directions="noise",
-            readout_layers="2-3",
-            min_gap=0,
-            seed=setting.study.seed,
-        )
-        table = swept.table.sort_values("prompt")
-        assert table.window.unique().tolist() == [patch.layers[-1]] and patch.layers[0] == 0
-        np.testing.assert_allclose(scored.values[SINK][0], table.value, rtol=1e-5)
+
+
+def test_no_edit_has_another_name() -> None:
     with pytest.raises(InputError, match="edit 'meen' is not known: choose from transplant, zero, mean, resample"):
         stages.edited("meen")
 
