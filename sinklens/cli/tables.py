@@ -24,7 +24,7 @@ from sinklens.formation import Formation
 from sinklens.pairs.choice import is_natural
 from sinklens.prompts import prompts_text
 from sinklens.records.ranges import spans
-from sinklens.records.text import change_text, number, pretty
+from sinklens.records.text import MINUS, change_text, number, pretty
 from sinklens.statistics import Estimate, estimate_text, interval_text
 
 
@@ -35,9 +35,9 @@ def console(stderr: bool = False) -> Console:
 
 
 def two_decimals(x: float) -> str:
-    """``x`` with two decimals, and no minus before a zero."""
+    """``x`` with two decimals, the minus of the other numbers, and none before a zero."""
     text = f"{x:.2f}"
-    return "0.00" if text == "-0.00" else text
+    return "0.00" if text == "-0.00" else text.replace("-", MINUS)
 
 
 def score_text(rows: pd.DataFrame) -> str:

@@ -239,7 +239,7 @@ class SweepResult:
         values = _values(frame, value)
         tensor = torch.full(tuple(len(coords[axis]) for axis in TENSOR_AXES), torch.nan, dtype=torch.float64)
         tensor[tuple(torch.from_numpy(code) for code in codes)] = torch.from_numpy(values)
-        return LabelledTensor(tensor, TENSOR_AXES, coords, value)
+        return LabelledTensor(tensor, TENSOR_AXES, coords, value, {"readout": readout})
 
     def readout(self, readout: str | None = None) -> str:
         """Name of a readout of this sweep; the only one need not be named.

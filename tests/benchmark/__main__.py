@@ -18,7 +18,9 @@ from typing import Annotated
 
 import typer
 
-from sinklens.cli.common import Commands, errors, progress
+from sinklens.cli.command import Commands
+from sinklens.cli.display import progress
+from sinklens.cli.mistakes import errors
 from sinklens.records.ranges import integers
 
 

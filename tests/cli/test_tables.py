@@ -42,5 +42,5 @@ def test_tables_are_never_cut_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> N
     scores = result.scores.assign(control="random_subspace", effect=-123.456, ci_low=-1234.5, ci_high=1234.5)
     console().print(chain_table(replace(result, scores=scores)))
     text = capsys.readouterr().out
-    assert "control: random_subspace" in text and "-123.46 [-1234.50, 1234.50] (1)" in text
+    assert "control: random_subspace" in text and "−123.46 [−1234.50, 1234.50] (1)" in text
     assert "…" not in text

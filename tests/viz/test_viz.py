@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sinklens import viz
-from sinklens.cli.common import write_report
+from sinklens.cli.pages import write_report
 from sinklens.errors import InputError
 from sinklens.sweeps import LabelledTensor
 from sinklens.viz.chain import KINDS
