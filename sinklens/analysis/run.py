@@ -17,6 +17,7 @@ from sinklens.analysis.base import Analysis, AnalysisResult, Findings, Verdict
 from sinklens.analysis.discovery import folder, list_analyses
 from sinklens.errors import InputError, NoSinkError, NotApplicableError
 from sinklens.models.state import usual_state
+from sinklens.records.fingerprint import fingerprint_of
 from sinklens.records.plain import to_plain
 from sinklens.records.provenance import code_digest
 from sinklens.records.ranges import check_arguments, check_seed, shown
@@ -81,13 +82,22 @@ def config_of(analysis: Analysis, study: Study, options: Mapping[str, Any]) -> d
     batch = study.batch
     return to_plain(
         {
-            "options": dict(options),
+            "options": {name: _told(value) for name, value in options.items()},
             "seed": study.seed,
             "given": study.given,
             **{name: value for name, value in batch.record().items() if name != "n_skipped"},
             "code": code_digest(*filter(None, (analysis.code, analysis.run))),
         }
     )
+
+
+def _told(value: Any) -> Any:
+    """An option as JSON can hold it; a function, a tensor and the like by its name and what it consists of."""
+    try:
+        json.dumps(to_plain(value))
+    except TypeError:
+        return [getattr(value, "__name__", type(value).__name__), fingerprint_of(value)]
+    return value
 
 
 def _figure(analysis: Analysis, findings: Findings) -> dict[str, Any] | None:

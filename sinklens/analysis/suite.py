@@ -110,6 +110,8 @@ def run_all(
             been written then.
         WriteError: there is no room; what was finished is kept, and taken up when there is.
     """
+    if not isinstance(study, Study):
+        raise InputError(f"give a Study(model, prompts), not something of type {type(study).__name__}")
     out = Path(out)
     own = {name: load_analysis(name) for name in list_analyses()}
     known = own | further(analyses, [FORMATION, CHAIN, *own])

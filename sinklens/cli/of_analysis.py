@@ -34,12 +34,16 @@ def _text(default: Sequence[float]) -> str:
     return ",".join(f"{item:g}" for item in default)
 
 
-FORMS = {
-    tuple[int, ...]: Form(integers, _text),
-    tuple[float, ...]: Form(floats, _text),
-    tuple[str, ...]: Form(names, ",".join),
-}
-"""How lists are written."""
+def _forms() -> dict[Any, Form]:
+    """How lists are written, as whichever type an analysis asks for them."""
+    found: dict[Any, Form] = {}
+    for kind, read, write in ((int, integers, _text), (float, floats, _text), (str, names, ",".join)):
+        found |= {tuple[kind, ...]: Form(read, write), Sequence[kind]: Form(read, write)}
+        found[list[kind]] = Form(lambda option, text, read=read: list(read(option, text)), write)
+    return found
+
+
+FORMS = _forms()
 
 
 def run_command(analysis: Analysis, args: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -51,7 +55,9 @@ def run_command(analysis: Analysis, args: Sequence[str] | None = None, prog: str
 
 def _help(analysis: Analysis) -> str:
     paper = f"\n\nIn the paper: {analysis.paper}." if analysis.paper else ""
-    return f"{analysis.title}. The claim: {analysis.claim}{paper}"
+    left_to_python = [option.name for option in options_of(analysis.run, FORMS) if not option.possible]
+    python = f"\n\nIn Python alone: {', '.join(left_to_python)}." if left_to_python else ""
+    return f"{analysis.title}. The claim: {analysis.claim}{paper}{python}"
 
 
 def _command(analysis: Analysis) -> Callable[..., None]:

@@ -61,7 +61,7 @@ def calibrate(
         seed: fixes these.
 
     Raises:
-        InputError: numbers that are no shares.
+        InputError: numbers that are no shares. From the hooks: a head that the block does not have.
     """
     for name, value in (("threshold", threshold), ("beta", beta)):
         if not 0 <= value <= 1:
@@ -75,6 +75,8 @@ def calibrate(
             span.see(*act.shape[-2:])
             if act.shape[-2] < act.shape[-1]:
                 return None  # a token that is generated
+            if any(not 0 <= head < act.shape[1] for head in chosen):
+                raise InputError(f"heads {chosen} of block {layer} are not all in 0..{act.shape[1] - 1}")
             old = act[:, list(chosen)].float()
             sinks = columns(old, threshold, spared)
             if control:

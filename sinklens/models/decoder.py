@@ -128,7 +128,17 @@ class Decoder(HookedRootModule):
 
     @torch.no_grad()
     def generate(
-        self, tokens: Int[Tensor, "batch pos"], max_new_tokens: int = 20, *, temperature: float = 0.0, seed: int = 0
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        max_new_tokens: int = 20,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        do_sample: bool | None = None,
+        stop_at_eos: bool = False,
+        use_past_kv_cache: bool = False,  # noqa: ARG002
+        verbose: bool = False,  # noqa: ARG002
+        return_type: Literal["tokens", "input"] = "tokens",
     ) -> Int[Tensor, "batch longer"]:
         """Tokens with more behind them, one after the other, without a cache: hooks see the whole sequence each time.
 
@@ -137,7 +147,22 @@ class Decoder(HookedRootModule):
             max_new_tokens: how many to add.
             temperature: of sampling; 0 takes the likeliest.
             seed: of sampling.
+            do_sample: whether to sample, at a temperature of 1 where none is given; by default as ``temperature`` says.
+            stop_at_eos: cannot be done.
+            use_past_kv_cache: there is none, and the tokens are the same with one.
+            verbose: there is nothing to tell.
+            return_type: tokens it is.
+
+        Raises:
+            InputError: text instead of tokens, or for text, or a stop at the end of a text.
         """
+        if not isinstance(tokens, Tensor) or return_type not in ("tokens", "input") or stop_at_eos:
+            raise InputError(
+                "a model that sinklens trained goes on from tokens, to as many tokens as are asked for: give it tokens "
+                '(model.tokenizer(text, return_tensors="pt").input_ids), stop_at_eos=False and return_type="tokens"'
+            )
+        if do_sample is not None:
+            temperature = (temperature or 1.0) if do_sample else 0.0
         generator = torch.Generator().manual_seed(seed)
         for _ in range(max_new_tokens):
             logits = self(tokens)[:, -1]

@@ -166,6 +166,8 @@ def read_readout(readout: ReadoutLike) -> ReadoutLike:
 
 def _takes(function: Callable[..., Any], n: int) -> bool:
     """Whether a function can be called with so many things."""
+    if isinstance(function, torch.nn.Module):
+        function = function.forward  # calling a module takes anything
     try:
         inspect.signature(function).bind(*[None] * n)
     except ValueError:  # some functions of C do not say what they take

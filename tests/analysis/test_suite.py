@@ -318,6 +318,11 @@ def test_wherever_it_ends_the_folder_is_taken_up(tmp_path, monkeypatch, error, s
     assert last > 20 and not list(out.rglob(".*"))
 
 
+def test_a_model_in_place_of_a_study_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(InputError, match=r"give a Study\(model, prompts\), not something of type HookedTransformer"):
+        run_all(study().model, tmp_path / "all")  # type: ignore[arg-type]
+
+
 def test_a_block_that_the_model_does_not_have_is_refused_before_any_work(tmp_path, calls):
     for given in ({"layer": 99}, {"super_neurons": (3, 48)}, {"outlier_dims": (32,)}):
         with pytest.raises(InputError, match="is not in 0"):

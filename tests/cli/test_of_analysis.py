@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import typer
 
+from sinklens.analysis import Findings
 from sinklens.cli import of_analysis
 from sinklens.cli.inputs import Inputs
 from sinklens.prompts import from_tokens
+from sinklens.study import Study
 from tests.helpers.analyses import SIMPLE
 from tests.helpers.tiny import tiny_model, tiny_tokens
 
@@ -113,3 +116,25 @@ def test_an_option_without_an_annotation_has_the_type_of_its_default(capsys):
         of_analysis.run_command(with_option(run), ["--help"], "simple")
     told = capsys.readouterr().out
     assert not stopped.value.code and "--depth" in told and "<int>" in told and "--table" not in told
+
+
+def test_lists_of_any_kind_are_options_and_the_help_says_what_is_for_python_alone(tmp_path, monkeypatch, capsys):
+    def run(
+        study: Study,
+        blocks: list[int] = [1, 2],  # noqa: B006
+        doses: Sequence[float] = (0.5,),
+        words: list[str] = [],  # noqa: B006
+        weigh: Callable[[float], float] = abs,
+    ) -> Findings:
+        assert (blocks, doses, words, weigh) == ([3, 4], (1.0, 2.5), ["a", "b"], abs)
+        return SIMPLE.run(study)
+
+    model = tiny_model("llama")
+    batch = from_tokens(model, tiny_tokens(3, 16))
+    monkeypatch.setattr(Inputs, "load", lambda *_, **__: (model, batch))
+    for args in (["--help"], ["--blocks", "3,4", "--doses", "1,2.5", "--words", "a,b", "--out", str(tmp_path / "out")]):
+        with pytest.raises(SystemExit) as stopped:
+            of_analysis.run_command(replace(SIMPLE, run=run), args)
+        assert not stopped.value.code
+        if args == ["--help"]:
+            assert "In Python alone: weigh." in capsys.readouterr().out

@@ -187,6 +187,13 @@ def test_numbers_that_are_no_shares_are_refused() -> None:
         interventions.calibrate({0: [0]}, beta=2)
 
 
+@pytest.mark.parametrize("head", [99, -1])
+def test_a_head_that_is_not_there_is_refused(model: Any, batch: PromptBatch, head: int) -> None:
+    told = pytest.raises(InputError, match=r"heads .* of block 0 are not all in 0\.\.")
+    with told, model.hooks(interventions.calibrate({0: [head]})):
+        model(batch.tokens)
+
+
 # --- Biases ----------------------------------------------------------------------------------------------------------
 
 

@@ -116,7 +116,21 @@ def test_it_starts_and_stops_at_blocks_as_a_hooked_transformer_does() -> None:
         assert torch.equal(model(resid, start_at_layer=2), logits)
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
         torch.testing.assert_close(model(TOKENS, return_type="loss"), loss)
-    assert model.generate(TOKENS, 2).shape == (2, 14)
+
+
+def test_it_generates_with_the_arguments_of_transformer_lens() -> None:
+    model = kept_decoder("softmax")
+    told = model.generate(TOKENS, max_new_tokens=2, do_sample=False, stop_at_eos=False, verbose=False)
+    with torch.no_grad():
+        first = model(TOKENS)[:, -1].argmax(-1)
+    assert told.shape == (2, 14) and torch.equal(told[:, 12], first)
+    assert torch.equal(model.generate(TOKENS, 2, temperature=1.0, seed=3, do_sample=False), told)
+    drawn = model.generate(TOKENS, 2, do_sample=True, seed=3)
+    assert torch.equal(drawn, model.generate(TOKENS, 2, temperature=1.0, seed=3, use_past_kv_cache=True))
+    assert not torch.equal(drawn, told)
+    for wrong in ({"tokens": "some text"}, {"stop_at_eos": True}, {"return_type": "str"}):
+        with pytest.raises(InputError, match="goes on from tokens, to as many tokens as are asked for: give it tokens"):
+            model.generate(**{"tokens": TOKENS, "max_new_tokens": 2} | wrong)  # type: ignore[arg-type]
 
 
 # --- A model like any other ------------------------------------------------------------------------------------------

@@ -205,6 +205,13 @@ def test_a_heatmap_says_what_it_shows(tiny_llama: Any) -> None:
     assert figure.layout.xaxis.title.text == "head" and figure.layout.yaxis.title.text == "block"
 
 
+class OfLogits(torch.nn.Module):
+    """A readout may be a module, which can be called with anything: what its forward takes counts."""
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, -1, 7]
+
+
 def test_a_readout_of_logits_alone(tiny_llama: Any) -> None:
     options: dict[str, Any] = {"target": TARGET, "formation": FORMATION, "stages": "mlp_out", "layers": "1"}
     batch = tiny_batch(tiny_llama)
@@ -214,9 +221,9 @@ def test_a_readout_of_logits_alone(tiny_llama: Any) -> None:
 
     found = [
         sl.sweep(tiny_llama, batch, readouts=each, **options).table.value.tolist()
-        for each in (both, lambda logits: logits[:, -1, 7])
+        for each in (both, lambda logits: logits[:, -1, 7], OfLogits())
     ]
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     with pytest.raises(InputError, match="must be a function of logits, or of logits and rows"):
         sl.sweep(tiny_llama, batch, readouts=lambda: 0, **options)  # pyright: ignore[reportArgumentType]
 
