@@ -14,12 +14,14 @@ from sinklens.lab.settings import Optimiser, Schedule, Settings, read_variant
 from sinklens.lab.sizes import size_of
 from sinklens.lab.training import Report, Trained, train_arm
 from sinklens.models.load import find_device
+from sinklens.records.explained import explained
 from sinklens.records.ranges import Between
 
 TOKENS_OF_TASK = 800_000
 """How many tokens bigram-backcopy is trained on where nothing is said: less than a minute on a CPU."""
 
 
+@explained
 def train(
     variant: Annotated[
         str | Sequence[str], "Ways of computing attention, with options as name:option=value: the arms."

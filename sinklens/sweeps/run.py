@@ -23,6 +23,7 @@ from sinklens.pairs.ablations import EditLike
 from sinklens.pairs.choice import STRENGTH, Target
 from sinklens.prompts import PromptBatch, check_batch
 from sinklens.readouts.named import READOUTS, ReadoutLike
+from sinklens.records.explained import explained
 from sinklens.records.progress import Progress, progress_of
 from sinklens.records.ranges import SEEDS, Between, Range, check_arguments
 from sinklens.sweeps.companions import Companions
@@ -51,6 +52,7 @@ MOST_ROWS = 50_000_000
 """Rows that a sweep without a folder may have: they stay in memory."""
 
 
+@explained
 def sweep(
     model: Model,
     batch: PromptBatch,
@@ -144,13 +146,12 @@ def sweep(
 ) -> SweepResult:
     """Patch every cell of the grid stage x layer x position x unit x edit x direction on every prompt.
 
-    Every argument is explained where it stands in the signature, and is an option of ``sinklens sweep`` if it can be
-    written as text. Stages, edits, directions and readouts are names (in a text with commas, or a list), or things
-    themselves: a :class:`~sinklens.Stage` or :class:`~sinklens.HookSite`, an :class:`~sinklens.Edit`, a
-    :class:`~sinklens.Readout` or a function of logits, or of logits and rows, that gives one number a row. A range is
-    ``0-29``, ``1-63:4``, ``3,5,7-9``, ``all``, or a sequence of ints. An effect counts from the run that is patched: 0
-    is that run, 1 the other one of the pair (see :mod:`sinklens.chain.result`); with companions, what they do counts
-    too.
+    Every argument that can be written as text is an option of ``sinklens sweep``. Stages, edits, directions and
+    readouts are names (in a text with commas, or a list), or things themselves: a :class:`~sinklens.Stage` or
+    :class:`~sinklens.HookSite`, an :class:`~sinklens.Edit`, a :class:`~sinklens.Readout` or a function of logits, or of
+    logits and rows, that gives one number a row. A range is ``0-29``, ``1-63:4``, ``3,5,7-9``, ``all``, or a sequence
+    of ints. An effect counts from the run that is patched: 0 is that run, 1 the other one of the pair (see
+    :mod:`sinklens.chain.result`); with companions, what they do counts too.
 
     Raises:
         InputError: an argument that does not fit model and prompts; ``out`` holds another sweep or cannot be written.
