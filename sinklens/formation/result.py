@@ -113,7 +113,35 @@ class Formation:
         )
 
     def _repr_html_(self) -> str:
-        return html(repr(self), [vars(event) for event in self.events])
+        """Formation blocks, super neurons and outlier dimensions, as ``sinklens find`` prints them."""
+        events = [
+            {
+                "block": event.layer,
+                "norm before": event.norm_before,
+                "norm after": event.norm_after,
+                "others' ratio before": event.ratio_before,
+                "others' ratio after": event.ratio_after,
+                "MLP output": event.mlp_norm,
+                "attention output": event.attn_norm,
+            }
+            for event in self.events
+        ]
+        neurons = [
+            {
+                "neuron": neuron.index,
+                "z of |W_gate|": neuron.gate_z,
+                "z of |W_up|": neuron.up_z,
+                "activation on the sink": neuron.activation_sink,
+                "on others (95%)": neuron.activation_other,
+            }
+            for neuron in self.super_neurons
+        ]
+        dims = [
+            {"dimension": dim.index, "written on the sink": dim.written, "robust z": dim.z} for dim in self.outlier_dims
+        ]
+        found = html(repr(self), events)
+        found += html(f"Super neurons of block {self.layer}", neurons) if neurons else ""
+        return found + (html("Outlier dimensions that they write", dims) if dims else "")
 
     @property
     def steps(self) -> tuple[FormationStep, ...]:

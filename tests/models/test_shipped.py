@@ -53,6 +53,10 @@ def test_one_has_a_sink_and_a_super_neuron_and_the_other_has_none() -> None:
     assert set(found.sink_positions) == {0} and len(found.neurons) == 1
     neuron = found.super_neurons[0]
     assert abs(neuron.activation_sink) > 10 * abs(neuron.activation_other)
+    page = found._repr_html_()
+    for title in ("Super neurons of block", "Outlier dimensions that they write"):
+        assert title in page
+    assert f"<td>{neuron.index}</td>" in page and f"<td>{found.outlier_dims[0].index}</td>" in page
     with pytest.raises(sl.NoSinkError, match="no formation block"):
         sl.find_formation(loaded("tiny-normed"), batch())
 
