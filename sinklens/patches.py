@@ -34,6 +34,19 @@ class Positions:
     shared: bool
     """Whether all prompts share them."""
 
+    def __post_init__(self) -> None:
+        """Keep plain whole numbers, so that equal places look the same.
+
+        Raises:
+            InputError: something else, or several rows for all prompts.
+        """
+        if type(self.rows) is not tuple or any(
+            type(row) is not tuple or any(type(position) is not int for position in row) for row in self.rows
+        ):
+            object.__setattr__(self, "rows", tuple(whole_numbers(row, "position") for row in self.rows))
+        if self.shared and len(self.rows) != 1:
+            raise InputError(f"positions that all prompts share are one tuple, not {len(self.rows)}")
+
     @staticmethod
     def of(where: Where) -> Positions:
         """From ``(3, 5)``, which all prompts share, or ``((3,), (5,))``, one tuple for each prompt.

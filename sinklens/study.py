@@ -427,7 +427,7 @@ class Study:
             InputError: an unknown name, or a readout that has to be told two tokens.
         """
         named = self.named_readout(name)
-        return named.make(named.name, self.context(self.sink if target is None else target, layers))
+        return named.of(named.name, self.context(self.sink if target is None else target, layers))
 
     def named_readout(self, name: str | NamedReadout) -> NamedReadout:
         """The readout of that name, if it can do with what a study knows.

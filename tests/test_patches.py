@@ -47,6 +47,16 @@ def test_positions_are_kept_in_one_way(written: Any) -> None:
     assert each.positions != patch.positions and each.id != patch.id  # of two prompts, and not of any number
 
 
+def test_positions_made_by_hand_are_plain_numbers() -> None:
+    usual = Positions.of((3, 5))
+    for rows in (((np.int64(3), np.int64(5)),), [[3, 5]], [np.array([3, 5])]):
+        made = Positions(rows, shared=True)  # type: ignore[arg-type]
+        assert made == usual and hash(made) == hash(usual) and repr(made) == repr(usual)
+    for rows in ((), ((3,), (4,))):
+        with pytest.raises(InputError, match=f"positions that all prompts share are one tuple, not {len(rows)}"):
+            Positions(rows, shared=True)
+
+
 @pytest.mark.parametrize(
     ("positions", "source", "fits"),
     [

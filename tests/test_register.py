@@ -15,13 +15,14 @@ import torch
 import sinklens as sl
 from sinklens import sites
 from sinklens.edits import Constant
+from sinklens.errors import InputError
 from sinklens.models import REGISTRY
 from sinklens.pairs import EDITS, NamedEdit, register_edit
 from sinklens.readouts import READOUTS, NamedReadout, register_readout
 from sinklens.readouts.build import vector_readout
 from sinklens.sites import RESID_PRE, SITES, HookSite, register_site
 from sinklens.stages import STAGES
-from tests.helpers.sweeps import TARGET, run, tiny_batch
+from tests.helpers.sweeps import FORMATION, TARGET, run, tiny_batch
 
 TEN = NamedEdit("ten", lambda _: Constant("ten", {layer: torch.full((32,), 10.0) for layer in range(4)}))
 HOOK = HookSite("blocks.{layer}.ln2.hook_normalized", ("batch", "pos", "d_model"))
@@ -63,6 +64,28 @@ EACH: list[tuple[str, Any, Any, Callable[[Any], Any]]] = [
     ("register(thing)", STAGES, STAGE, lambda thing: replace(thing, claim="another")),
     ("register_model(thing)", REGISTRY, SOURCE, lambda thing: replace(thing, title="another")),
 ]
+
+
+@pytest.mark.parametrize("function", [register_readout, register_edit, sl.register, sl.register_model])
+def test_what_is_of_another_kind_gets_no_name(function: Any) -> None:
+    for thing in (lambda logits: logits, RESID_PRE, Constant("zero"), None):
+        with pytest.raises(InputError, match="with a name must be a .*, not of type"):
+            function(thing)
+    with pytest.raises(InputError, match="a variant must be a class made of Variant, with a name, not"):
+        sl.register_variant(Constant)  # type: ignore[arg-type]
+
+
+def test_a_readout_has_the_column_s_name_whatever_its_maker_says(tiny_llama: Any) -> None:
+    """A chain calls its metric ``sink``, and a sweep calls it by its name."""
+    named = NamedReadout("certain", lambda _, context: first_dim("another", context))
+    batch, options = tiny_batch(tiny_llama), {"target": TARGET, "formation": FORMATION, "progress": False}
+    swept = sl.sweep(tiny_llama, batch, stages="z", layers="1", readouts=named, **options)
+    assert set(swept.table.readout) == {"certain"}
+    chain = sl.run_chain(tiny_llama, batch, stages=["value_aggregation"], metric=named, min_gap=0, **options)
+    assert chain.config["metric"] == "certain"
+    wrong = NamedReadout("wrong", lambda *_: 3)  # type: ignore[arg-type, return-value]
+    with pytest.raises(InputError, match="the readout 'wrong' must make a Readout, not something of type int"):
+        sl.sweep(tiny_llama, batch, stages="z", layers="1", readouts=wrong, **options)
 
 
 @pytest.mark.usefixtures("known")

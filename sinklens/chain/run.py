@@ -221,10 +221,11 @@ def _metric(setting: Setting, metric: NamedReadout) -> list[Readout]:
     pair = setting.pair
     context = setting.study.context(pair.target, setting.readout_layers, pair.ordinary)
     if not pair.is_natural:
-        return [metric.make(SINK, context)]
-    if metric.baseline is None:
+        return [metric.of(SINK, context)]
+    ordinary = metric.ordinary(scoring.ORDINARY, context)
+    if ordinary is None:
         raise InputError(f"metric {metric.name!r} has no value at ordinary positions: give a target that is a position")
-    return [metric.make(SINK, context), metric.baseline(scoring.ORDINARY, context)]
+    return [metric.of(SINK, context), ordinary]
 
 
 def _own_readouts(setting: Setting, stages: Sequence[Stage], skipped: dict[str, str]) -> dict[str, Readout]:

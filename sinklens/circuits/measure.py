@@ -131,7 +131,7 @@ def _readouts(setting: Setting, metric: NamedReadout) -> list[Readout]:
     """
     pair = setting.pair
     context = setting.study.context(pair.target, setting.readout_layers, pair.ordinary)
-    sink = metric.make(SINK, context)
+    sink = metric.of(SINK, context)
     if sink.site != PATTERN:
         raise InputError(f"a circuit is found for what is measured of attention (alpha, say), not for {metric.name!r}")
     own = pair.target.single(setting.batch.n)

@@ -10,7 +10,7 @@ From :func:`sinklens.run_chain` to the tensor that is written it is eight calls:
 5. ``packed.blocks.PackedPass.run`` goes from block to block;
 6. ``packed.blocks.PackedPass._attention`` and ``_mlp`` are the halves of one (scores and pattern, of which only some
    queries may be needed, are a call further: ``_in_pieces`` or ``_explicit``);
-7. ``packed.points.Points.visit`` does all that happens at one hook point;
+7. ``packed.points.Points.visit`` does all that happens at one hook point (of some queries: ``visit_queries``);
 8. ``apply.apply_edit`` gathers, calls the edit, checks what it gives, and writes.
 
 Models that the packed pass does not know run through TransformerLens: ``plain.PlainJob.forward`` in step 4, then

@@ -13,7 +13,7 @@ from sinklens.interventions.massive_activations import MassiveMode
 from sinklens.interventions.softening import RATE
 from sinklens.mitigation.base import Fitted, Mitigation, Sample, count
 from sinklens.models.view import model_id, model_shape
-from sinklens.records.registry import enter
+from sinklens.records.registry import check_kind, enter
 from sinklens.records.text import number
 
 KIND = "a mitigation"
@@ -32,6 +32,7 @@ def register_mitigation(mitigation: Mitigation) -> Mitigation:
     Raises:
         ValueError: the name is taken.
     """
+    check_kind(KIND, mitigation, Mitigation)
     return enter(MITIGATIONS, KIND, mitigation.name, mitigation)
 
 

@@ -23,7 +23,7 @@ from sinklens.models import smollm2 as _smollm2
 from sinklens.models.backends import attach_tokenizer, has_hooked_transformer, to_bridge, to_hooked
 from sinklens.models.given import blocks_name, check_as_it_stands, has_lost_weights, unwrapped
 from sinklens.models.state import in_usual_state
-from sinklens.records.registry import enter
+from sinklens.records.registry import check_kind, enter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,6 +99,7 @@ def register_model(source: ModelSource) -> None:
     Raises:
         ValueError: the name is taken (see :mod:`sinklens.records.registry`).
     """
+    check_kind("a model", source, ModelSource)
     enter(REGISTRY, "a model", source.name, source)
 
 

@@ -149,10 +149,7 @@ def gather(folder: Path) -> Gathered:
         parts += [] if path.name in places else _inside(path, missing)
     missing = _explained(missing, parts, record, places)
     if not parts and not missing and not runs:
-        raise InputError(
-            f"{folder} holds no chain.json, summary.json or mitigation.json, and no folder with one: "
-            "give a run's folder"
-        )
+        raise InputError(f"{folder} holds no {', '.join(READ)}, and no folder with one: give a run's folder")
     formation, agreement = _formation(folder, missing), _agreement(folder, missing)
     return Gathered(folder.resolve().name, sorted(parts, key=_order), missing, record, formation, agreement, runs)
 

@@ -7,7 +7,6 @@ mean                 per block and unit, the mean over all ordinary positions of
                      sink
 resample             the activation at one ordinary position of one prompt, both drawn for each prompt with the seed
 sink_mean            the mean over prompts of the activation at the target, in the run with the sink: the same for all
-random_write         a random direction for each prompt, of the norm of its activation at the target in that run
 deviation_exchanged  the activation at the target with its deviation from the mean over prompts from the other run
 mean_exchanged       the same with its mean from the other run, and its own deviation
 ===================  ==========================================================================================
@@ -20,7 +19,7 @@ site and in any block: the stages have them with a control of equal size (``no_v
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -39,8 +38,8 @@ from sinklens.pairs.subset import roots_for_prompts
 from sinklens.patches import Source
 from sinklens.prompts import PromptBatch
 from sinklens.records.fingerprint import fingerprint_of
-from sinklens.records.registry import enter, is_the_package_s
-from sinklens.sites import HookSite
+from sinklens.records.registry import check_kind, enter, is_the_package_s
+from sinklens.sites import HookSite, site_name
 from sinklens.statistics import generator
 
 _CHUNK_BYTES = 1 << 28
@@ -66,7 +65,7 @@ class EditContext:
     max_rows: int
     """Rows for one forward pass."""
     direction: Direction | None = None
-    """Which run is patched, for edits that depend on it."""
+    """Which run is patched, for an edit that exchanges; None for any other, which is one for both."""
 
     @property
     def step(self) -> int:
@@ -85,11 +84,22 @@ class EditContext:
             chosen = slice(first, first + self.step)
             at = None if index is None else tuple(sorted(set(index[chosen].tolist())))
             wants = [Want(run, self.site, layer, at) for layer in self.layers]
-            runs = {run: roots_for_prompts(self.pair.runs[run], first)}
+            runs = {run: roots_for_prompts(self.pair.runs[run], first, first + self.step)}
             yield first, capture_runs(self.model, self.batch.tokens[chosen], runs, wants, max_rows=self.max_rows)
 
     def at_target(self, source: Source) -> dict[int, Float[Tensor, "prompt unit *rest"]]:
-        """By block, the activation of a run at the target, or where the source says, of every prompt."""
+        """By block, the activation of a run at the target, or where the source says, of every prompt.
+
+        Raises:
+            InputError: one prompt alone, which has no mean and deviation; or rows of attention, which are each of their
+                own keys.
+        """
+        if self.batch.n < 2:
+            raise InputError("what varies over prompts, and the mean over them, need at least 2 prompts, there is 1")
+        if "key" in self.site.axes:
+            raise InputError(
+                f"the mean over prompts of {site_name(self.site)} would be no attention: choose another site or edit"
+            )
         index = source.where(self.pair.target).single(self.batch.n)
         parts: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
         for first, store in self.captured(source.run, index):
@@ -140,16 +150,6 @@ def _sink_mean(context: EditContext) -> Edit:
     return Constant("sink_mean", {layer: x.mean(0) for layer, x in with_sink.items()})
 
 
-def _random_write(context: EditContext) -> Edit:
-    drawn, values = generator(context.seed, "sweep/random_write"), {}
-    for layer, x in context.at_target(context.pair.with_sink).items():
-        flat = x.flatten(1)
-        direction = torch.randn(flat.shape, generator=drawn, dtype=torch.float32).to(flat)
-        size = flat.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True)
-        values[layer] = (size * direction).view(x.shape)
-    return PerPrompt("random_write", values)
-
-
 def _exchanged(name: Literal["deviation_exchanged", "mean_exchanged"], context: EditContext) -> Edit:
     """The activation at the target, one part of which is the other run's: the deviation from the mean, or the mean."""
     assert context.direction is not None
@@ -175,6 +175,7 @@ def register_edit(edit: NamedEdit) -> NamedEdit:
     Raises:
         ValueError: the name is taken (see :mod:`sinklens.records.registry`).
     """
+    check_kind(KIND, edit, NamedEdit)
     return enter(EDITS, KIND, edit.name, edit)
 
 
@@ -199,10 +200,18 @@ def read_edit(edit: EditLike) -> EditLike:
 
 
 def make_edit(edit: EditLike, context: EditContext) -> Edit:
-    """The edit itself."""
+    """The edit itself.
+
+    Raises:
+        InputError: what was registered makes something else.
+    """
     if isinstance(edit, Edit):
         return edit
-    return (EDITS[edit] if isinstance(edit, str) else edit).make(context)
+    named = EDITS[edit] if isinstance(edit, str) else edit
+    made = named.make(context if named.exchanges else replace(context, direction=None))
+    if not isinstance(made, Edit):
+        raise InputError(f"the edit {named.name!r} must make an Edit, not something of type {type(made).__name__}")
+    return made
 
 
 def exchanges(edit: EditLike) -> bool:
@@ -215,7 +224,9 @@ def edit_fingerprint(edit: EditLike) -> object:
     """What tells an edit from another, in plain data."""
     if isinstance(edit, str):
         return edit  # what a name of the package means changes with the version alone
-    return [edit.name, fingerprint_of(edit.make) if isinstance(edit, NamedEdit) else edit.fingerprint()]
+    if isinstance(edit, NamedEdit):
+        return [edit.name, fingerprint_of(edit.make), *(["exchanges"] if edit.exchanges else [])]
+    return [edit.name, edit.fingerprint()]
 
 
 def draw_places(ordinary: Tensor, drawn: torch.Generator) -> Int[Tensor, "prompt 2"]:
@@ -230,7 +241,6 @@ for _edit in (
     NamedEdit("mean", lambda context: _ablation("mean", context)),
     NamedEdit("resample", lambda context: _ablation("resample", context)),
     NamedEdit("sink_mean", _sink_mean),
-    NamedEdit("random_write", _random_write),
     NamedEdit("deviation_exchanged", lambda context: _exchanged("deviation_exchanged", context), exchanges=True),
     NamedEdit("mean_exchanged", lambda context: _exchanged("mean_exchanged", context), exchanges=True),
 ):

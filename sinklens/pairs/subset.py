@@ -38,27 +38,38 @@ class Shifted(WrappingEdit):
 
 def edit_for_prompts(edit: Edit, first: int) -> Edit:
     """``edit`` as it is for prompts that are numbered from ``first`` on."""
-    return edit if first == 0 or isinstance(edit, _SAME_FOR_ALL) else Shifted(edit.name, edit, first)
+    return edit if first == 0 or type(edit) in _SAME_FOR_ALL else Shifted(edit.name, edit, first)
 
 
-def roots_for_prompts(roots: Sequence[Patch], first: int) -> tuple[Patch, ...]:
-    """A run's root patches as they are for prompts that are numbered from ``first`` on."""
-    return tuple(replace(root, edit=edit_for_prompts(root.edit, first)) for root in roots)
+def roots_for_prompts(roots: Sequence[Patch], first: int, last: int) -> tuple[Patch, ...]:
+    """A run's root patches as they are for prompts ``first .. last - 1`` alone."""
+    return tuple(
+        replace(
+            root,
+            edit=edit_for_prompts(root.edit, first),
+            positions=root.where.prompts(first, last),
+            source=None if root.source is None else source_for_prompts(root.source, first, last),
+            also=roots_for_prompts(root.also, first, last),
+        )
+        for root in roots
+    )
+
+
+def source_for_prompts(source: Source, first: int, last: int) -> Source:
+    """A source as it is for prompts ``first .. last - 1`` alone."""
+    if source.positions is None:
+        return source
+    return Source(source.run, Positions.of(source.positions).prompts(first, last))
 
 
 def pair_for_prompts(pair: SinkPair, first: int, last: int) -> SinkPair:
     """A pair on prompts ``first .. last - 1`` alone."""
-
-    def source(of_all: Source) -> Source:
-        where = of_all.positions
-        return of_all if where is None else Source(of_all.run, Positions.of(where).prompts(first, last))
-
     return replace(
         pair,
         target=pair.target.prompts(first, last),
-        runs={run: roots_for_prompts(roots, first) for run, roots in pair.runs.items()},
-        without=source(pair.without),
-        with_sink=source(pair.with_sink),
+        runs={run: roots_for_prompts(roots, first, last) for run, roots in pair.runs.items()},
+        without=source_for_prompts(pair.without, first, last),
+        with_sink=source_for_prompts(pair.with_sink, first, last),
         ordinary=pair.ordinary[first:last],
         reference=pair.reference.prompts(first, last),
     )

@@ -31,7 +31,7 @@ from sinklens.readouts.build import (
     vector_readout,
 )
 from sinklens.records.fingerprint import fingerprint_of
-from sinklens.records.registry import enter, is_the_package_s
+from sinklens.records.registry import check_kind, enter, is_the_package_s
 from sinklens.sites import LOGITS, PATTERN, RESID_PRE
 
 Reduce = Callable[[Tensor, Rows], Tensor]
@@ -87,6 +87,27 @@ class NamedReadout:
     help: str = ""
     """What it is, in a line."""
 
+    def of(self, name: str, context: Context) -> Readout:
+        """The readout on these prompts, under a column's name.
+
+        Raises:
+            InputError: :attr:`make` makes something else.
+        """
+        return _made(self, self.make, name, context)
+
+    def ordinary(self, name: str, context: Context) -> Readout | None:
+        """The same at ordinary positions; ``None`` where there is no such thing."""
+        return None if self.baseline is None else _made(self, self.baseline, name, context)
+
+
+def _made(named: NamedReadout, make: Make, name: str, context: Context) -> Readout:
+    readout = make(name, context)
+    if not isinstance(readout, Readout):
+        raise InputError(
+            f"the readout {named.name!r} must make a Readout, not something of type {type(readout).__name__}"
+        )
+    return readout if readout.name == name else replace(readout, name=name)
+
 
 ReadoutLike = str | NamedReadout | Readout | Reduce | Callable[[Tensor], Tensor]
 """A name or what has one, a readout, or a function ``(logits [row pos d_vocab], rows) -> [row]``, of logits alone if it
@@ -104,6 +125,7 @@ def register_readout(readout: NamedReadout) -> NamedReadout:
     Raises:
         ValueError: the name is taken (see :mod:`sinklens.records.registry`).
     """
+    check_kind(KIND, readout, NamedReadout)
     return enter(READOUTS, KIND, readout.name, readout)
 
 
@@ -189,7 +211,7 @@ def build(readout: ReadoutLike, context: Context) -> Readout:
     """The readout of that name; one of the user's own is told the number of each prompt among all."""
     named = _named(readout)
     if named is not None:
-        return named.make(named.name, context)
+        return named.of(named.name, context)
     if not isinstance(readout, Readout):
         function = cast(Callable[..., Tensor], readout)
         reduce = function if _takes(function, 2) else lambda logits, _rows: function(logits)
@@ -221,7 +243,7 @@ def baseline(readout: ReadoutLike, context: Context) -> Readout | None:
     named = _named(readout)
     if named is None or named.baseline is None:
         return None
-    return named.baseline(f"{named.name}{ORDINARY}", context)
+    return named.ordinary(f"{named.name}{ORDINARY}", context)
 
 
 def _received(name: str, context: Context) -> Readout:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping
 from typing import TypeVar
 
+from sinklens.errors import InputError
+
 Thing = TypeVar("Thing")
 
 _FROM: dict[tuple[str, str], str] = {}
@@ -41,6 +43,16 @@ def enter(known: dict[str, Thing], kind: str, name: str, thing: Thing) -> Thing:
     _FROM[kind, name] = before if name in known else here
     known[name] = thing
     return thing
+
+
+def check_kind(kind: str, thing: object, wanted: type) -> None:
+    """Make sure that what is to be known by a name is of that kind: a mistake here would show itself much later.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(thing, wanted):
+        raise InputError(f"{kind} with a name must be a {wanted.__name__}, not of type {type(thing).__name__}")
 
 
 def is_the_package_s(known: Mapping[str, object], kind: str, name: str, thing: object) -> bool:

@@ -24,13 +24,13 @@ from sinklens.formation.result import READOUT_BLOCKS
 from sinklens.models.identities import identities
 from sinklens.models.view import BlockWeights, Model, ModelShape
 from sinklens.pairs.ablations import EditContext, EditLike, make_edit, read_edit
-from sinklens.pairs.choice import Direction, PairChoice
+from sinklens.pairs.choice import DIRECTIONS, Direction, PairChoice
 from sinklens.pairs.pair import SinkPair, make_pair
 from sinklens.patches import Patch, Source, Where
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.base import Readout
 from sinklens.readouts.build import vector_readout
-from sinklens.records.registry import enter
+from sinklens.records.registry import check_kind, enter
 from sinklens.sites import LN1_NORMALIZED, RESID_POST, HookSite, K, Q, Z
 from sinklens.study import Study
 
@@ -136,19 +136,30 @@ class Setting:
             allow_unchanged=isinstance(edit, OfSource),
         )
 
-    def edit(self, direction: Direction, edit: EditLike, site: HookSite, layers: Sequence[int]) -> Edit:
+    def edit(
+        self, direction: Direction, edit: EditLike, site: HookSite, layers: Sequence[int], *, seed: int | None = None
+    ) -> Edit:
         """An edit by its name (:data:`sinklens.pairs.EDITS`), made for a site in some blocks of this pair.
 
+        Args:
+            direction: which of the two runs is patched.
+            edit: the edit, or its name.
+            site: where it will be applied.
+            layers: in which blocks.
+            seed: fixes every draw; the study's by default.
+
         Raises:
-            InputError: an unknown name.
+            InputError: an unknown name or direction.
         """
+        if direction not in DIRECTIONS:
+            raise InputError(f"direction {direction!r} must be {' or '.join(DIRECTIONS)}")
         context = EditContext(
             model=self.model,
             batch=self.batch,
             pair=self.pair,
             site=site,
             layers=tuple(layers),
-            seed=self.study.seed,
+            seed=self.study.seed if seed is None else seed,
             max_rows=self.max_rows,
             direction=direction,
         )
@@ -361,6 +372,19 @@ class Stage:
     needs: tuple[Need, ...] = ()
     """What must hold in the model for any of its experiments."""
 
+    def __post_init__(self) -> None:
+        wrong = next((each for each in self.experiments if not isinstance(each, Experiment)), None)
+        if wrong is not None:
+            raise InputError(
+                f"the experiments of stage {self.name!r} must be such as Experiment(name, edited(edit), predicted), "
+                f"not of type {type(wrong).__name__}"
+            )
+        for name in ("layers", "readout", "units"):
+            if not callable(getattr(self, name)):
+                raise InputError(
+                    f"{name} of stage {self.name!r} must be a function of a Setting, such as in QK_LOCKING"
+                )
+
     def __repr__(self) -> str:
         return f"Stage({self.name!r})"  # it is a default of functions, whose help would be a page of it
 
@@ -408,4 +432,5 @@ def register(stage: Stage) -> Stage:
     Raises:
         ValueError: the name is taken (see :mod:`sinklens.records.registry`).
     """
+    check_kind(KIND, stage, Stage)
     return enter(STAGES, KIND, stage.name, stage)

@@ -30,6 +30,8 @@ def _elsewhere(setting: Setting, stage: Stage, direction: Direction, generator: 
 def edited(edit: EditLike) -> Build:
     """What an :class:`Experiment` is built by that puts ``edit`` on the stage's own units at the target.
 
+    An edit that is drawn (``resample``) is another one in every draw of the experiment.
+
     Args:
         edit: an edit, or the name of one, such as ``"mean"`` (:data:`sinklens.pairs.EDITS`).
 
@@ -38,9 +40,10 @@ def edited(edit: EditLike) -> Build:
     """
     wanted = read_edit(edit)
 
-    def build(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
+    def build(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
         layers = stage.layers(setting)
-        made = setting.edit(direction, wanted, stage.site, layers)
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        made = setting.edit(direction, wanted, stage.site, layers, seed=seed)
         return setting.patch(direction, stage.site, layers, made, units=stage.units(setting))
 
     return build

@@ -73,7 +73,7 @@ def sweep(
     ] = None,
     edits: Annotated[
         EditLike | Sequence[EditLike],
-        "transplant, zero, mean, resample, sink_mean, random_write, deviation_exchanged, mean_exchanged.",
+        "transplant, zero, mean, resample, sink_mean, deviation_exchanged, mean_exchanged.",
     ] = ("transplant",),
     companions: Annotated[
         Companions,

@@ -43,6 +43,8 @@ def register_variant(kind: type[Variant]) -> type[Variant]:
     Raises:
         ValueError: the name is taken.
     """
+    if not (isinstance(kind, type) and issubclass(kind, Variant) and isinstance(getattr(kind, "name", None), str)):
+        raise InputError(f"a variant must be a class made of Variant, with a name, not {kind!r}")
     return enter(REGISTRY, KIND, kind.name, kind)
 
 

@@ -15,11 +15,13 @@ from sinklens.chain.run import _trials
 from sinklens.chain.scoring import SINK
 from sinklens.engine.run import run_patches
 from sinklens.errors import InputError, NotApplicableError
-from sinklens.pairs import EDITS, Direction
+from sinklens.pairs import EDITS, Direction, NamedEdit
+from sinklens.pairs.ablations import edit_fingerprint
+from sinklens.pairs.choice import DIRECTIONS
 from sinklens.patches import Patch
 from sinklens.prompts import from_tokens
 from sinklens.readouts.build import attention_received
-from sinklens.sites import Z
+from sinklens.sites import SITES, Z
 from sinklens.stages.base import Prediction, Setting
 from tests.helpers.settings import TARGET, N, setting_for, tokens_for
 from tests.helpers.tiny import tiny_model
@@ -87,7 +89,7 @@ def scored(setting: Setting, patch: Patch) -> np.ndarray:
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
-@pytest.mark.parametrize("name", list(EDITS))
+@pytest.mark.parametrize("name", sorted({*EDITS} - {"resample"}))
 def test_an_edit_by_its_name_is_the_one_that_a_sweep_makes(name: str, direction: Direction) -> None:
     """In a stage of one's own an edit puts the same there as in a sweep of that stage."""
     setting = setting_for(tiny_model("llama"))
@@ -108,17 +110,52 @@ def test_the_chain_s_fairer_edits_can_be_swept(name: str, experiment: str, direc
     np.testing.assert_allclose(in_a_sweep(setting, name, direction, patch), scored(setting, patch), rtol=1e-5)
 
 
-def test_what_is_random_has_the_size_of_what_it_replaces() -> None:
+def test_what_is_drawn_is_another_in_every_draw() -> None:
     setting = setting_for(tiny_model("llama"))
-    edit = setting.edit("noise", "random_write", Z, (1, 2))
-    assert isinstance(edit, edits.PerPrompt)
-    with_sink = setting.at(setting.pair.with_sink, Z, (1, 2))
-    for layer, values in edit.values.items():
-        own = with_sink[layer].flatten(1)
-        np.testing.assert_allclose(values.flatten(1).norm(dim=1), own.norm(dim=1), rtol=1e-5)
-        assert (torch.cosine_similarity(values.flatten(1), own).abs() < 0.9).all()
-    again = setting.edit("noise", "random_write", Z, (1, 2))
-    assert isinstance(again, edits.PerPrompt) and again.fingerprint() == edit.fingerprint()
+    build = stages.edited("resample")
+    found = [
+        build(setting, stages.VALUE_AGGREGATION, "noise", torch.Generator().manual_seed(seed)).edit.fingerprint()
+        for seed in (0, 0, 1)
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("name", ["sink_mean", "mean_exchanged", "deviation_exchanged"])
+def test_a_mean_over_prompts_is_refused_where_there_is_none(name: str) -> None:
+    setting = setting_for(tiny_model("llama"))
+    for site in (site for site in SITES.values() if "key" in site.axes):
+        with pytest.raises(InputError, match="would be no attention: choose another site or edit"):
+            setting.edit("noise", name, site, (1,))
+    with pytest.raises(InputError, match="need at least 2 prompts, there is 1"):
+        replace(setting, study=setting.study.first(1)).edit("noise", name, Z, (1,))
+    with pytest.raises(InputError, match="direction 'Noise' must be denoise or noise"):
+        setting.edit("Noise", name, Z, (1,))  # type: ignore[arg-type]
+
+
+def test_only_an_edit_that_exchanges_is_told_the_direction() -> None:
+    """Any other is one for both directions, whichever task is the first to make it."""
+    setting, told = setting_for(tiny_model("llama")), []
+
+    def make(context: Any) -> edits.Edit:
+        told.append(context.direction)
+        return edits.Constant("zero")
+
+    one, each = NamedEdit("one", make), NamedEdit("one", make, exchanges=True)
+    for named in (one, each):
+        for direction in DIRECTIONS:
+            setting.edit(direction, named, Z, (1,))
+    assert told == [None, None, "denoise", "noise"]
+    assert edit_fingerprint(one) != edit_fingerprint(each)
+    with pytest.raises(InputError, match="the edit 'none' must make an Edit, not something of type NoneType"):
+        setting.edit("noise", NamedEdit("none", lambda _: None), Z, (1,))  # type: ignore[arg-type, return-value]
+
+
+def test_what_is_no_experiment_is_refused_in_a_stage() -> None:
+    told = r"must be such as Experiment\(name, edited\(edit\), predicted\), not of type function"
+    with pytest.raises(InputError, match=told):
+        replace(stages.VALUE_AGGREGATION, experiments=(stages.edited("mean"),))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="layers of stage 'value_aggregation' must be a function of a Setting"):
+        replace(stages.VALUE_AGGREGATION, layers=(1,))  # type: ignore[arg-type]
 
 
 def test_what_is_exchanged_is_exchanged_at_the_target() -> None:
