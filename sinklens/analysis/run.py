@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ from sinklens.records.fingerprint import fingerprint_of
 from sinklens.records.plain import to_plain
 from sinklens.records.provenance import code_digest
 from sinklens.records.ranges import check_arguments, check_seed, shown
+from sinklens.records.user_module import run_file
 from sinklens.study import Study
 
 
@@ -115,19 +114,9 @@ def load_analysis(name: str | Path) -> Analysis:
     path = folder() / f"{name}.py"
     if str(name).endswith(".py"):
         path = Path(name).expanduser()
-        if not os.path.isfile(path):  # not Path's, which raises where a name is too long
-            raise InputError(f"there is no file {path}: check the path")
     elif str(name) not in (known := list_analyses(alone=True)):
         raise InputError(f"there is no analysis {shown(str(name))!r}: the analyses are {', '.join(known)}")
-    spec = importlib.util.spec_from_file_location(f"sinklens_analysis_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up the module that they are defined in
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever is wrong with a file of the user's
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be run ({type(error).__name__}: {reason}): correct it") from error
+    module = run_file(path, "sinklens_analysis")
     found = getattr(module, "ANALYSIS", None)
     if not isinstance(found, Analysis):
         raise InputError(f"{path} has no ANALYSIS: name the sinklens.Analysis in it so")

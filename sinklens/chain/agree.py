@@ -18,8 +18,8 @@ import pandas as pd
 from sinklens.chain.result import ChainResult
 from sinklens.chain.run import run_chain
 from sinklens.chain.verdicts import findings
-from sinklens.errors import InputError
 from sinklens.formation import Formation, find_formation
+from sinklens.formation.find import given_event
 from sinklens.models.view import Model
 from sinklens.pairs.choice import Target, check_targets
 from sinklens.prompts import PromptBatch, check_batch
@@ -72,10 +72,9 @@ def run_chains(
     """
     check_batch(model, batch)
     check_targets(targets, batch.length)
+    given = given_event(event, formation)
     if formation is None:
-        formation = find_formation(model, batch, event=event, memory_budget=options.get("memory_budget"))
-    elif event is not None:
-        raise InputError("give a formation or the number of an event, not both")
+        formation = find_formation(model, batch, **given, memory_budget=options.get("memory_budget"))
     return {target: run_chain(model, batch, target=target, formation=formation, **options) for target in targets}
 
 

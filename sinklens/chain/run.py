@@ -29,6 +29,7 @@ from sinklens.engine.run import PatchResult
 from sinklens.engine.validation import check_edits
 from sinklens.errors import InputError, NotApplicableError
 from sinklens.formation import Formation
+from sinklens.formation.find import given_event
 from sinklens.formation.result import READOUT_BLOCKS
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model, dtype_of
@@ -102,11 +103,7 @@ def run_chain(
     """
     layers = None if pair_layers is None else whole_numbers(pair_layers, "block")
     choice = PairChoice(target, pair, strength=strength, layers=layers)
-    if formation is not None and event is not None:
-        raise InputError(
-            "give a formation or the number of an event, not both: find_formation(event=) finds its formation"
-        )
-    given = {} if event is None else {"event": event}
+    given = given_event(event, formation)
     options: dict[str, Any] = {
         "given": given,
         "seed": seed,

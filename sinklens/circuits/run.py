@@ -25,8 +25,8 @@ from sinklens.circuits.rewired import Rewiring
 from sinklens.circuits.trials import Tester
 from sinklens.circuits.verify import Verifier
 from sinklens.circuits.views import attention_of
-from sinklens.errors import InputError
 from sinklens.formation import Formation
+from sinklens.formation.find import given_event
 from sinklens.formation.result import READOUT_BLOCKS
 from sinklens.models.state import in_usual_state
 from sinklens.models.view import Model
@@ -101,8 +101,6 @@ def circuit(
     """
     layers = None if pair_layers is None else whole_numbers(pair_layers, "block")
     choice = PairChoice(target, pair, strength=strength, layers=layers)
-    if formation is not None and event is not None:
-        raise InputError("give a formation or the number of an event, not both")
     choice.check(batch.length)
     check_seed(seed)
     check_number("share", share, Between(0.01, 1))
@@ -111,7 +109,7 @@ def circuit(
     check_number("sample", sample, Between(0, MOST_SAMPLED), whole=True)
     check_number("readout_blocks", readout_blocks, Between(1), whole=True)
     check_number("min_gap", min_gap, Between(0))
-    given: dict[str, Any] = {} if event is None else {"event": event}
+    given = given_event(event, formation)
     options: dict[str, Any] = {"given": given, "seed": seed, "memory_budget": memory_budget, "rows": max_rows}
     with progress_of(progress, "circuit") as told:
         study = Study.of(model, batch, formation, **options, progress=told)

@@ -163,3 +163,16 @@ def _block_to_explain(profile, events, sinks, eps, min_ratio, min_jump) -> int: 
             "in one block was asked for"
         )
     return strongest_of(events).layer
+
+
+def given_event(event: int | None, formation: Formation | None) -> dict[str, Any]:
+    """What :func:`find_formation` is told where a caller may give a formation or the number of an event.
+
+    Raises:
+        InputError: both are given.
+    """
+    if formation is not None and event is not None:
+        raise InputError(
+            "give a formation or the number of an event, not both: find_formation(event=) finds its formation"
+        )
+    return {} if event is None else {"event": event}

@@ -4,7 +4,7 @@ The two answer to the same hook names, but differ in what they call their parts,
 whether a forward pass can start in the middle. Everything above this room knows a model as the protocol `Model`, which
 has only what is called on it, and asks here for the rest. The model's own attributes are looked at in this file alone,
 and in `sinklens.models.hooked`, which takes a HookedTransformer apart for passes of our own. (The other files of this
-room build models, and set such attributes.)
+room build models and set such attributes, compare two forms of a model part by part, or look inside Hugging Face's.)
 
 Pitfalls that this module exists for, all checked by running:
 - a bridge of TransformerLens 3.9 silently ignores an unknown hook name: `check_hook_name` raises instead;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from sinklens.errors import InputError
 from sinklens.records.fingerprint import fingerprint_of
 from sinklens.records.registry import enter, is_the_package_s
+from sinklens.records.user_module import run_file
 from sinklens.variants.affine_scaled import AffineScaled
 from sinklens.variants.base import AttentionSizes, Slot, Variant, overrides
 from sinklens.variants.differential import Differential
@@ -74,20 +74,10 @@ def variant_kind(name: str) -> type[Variant]:
 
 
 def _of_file(path: Path) -> type[Variant]:
-    if not path.is_file():
-        raise InputError(f"there is no file {path}: check the path.")
-    spec = importlib.util.spec_from_file_location(f"sinklens_variant_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever is wrong with a file of the user's
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be run ({type(error).__name__}: {reason}): correct it.") from error
-    found = [kind for kind in REGISTRY.values() if kind.__module__ == spec.name]
+    module = run_file(path, "sinklens_variant")
+    found = [kind for kind in REGISTRY.values() if kind.__module__ == module.__name__]
     if not found:
-        raise InputError(f"{path} registers no variant: put @sl.register_variant in front of its class.")
+        raise InputError(f"{path} registers no variant: put @sl.register_variant in front of its class")
     return found[-1]
 
 
