@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +73,9 @@ def _own(given: list[str]) -> tuple[list[Any], bool]:
     from sinklens.analysis.suite import CHAIN, FORMATION, further
 
     groups, names = list_groups(), []
-    words = dict.fromkeys(name for each in given for name in ([each] if each.endswith(".py") else each.split(",")))
+    # A file may have a comma in its name.
+    listed = (name for each in given for name in ([each] if os.path.isfile(each) else each.split(",")))
+    words = dict.fromkeys(listed)
     for word in words:
         if word == MITIGATIONS:
             continue

@@ -102,6 +102,8 @@ def test_the_command_takes_a_group_and_says_what_it_does_not_know(tmp_path: Path
     assert [analysis.name for analysis in _own([GROUP])[0]] == list(NAMES)
     told = CliRunner().invoke(app, ["all", "--with", "mice", "--out", str(tmp_path / "x")])
     assert told.exit_code == 2 and GROUP in told.output
+    told = CliRunner().invoke(app, ["all", "--with", "circuits,mine.py", "--out", str(tmp_path / "x")])
+    assert told.exit_code == 2 and "there is no file mine.py: check the path" in told.output
 
 
 @pytest.mark.backend
