@@ -72,6 +72,8 @@ def check_as_it_stands(hf_model: PreTrainedModel) -> None:
     architecture_of(hf_model)
     if getattr(hf_model.config, "is_encoder_decoder", False):
         raise InputError(f"{name} is an encoder with a decoder; sinklens needs a decoder alone, as causal models are.")
+    if getattr(hf_model, "main_input_name", "input_ids") != "input_ids":
+        raise InputError(f"{name} reads {hf_model.main_input_name}, not tokens; sinklens needs a language model.")
     if getattr(hf_model, "_hf_peft_config_loaded", False):
         raise InputError(f"{name} is {_ADAPTED}")
     for place, module in hf_model.named_modules():

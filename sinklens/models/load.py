@@ -323,7 +323,7 @@ def _from_hub(given: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
 
 def _from_pretrained(name: str, dtype: torch.dtype, revision: str = "main") -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     given = name if revision == "main" else f"{name}@{revision}"
     with _others_errors(f"cannot load the model {given!r}", _what_to_give()):
@@ -335,6 +335,11 @@ def _from_pretrained(name: str, dtype: torch.dtype, revision: str = "main") -> P
                 f"{name} holds quantised weights ({method or 'of an unknown method'}), whose scales a conversion would "
                 "lose; load it with transformers, call model.dequantize() and give the result, or the "
                 "folder that it is saved in."
+            )
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise InputError(
+                f"{name} is a {config.model_type}, of which transformers has no model that predicts the next token; "
+                "sinklens needs a causal language model."
             )
         options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "eager"}
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # said in our own words below

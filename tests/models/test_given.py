@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from sinklens.errors import InputError
@@ -392,6 +395,7 @@ def _of_another_kind() -> dict[str, Any]:
     heads: dict[str, Any] = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     t5 = hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     bert = hf.BertConfig(**small, num_attention_heads=4, intermediate_size=64)
+    vit = hf.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
     return {
         "an encoder with a decoder": [
             hf.T5ForConditionalGeneration(t5),
@@ -399,6 +403,7 @@ def _of_another_kind() -> dict[str, Any]:
         ],
         "attends to later tokens": [hf.BertForMaskedLM(bert)],
         "has no attention": [hf.MambaForCausalLM(hf.MambaConfig(**small, state_size=4))],
+        "reads pixel_values, not tokens": [hf.ViTForImageClassification(vit)],
     }
 
 
@@ -410,3 +415,13 @@ def test_what_is_no_causal_transformer() -> None:
             with pytest.raises(InputError, match=told) as error:
                 load_model(model, device="cpu")
             assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["t5", "vit"])
+def test_a_folder_of_another_kind(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "num_layers": 1, "num_hidden_layers": 1}))
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        InputError, match=f"is a {kind}, of which transformers has no model that predicts the next token"
+    ):
+        load_model(tmp_path, device="cpu")
