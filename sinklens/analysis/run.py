@@ -85,7 +85,7 @@ def config_of(analysis: Analysis, study: Study, options: Mapping[str, Any]) -> d
             "seed": study.seed,
             "given": study.given,
             **{name: value for name, value in batch.record().items() if name != "n_skipped"},
-            "code": code_digest(*filter(None, (analysis.code, analysis.run))),
+            "code": code_digest(analysis.code or analysis.run),
         }
     )
 

@@ -14,12 +14,12 @@ from sinklens.analysis.replicate import AGREEMENT
 from sinklens.analysis.several import EVENTS, SETS, Several, of_events, of_sets, run_several
 from sinklens.analysis.suite import CHAIN, SuiteResult, check_folder, run_all
 from sinklens.chain.agree import agreement_text
+from sinklens.cli import pages
 from sinklens.cli.command import command_line
 from sinklens.cli.display import SuiteDisplay, progress, suite_display
 from sinklens.cli.fitting import show
 from sinklens.cli.inputs import EventInputs
 from sinklens.cli.mitigate import mitigate_into
-from sinklens.cli.pages import results_line, write_report
 from sinklens.cli.remarks import note
 from sinklens.cli.tables import agreement_table, console, verdicts_table
 from sinklens.prompts import PromptBatch, prompts_text
@@ -73,7 +73,7 @@ def run_everything(
     if mitigations is not None:
         _mitigate(study, mitigations)
     if several is None:
-        write_report(out)  # which nobody has to wait for to see the result
+        pages.write_report(out)  # which nobody has to wait for to see the result
     if not as_json:
         _print_folders(runs)
     _end(runs)
@@ -105,10 +105,10 @@ def _each(study: Study, several: Several, out: Path, display: SuiteDisplay, opti
     def finished(name: str, result: SuiteResult) -> None:
         display.step("writing the report")
         runs.append(_Run(name, result, several.studies[name].batch))
-        write_report(out / name)
+        pages.write_report(out / name)
 
     run_several(study, several, out, starts=starts, finished=finished, **options)
-    write_report(out)
+    pages.write_report(out)
     return runs
 
 
@@ -168,5 +168,5 @@ def _print_folders(runs: list[_Run]) -> None:
     """Where every run and its page are."""
     for run in runs:
         page = run.result.folder / "report.html"
-        line = results_line(run.result.folder, page if page.exists() else None)
+        line = pages.results_line(run.result.folder, page if page.exists() else None)
         console().print(line, markup=False, soft_wrap=True)

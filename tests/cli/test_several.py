@@ -38,7 +38,6 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     batch = from_tokens(model, tokens)
     monkeypatch.setattr(Inputs, "load", lambda *_, **__: (model, batch))
     monkeypatch.setattr("sinklens.cli.pages.write_report", lambda _: None)
-    monkeypatch.setattr("sinklens.cli.of_all.write_report", lambda _: None)
     sizes, run = [], partial(chain_run.run_chain, stages=(stages.SUPER_NEURONS,))
 
     def counted(model: Any, batch: Any, **options: Any) -> ChainResult:
