@@ -17,11 +17,10 @@ from sinklens.models.digest import weight_digest
 from sinklens.models.load import load_model
 from sinklens.models.state import check_bare
 from sinklens.models.view import held_tensors_of, named_modules_of
-from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny import BACKENDS, tiny_model
 
 KINDS: dict[str, Callable[[], Any]] = {
-    "hooked": lambda: tiny_model("llama", "hooked"),
-    "bridge": lambda: tiny_model("llama", "bridge"),
+    **{backend: functools.partial(tiny_model, "llama", backend) for backend in BACKENDS},
     "decoder": lambda: load_model("tiny-sink", device="cpu"),
 }
 pytestmark = pytest.mark.backend
@@ -74,12 +73,12 @@ def test_another_process_finds_the_same() -> None:
     code = (
         "from sinklens.models.digest import weight_digest\n"
         "from sinklens.models.load import load_model\n"
-        "from tests.helpers.tiny import tiny_model\n"
-        "for backend in ('hooked', 'bridge'): print(weight_digest(tiny_model('llama', backend)))\n"
+        "from tests.helpers.tiny import BACKENDS, tiny_model\n"
+        "for backend in BACKENDS: print(weight_digest(tiny_model('llama', backend)))\n"
         "print(weight_digest(load_model('tiny-sink', device='cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-3:] == [weight_digest(make()) for make in KINDS.values()]
+    assert done.stdout.split()[-len(KINDS) :] == [weight_digest(make()) for make in KINDS.values()]
 
 
 def test_a_forward_on_a_module_or_on_its_class_counts(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
