@@ -8,6 +8,7 @@ pair itself moves the metric by less than ``min_gap`` cannot be divided by: it i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,14 +47,23 @@ OF_TOKENS = ("received", "neurons")
 """Fields of a result with a number for every token."""
 
 
+def shares_text(rows: Any) -> str:
+    """Share of the prompts with an effect beyond one half, by direction; runs of earlier versions do not know."""
+    return " ".join(f"{share:.0%}" for share in rows.get("share", ()))
+
+
+def strength_text(rows: Any) -> str:
+    """`` (x 1.41)`` where the edit has a strength; runs of earlier versions do not know."""
+    strength = float(rows.strength.iloc[0]) if "strength" in rows else math.nan
+    return "" if math.isnan(strength) else f" (x {strength:.3g})"
+
+
 def _row(rows: pd.DataFrame) -> dict[str, str]:
     """A row of the table that the command prints: an edit in every direction."""
     first = rows.iloc[0]
-    strength = first.get("strength")  # runs of earlier versions do not know it, nor the share
-    times = "" if strength is None or pd.isna(strength) else f" (x {strength:.3g})"
     cells = {
         "stage": clip(first.stage, _LONGEST),
-        "edit": clip(first.edit, _LONGEST) + times,
+        "edit": clip(first.edit, _LONGEST) + strength_text(rows),
         "layers": spans(first.layers, "-"),
     }
     for score in rows.to_dict("records"):
@@ -63,7 +73,7 @@ def _row(rows: pd.DataFrame) -> dict[str, str]:
     if LOSS_CHANGE in rows:
         cells["loss, nats"] = " ".join(map(change_text, rows[LOSS_CHANGE]))
     if "share" in rows:
-        cells["over ½"] = " ".join(f"{share:.0%}" for share in rows.share)
+        cells["over ½"] = shares_text(rows)
     return {**cells, "n": str(rows.n.min())}
 
 

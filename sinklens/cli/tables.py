@@ -16,7 +16,7 @@ from rich.text import Text
 from sinklens.analysis.base import AnalysisResult, Verdict
 from sinklens.analysis.capabilities import Capabilities
 from sinklens.analysis.suite import SuiteResult, judged_parts
-from sinklens.chain.result import LOSS_CHANGE, METRIC, ChainResult
+from sinklens.chain.result import LOSS_CHANGE, METRIC, ChainResult, shares_text, strength_text
 from sinklens.chain.rules import Part
 from sinklens.chain.verdicts import loss_in_words
 from sinklens.cli.words import in_own_words
@@ -76,29 +76,18 @@ def chain_table(result: ChainResult) -> Table:
         cells = [score_text(rows.loc[rows.direction == direction]) for direction in directions]
         if with_loss:
             cells.append(" ".join(map(change_text, rows[LOSS_CHANGE])))
-        label = f"  control: {control}" if control else edit + _strength(rows)
+        label = f"  control: {control}" if control else edit + strength_text(rows)
         table.add_row(
             stage if stage != previous else "",
             label,
             "" if control else spans(rows.iloc[0].layers, "-"),
             *cells,
-            _shares(rows),
+            shares_text(rows),
             str(rows.n.min()),
             style="dim" if control else None,
         )
         previous = stage
     return table
-
-
-def _shares(rows: Any) -> str:
-    """Share of the prompts with an effect beyond one half, by direction; runs of earlier versions do not know."""
-    return " ".join(f"{share:.0%}" for share in rows.get("share", ()))
-
-
-def _strength(rows: Any) -> str:
-    """`` (x 1.41)`` where the edit has a strength; runs of earlier versions do not know."""
-    strength = float(rows.strength.iloc[0]) if "strength" in rows else math.nan
-    return "" if math.isnan(strength) else f" (x {strength:.3g})"
 
 
 def chain_footer(result: ChainResult) -> list[str]:

@@ -45,7 +45,12 @@ def _wired(item: object) -> bool:
     """Whether TransformerLens or transformers has put a function onto a module of a bridge itself."""
     function = getattr(item, "__func__", item)
     written_in = function.__globals__.get("__name__") if isinstance(function, FunctionType) else None
-    return str(written_in).partition(".")[0] in ("transformer_lens", "transformers") and not is_users_code(function)
+    return is_of_libraries(written_in) and not is_users_code(function)
+
+
+def is_of_libraries(module: str | None) -> bool:
+    """Whether a module of that name is one of those that models are made of, TransformerLens and transformers."""
+    return module is not None and module.partition(".")[0] in ("transformer_lens", "transformers")
 
 
 def _taken_over(base: type) -> object | None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sinklens.errors import InputError
-from sinklens.models.replaced import replaced_code
+from sinklens.models.replaced import is_of_libraries, replaced_code
 from sinklens.models.view import Model, hook_points_kept, is_bridge, is_decoder, named_modules_of, weights_stamp
 from sinklens.variants import Variant, variant_kind
 
@@ -267,12 +267,7 @@ def _usual_config(model: torch.nn.Module, cfg: Any) -> dict[str, object]:
 
 def modules_of(model: object) -> list[torch.nn.Module]:
     """All modules that a forward pass can come by; those that a bridge wraps, too."""
-    assert isinstance(model, torch.nn.Module)
-    found = dict.fromkeys(model.modules())
-    wrapped = vars(model).get("original_model")
-    if isinstance(wrapped, torch.nn.Module):
-        found.update(dict.fromkeys(wrapped.modules()))
-    return list(found)
+    return [module for _, module in named_modules_of(model)]  # type: ignore[arg-type]
 
 
 def foreign_hooks(model: Model) -> tuple[object, ...]:
@@ -308,7 +303,7 @@ def _hooks_on(
 
 def _is_theirs(hook: object) -> bool:
     """Whether the libraries have put a hook there themselves (a TransformerLens hook is listed as such besides)."""
-    return _library(getattr(hook, "__module__", None))
+    return is_of_libraries(getattr(hook, "__module__", None))
 
 
 def check_bare(model: Model, where: str, instead: str) -> None:
@@ -339,10 +334,6 @@ def _is_wiring(handle: Any) -> bool:
     return bool(getattr(handle, "is_permanent", False)) and _is_theirs(getattr(handle, "user_hook", None))
 
 
-def _library(name: str | None) -> bool:
-    return name is not None and name.partition(".")[0] in ("transformer_lens", "transformers")
-
-
 def foreign_part(model: Model) -> str | None:
     """What of a model is not as TransformerLens made it, so that its weights alone do not say what it computes: a
     module in place of another, a parametrised one, one with a forward of its own; None where there is none.
@@ -360,7 +351,7 @@ def foreign_part(model: Model) -> str | None:
             return f"a module with another forward ({name})"
         plain = kind in _PLAIN or (own and (kind.__module__.startswith(_OURS) or _of_variant(model, name, module)))
         plain = plain or (bridge and kind.__module__.startswith(_IN_BRIDGES))
-        if not _library(kind.__module__) and not plain:
+        if not is_of_libraries(kind.__module__) and not plain:
             return f"a module of another kind ({name or 'the model'}: {kind.__name__})"
     return None
 

@@ -88,18 +88,7 @@ class EditContext:
             yield first, capture_runs(self.model, self.batch.tokens[chosen], runs, wants, max_rows=self.max_rows)
 
     def at_target(self, source: Source) -> dict[int, Float[Tensor, "prompt unit *rest"]]:
-        """By block, the activation of a run at the target, or where the source says, of every prompt.
-
-        Raises:
-            InputError: one prompt alone, which has no mean and deviation; or rows of attention, which are each of their
-                own keys.
-        """
-        if self.batch.n < 2:
-            raise InputError("what varies over prompts, and the mean over them, need at least 2 prompts, there is 1")
-        if "key" in self.site.axes:
-            raise InputError(
-                f"the mean over prompts of {site_name(self.site)} would be no attention: choose another site or edit"
-            )
+        """By block, the activation of a run at the target, or where the source says, of every prompt."""
         index = source.where(self.pair.target).single(self.batch.n)
         parts: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
         for first, store in self.captured(source.run, index):
@@ -145,13 +134,30 @@ def _ablation(name: Literal["mean", "resample"], context: EditContext) -> Edit:
     return PerPrompt("resample", drawn)
 
 
+def _check_mean(context: EditContext) -> None:
+    """Make sure that activations have a mean over prompts which means something.
+
+    Raises:
+        InputError: one prompt alone, which has no mean and deviation; or rows of attention, which are each of their own
+            keys.
+    """
+    if context.batch.n < 2:
+        raise InputError("what varies over prompts, and the mean over them, need at least 2 prompts, there is 1")
+    if "key" in context.site.axes:
+        raise InputError(
+            f"the mean over prompts of {site_name(context.site)} would be no attention: choose another site or edit"
+        )
+
+
 def _sink_mean(context: EditContext) -> Edit:
+    _check_mean(context)
     with_sink = context.at_target(context.pair.with_sink)
     return Constant("sink_mean", {layer: x.mean(0) for layer, x in with_sink.items()})
 
 
 def _exchanged(name: Literal["deviation_exchanged", "mean_exchanged"], context: EditContext) -> Edit:
     """The activation at the target, one part of which is the other run's: the deviation from the mean, or the mean."""
+    _check_mean(context)
     assert context.direction is not None
     _, there = context.pair.ends(context.direction)
     here = context.pair.without if context.direction == "denoise" else context.pair.with_sink
@@ -208,7 +214,7 @@ def make_edit(edit: EditLike, context: EditContext) -> Edit:
     if isinstance(edit, Edit):
         return edit
     named = EDITS[edit] if isinstance(edit, str) else edit
-    made = named.make(context if named.exchanges else replace(context, direction=None))
+    made = named.make(replace(context, direction=told_direction(named, context.direction)))
     if not isinstance(made, Edit):
         raise InputError(f"the edit {named.name!r} must make an Edit, not something of type {type(made).__name__}")
     return made
@@ -218,6 +224,11 @@ def exchanges(edit: EditLike) -> bool:
     """Whether the edit is another one in the other direction, and for the target alone."""
     named = EDITS[edit] if isinstance(edit, str) else edit
     return isinstance(named, NamedEdit) and named.exchanges
+
+
+def told_direction(edit: EditLike, direction: Direction | None) -> Direction | None:
+    """What an edit is told of the direction: nothing where it is one for both."""
+    return direction if exchanges(edit) else None
 
 
 def edit_fingerprint(edit: EditLike) -> object:

@@ -14,10 +14,6 @@ from sinklens.patches import Patch
 from sinklens.stages.base import ISOLATED, NOTHING, Build, Experiment, Setting, Stage
 
 
-def _transplant(setting: Setting, stage: Stage, direction: Direction, _generator: Generator) -> Patch:
-    return setting.patch(direction, stage.site, stage.layers(setting), edits.Transplant(), units=stage.units(setting))
-
-
 def _elsewhere(setting: Setting, stage: Stage, direction: Direction, generator: Generator) -> Patch:
     positions = other_positions(setting, generator)
     layers = stage.layers(setting)
@@ -59,7 +55,7 @@ def other_positions(setting: Setting, generator: Generator) -> tuple[tuple[int, 
     return tuple((p,) for p in torch.multinomial(marks, 1, generator=generator).flatten().tolist())
 
 
-TRANSPLANT = Experiment("transplant", _transplant, ISOLATED)
+TRANSPLANT = Experiment("transplant", edited(edits.Transplant()), ISOLATED)
 """Exchange the stage's activation at the target with the other run's."""
 
 

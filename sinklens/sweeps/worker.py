@@ -23,7 +23,7 @@ from sinklens.engine.run import PatchResult, PatchRunner, Progress, run_patches
 from sinklens.models.identities import is_unnormalised
 from sinklens.models.view import Model, model_shape
 from sinklens.pairs import Direction, SinkPair, make_pair, pair_for_prompts
-from sinklens.pairs.ablations import EditContext, EditLike, exchanges, make_edit
+from sinklens.pairs.ablations import EditContext, EditLike, make_edit, told_direction
 from sinklens.pairs.subset import edit_for_prompts
 from sinklens.patches import Patch, Positions
 from sinklens.readouts.named import Context, baseline, build, readout_name
@@ -172,14 +172,15 @@ class Worker:
         windows, units = self._windows, self._units
         places = [pair.target] if grid.positions is None else [Positions.of((p,)) for p in grid.positions]
         directions: list[Direction] = [_direction(name) for name in grid.directions]
+        told = [[told_direction(edit, direction) for edit in self.plan.choices.edits] for direction in directions]
         present = {*zip(cells.stage.tolist(), cells.direction.tolist(), cells.edit.tolist(), strict=True)}
-        edits = {(s, d, e): self._edit(s, directions[d], e, group.first) for s, d, e in present}
+        edits = {key: self._edit(*key, group.first) for key in {(s, e, told[d][e]) for s, d, e in present}}
         ends = [pair.ends(direction) for direction in directions]
         held = [self._companions(direction, group) for direction in directions]
         columns = (cells.stage, cells.direction, cells.edit, cells.layer, cells.position, cells.unit)
         built = []
         for s, d, e, layer, p, u in zip(*(column.tolist() for column in columns), strict=True):
-            edit, (run, source) = edits[s, d, e], ends[d]
+            edit, (run, source) = edits[s, e, told[d][e]], ends[d]
             built.append(
                 Patch(
                     site=sites[s],
@@ -202,7 +203,8 @@ class Worker:
         held = []
         for number, axis in enumerate(self.plan.companions):
             wanted = self.plan.choices.companions[number].edit
-            edit = self._kept(("companion", number, 0), wanted, axis, axis.layers, direction)
+            told = told_direction(wanted, direction)
+            edit = self._kept(("companion", number, 0), wanted, axis, axis.layers, told)
             held.append(
                 Patch(
                     site=axis.site,
@@ -227,7 +229,7 @@ class Worker:
         axes = self.plan.grid.stages
         return [[axis.together] if axis.units is None else [(unit,) for unit in axis.units] for axis in axes]
 
-    def _edit(self, stage: int, direction: Direction, number: int, first: int) -> Edit:
+    def _edit(self, stage: int, number: int, direction: Direction | None, first: int) -> Edit:
         axis, window = self.plan.grid.stages[stage], self.plan.grid.window
         layers = tuple(sorted({start + step for start in axis.layers for step in range(window)}))
         wanted = self.plan.choices.edits[number]
@@ -239,15 +241,15 @@ class Worker:
         wanted: EditLike,
         axis: StageAxis,
         layers: tuple[int, ...],
-        direction: Direction,
+        direction: Direction | None,
     ) -> Edit:
         """One object for all patches of a kind, which the engine then runs as one kernel."""
-        key = (*which, direction if exchanges(wanted) else None)
+        key = (*which, direction)
         if key not in self._edits:
             self._edits[key] = make_edit(wanted, self._edit_context(axis, layers, direction))
         return self._edits[key]
 
-    def _edit_context(self, axis: StageAxis, layers: tuple[int, ...], direction: Direction) -> EditContext:
+    def _edit_context(self, axis: StageAxis, layers: tuple[int, ...], direction: Direction | None) -> EditContext:
         return EditContext(
             model=self.model,
             batch=self.plan.batch,

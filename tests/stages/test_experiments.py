@@ -110,6 +110,28 @@ def test_the_chain_s_fairer_edits_can_be_swept(name: str, experiment: str, direc
     np.testing.assert_allclose(in_a_sweep(setting, name, direction, patch), scored(setting, patch), rtol=1e-5)
 
 
+def test_means_over_prompts_of_the_natural_sink_are_of_each_prompt_s_own_position() -> None:
+    """From a full cache, in float64: sinks lie at 0, 2 and 1, ordinary positions where they were drawn."""
+    model = tiny_model("llama")
+    setting = setting_for(model, "natural")
+    pair, n = setting.pair, setting.batch.n
+    sinks, ordinary = (where.single(n) for where in (pair.target, pair.reference))
+    assert len(set(sinks.tolist())) == n
+    _, cache = model.run_with_cache(setting.batch.tokens)
+    for layer in (0, 2):
+        z = cache[Z.at(layer)].double()
+        with_sink, without = (z[torch.arange(n), where] for where in (sinks, ordinary))
+        shift = with_sink.mean(0) - without.mean(0)
+        expected = {"deviation_exchanged": without + shift, "mean_exchanged": with_sink - shift}
+        for name, by_hand in expected.items():
+            edit = setting.edit("noise", name, Z, (layer,))
+            assert isinstance(edit, edits.PerPrompt)
+            np.testing.assert_allclose(edit.values[layer], by_hand, rtol=1e-4, atol=1e-6)
+        same = setting.edit("noise", "sink_mean", Z, (layer,))
+        assert isinstance(same, edits.Constant) and same.values is not None
+        np.testing.assert_allclose(same.values[layer], with_sink.mean(0), rtol=1e-4, atol=1e-6)
+
+
 def test_what_is_drawn_is_another_in_every_draw() -> None:
     setting = setting_for(tiny_model("llama"))
     build = stages.edited("resample")

@@ -91,6 +91,26 @@ def test_a_plan_can_be_pickled_and_run_by_another_engine(
     assert same(run(tiny_llama, engine="backwards").table, whole)
 
 
+def test_of_an_edit_there_is_one_object_for_both_directions(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the engine then runs as one kernel; of one that exchanges there is one for each."""
+    objects: dict[str, set[int]] = {}
+
+    def engine(model: Any, plan: Plan, sink: Any, pending: list[int], **_: Any) -> None:
+        worker = Worker(model, plan)
+        for index in pending:
+            task = plan.tasks[index]
+            patches = worker.patches(plan.grid.cells(task.start, task.stop), worker._prepare(task))
+            if task.first_prompt:  # where edits are told the numbers of their prompts
+                for name in ("resample", "mean_exchanged"):
+                    objects[name] = {id(patch.edit) for patch in patches if patch.edit.name == name}
+            sink.write(plan.task_id(index), worker.run(index))
+
+    monkeypatch.setitem(ENGINES, "looking", engine)
+    edits = ["resample", "mean_exchanged"]
+    run(tiny_llama, engine="looking", edits=edits, positions="target", stages="z", units=None, task_size=1000)
+    assert {name: len(found) for name, found in objects.items()} == {"resample": 1, "mean_exchanged": 2}
+
+
 # -- Killed -----------------------------------------------------------------------------------------------------------
 
 
