@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -109,6 +110,8 @@ class NamedEdit:
     exchanges: bool = False
     """Whether it exchanges parts of the two runs' activations at the target: then it is made for each direction, and is
     for the target alone."""
+    over_prompts: bool = False
+    """Whether it takes means over prompts of what is at the target: it needs several, and no site of attention."""
 
 
 def _ablation(name: Literal["mean", "resample"], context: EditContext) -> Edit:
@@ -134,30 +137,13 @@ def _ablation(name: Literal["mean", "resample"], context: EditContext) -> Edit:
     return PerPrompt("resample", drawn)
 
 
-def _check_mean(context: EditContext) -> None:
-    """Make sure that activations have a mean over prompts which means something.
-
-    Raises:
-        InputError: one prompt alone, which has no mean and deviation; or rows of attention, which are each of their own
-            keys.
-    """
-    if context.batch.n < 2:
-        raise InputError("what varies over prompts, and the mean over them, need at least 2 prompts, there is 1")
-    if "key" in context.site.axes:
-        raise InputError(
-            f"the mean over prompts of {site_name(context.site)} would be no attention: choose another site or edit"
-        )
-
-
 def _sink_mean(context: EditContext) -> Edit:
-    _check_mean(context)
     with_sink = context.at_target(context.pair.with_sink)
     return Constant("sink_mean", {layer: x.mean(0) for layer, x in with_sink.items()})
 
 
 def _exchanged(name: Literal["deviation_exchanged", "mean_exchanged"], context: EditContext) -> Edit:
     """The activation at the target, one part of which is the other run's: the deviation from the mean, or the mean."""
-    _check_mean(context)
     assert context.direction is not None
     _, there = context.pair.ends(context.direction)
     here = context.pair.without if context.direction == "denoise" else context.pair.with_sink
@@ -209,15 +195,34 @@ def make_edit(edit: EditLike, context: EditContext) -> Edit:
     """The edit itself.
 
     Raises:
-        InputError: what was registered makes something else.
+        InputError: what was registered makes something else, or means nothing there (:func:`check_edit`).
     """
     if isinstance(edit, Edit):
         return edit
     named = EDITS[edit] if isinstance(edit, str) else edit
+    check_edit(named, context.site, context.batch.n)
     made = named.make(replace(context, direction=told_direction(named, context.direction)))
     if not isinstance(made, Edit):
         raise InputError(f"the edit {named.name!r} must make an Edit, not something of type {type(made).__name__}")
     return made
+
+
+def check_edit(edit: EditLike, site: HookSite, n_prompts: int) -> None:
+    """Make sure that an edit means something at a site, on so many prompts.
+
+    Raises:
+        InputError: it takes means over prompts, and there is one alone, which has none; or the site has rows of
+            attention, of which each is of its own keys.
+    """
+    named = EDITS[edit] if isinstance(edit, str) else edit
+    if not (isinstance(named, NamedEdit) and named.over_prompts):
+        return
+    if n_prompts < 2:
+        raise InputError("what varies over prompts, and the mean over them, need at least 2 prompts, there is 1")
+    if "key" in site.axes:
+        raise InputError(
+            f"the mean over prompts of {site_name(site)} would be no attention: choose another site or edit"
+        )
 
 
 def exchanges(edit: EditLike) -> bool:
@@ -251,8 +256,8 @@ for _edit in (
     NamedEdit("zero", lambda _: Constant("zero")),
     NamedEdit("mean", lambda context: _ablation("mean", context)),
     NamedEdit("resample", lambda context: _ablation("resample", context)),
-    NamedEdit("sink_mean", _sink_mean),
-    NamedEdit("deviation_exchanged", lambda context: _exchanged("deviation_exchanged", context), exchanges=True),
-    NamedEdit("mean_exchanged", lambda context: _exchanged("mean_exchanged", context), exchanges=True),
+    NamedEdit("sink_mean", _sink_mean, over_prompts=True),
+    NamedEdit("deviation_exchanged", partial(_exchanged, "deviation_exchanged"), exchanges=True, over_prompts=True),
+    NamedEdit("mean_exchanged", partial(_exchanged, "mean_exchanged"), exchanges=True, over_prompts=True),
 ):
     register_edit(_edit)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from sinklens.edits import Edit
 from sinklens.errors import InputError
 from sinklens.formation import Formation
 from sinklens.models.view import Model, ModelShape, device_of, dtype_of, model_shape
-from sinklens.pairs.ablations import NamedEdit, edit_fingerprint, exchanges
+from sinklens.pairs.ablations import NamedEdit, check_edit, edit_fingerprint, exchanges
 from sinklens.prompts import PromptBatch
 from sinklens.readouts.named import fingerprint
 from sinklens.records.ranges import Numbers, short, within
@@ -19,7 +20,7 @@ from sinklens.sites import HookSite
 from sinklens.stages import Stage
 from sinklens.study import provenance
 from sinklens.sweeps.companions import Companion
-from sinklens.sweeps.places import Units, place_fingerprint
+from sinklens.sweeps.places import Units, place_fingerprint, site_of
 from sinklens.sweeps.request import Request, edit_name
 
 ESTIMATES = 1 << 14
@@ -90,7 +91,7 @@ def resolve(request: Request, model: Model, batch: PromptBatch) -> Choices:
     """
     shape = model_shape(model)
     request.check_length(batch.length)  # before any work
-    _check_edits(request)
+    _check_edits(request, batch)
     resolved = {
         "layers": window_starts(request.layers, request.window, shape.n_layers),
         "positions": request.positions_in(batch.length),
@@ -110,7 +111,10 @@ def resolve(request: Request, model: Model, batch: PromptBatch) -> Choices:
     )
 
 
-def _check_edits(request: Request) -> None:
+def _check_edits(request: Request, batch: PromptBatch) -> None:
+    held = [(companion.edit, companion.place) for companion in request.companions]
+    for edit, place in [*product(request.edits, request.stages), *held]:
+        check_edit(edit, site_of(place), batch.n)
     for edit in request.edits:
         if exchanges(edit) and request.positions != "target":
             raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,17 @@ def test_a_mean_over_prompts_is_refused_where_there_is_none(name: str) -> None:
         replace(setting, study=setting.study.first(1)).edit("noise", name, Z, (1,))
     with pytest.raises(InputError, match="direction 'Noise' must be denoise or noise"):
         setting.edit("Noise", name, Z, (1,))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"edits": "sink_mean", "stages": "pattern"}, {"stages": "z", "companions": "pattern:mean_exchanged:1"}]
+)
+def test_a_sweep_of_such_an_edit_leaves_no_folder(asked: dict[str, str], tmp_path: Path) -> None:
+    setting = setting_for(tiny_model("llama"))
+    given: dict[str, Any] = {"target": TARGET, "formation": setting.formation, "layers": "1", "out": tmp_path / "swept"}
+    with pytest.raises(InputError, match="the mean over prompts of pattern would be no attention"):
+        sl.sweep(setting.model, setting.batch, **asked, **given)
+    assert not (tmp_path / "swept").exists()
 
 
 def test_only_an_edit_that_exchanges_is_told_the_direction() -> None:
